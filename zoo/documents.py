@@ -1,0 +1,133 @@
+"""Frozen dataclasses to JSON documents and back, strictly: an unknown or missing key is an error.
+
+Writing is atomic: a document is complete under its name or the old one is still there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import os
+import tempfile
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zoo.errors import DocumentError
+
+__all__ = ["SCHEMA_VERSION", "decode", "encode", "read_json", "write_json", "write_text"]
+
+SCHEMA_VERSION = 1
+
+T = TypeVar("T")
+
+
+def encode(value: Any) -> Any:
+    """A dataclass, or containers of dataclasses, as plain JSON values. `None` fields are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {name: encode(item) for name, item in fields if item is not None}
+    if isinstance(value, Mapping):
+        return {str(key): encode(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [encode(item) for item in value]
+    return value
+
+
+def decode(cls: type[T], raw: Any, where: str) -> T:
+    """The `cls` that the JSON value `raw` describes; `where` names the place in error messages.
+
+    Raises:
+        DocumentError: for an unknown key (with the nearest known one), a missing key, or a value
+            of the wrong type.
+    """
+    return typing.cast(T, _decode(cls, raw, where))
+
+
+def _decode(kind: Any, raw: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), raw, where)
+    if origin in (typing.Union, types.UnionType):
+        inner = [arg for arg in args if arg is not type(None)]
+        return None if raw is None and len(inner) < len(args) else _decode(inner[0], raw, where)
+    if origin is tuple:
+        items = _expect(raw, list, where)
+        if args[-1] is not Ellipsis and len(items) != len(args):
+            raise DocumentError(f"{where}: expected {len(args)} items, got {len(items)}.")
+        item_kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
+        pairs = zip(item_kinds, items, strict=True)
+        return tuple(_decode(k, item, f"{where}[{n}]") for n, (k, item) in enumerate(pairs))
+    if origin is dict:
+        items = _expect(raw, dict, where)
+        return {key: _decode(args[1], item, f"{where}.{key}") for key, item in items.items()}
+    if kind is Any:
+        return raw
+    if kind is float:
+        if isinstance(raw, bool) or not isinstance(raw, (int, float)):
+            raise DocumentError(f"{where}: expected a number, got {raw!r}.")
+        return float(raw)
+    if kind is int and isinstance(raw, bool):
+        raise DocumentError(f"{where}: expected an integer, got {raw!r}.")
+    return _expect(raw, kind, where)
+
+
+def _decode_dataclass(cls: type, raw: Any, where: str) -> Any:
+    items = _expect(raw, dict, where)
+    hints = typing.get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for key in items:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise DocumentError(f"{where}: unknown key {key!r}.{hint} Known: {', '.join(fields)}.")
+    values = {}
+    for name, field in fields.items():
+        if name in items:
+            values[name] = _decode(hints[name], items[name], f"{where}.{name}")
+        elif (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        ):
+            raise DocumentError(f"{where}: the key {name!r} is missing.")
+    return cls(**values)
+
+
+def _expect(raw: Any, kind: type, where: str) -> Any:
+    if not isinstance(raw, kind):
+        names = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
+        raise DocumentError(f"{where}: expected {names.get(kind, kind.__name__)}, got {raw!r}.")
+    return raw
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in the file at `path`; a missing or malformed file is a `DocumentError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DocumentError(f"{path} does not exist.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"{path} cannot be read: {error}.") from None
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{path} is not valid JSON: {error}.") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` (dataclasses allowed) to `path` as indented JSON, atomically."""
+    write_text(path, json.dumps(encode(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically: on failure the old file is left as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

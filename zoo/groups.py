@@ -1,0 +1,133 @@
+"""Channel groups: what is cut together. Plain frozen data, no torch.
+
+A *unit* is one channel and everything that must go with it: the same position of every `Slot` of
+its `Group`. `ChannelGroups` is all that is known of an architecture for pruning it; it is derived
+once by `zoo.pruning.graph` and stored in the registry as `groups.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from zoo.errors import GraphError
+
+__all__ = ["ChannelGroups", "Group", "Slot", "fingerprint"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One dimension, or a strided part of it, of one parameter or buffer.
+
+    Unit j owns the positions start + stride · j … start + stride · j + block - 1: `block` is more
+    than one where a map was flattened, `start` where tensors were concatenated.
+    """
+
+    tensor: str
+    dim: int
+    start: int = 0
+    stride: int = 1
+    block: int = 1
+
+    def positions(self, unit: int) -> range:
+        """The positions along `dim` that belong to `unit`."""
+        first = self.start + self.stride * unit
+        return range(first, first + self.block)
+
+
+@dataclass(frozen=True)
+class Group:
+    """An ordered set of `size` units with the same slots, pruned by one keep ratio.
+
+    `name` is the module that first produces the channels; `filters` are the weights whose rows
+    produce them, over which filter criteria are summed.
+    """
+
+    name: str
+    size: int
+    slots: tuple[Slot, ...]
+    filters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChannelGroups:
+    """The channel groups of one network, with what its costs depend on.
+
+    Attributes:
+        groups: in the order in which the network first computes them.
+        shapes: of every parameter and buffer.
+        buffers: names among `shapes` that are not parameters.
+        positions: of every convolution and dense weight, the output positions of one image; the
+            MACs of the operator are the weight's elements times this.
+        image_size: pixels per side that `positions` was counted at.
+        unprunable: module name -> why its channels stay whole.
+    """
+
+    groups: tuple[Group, ...]
+    shapes: dict[str, tuple[int, ...]]
+    buffers: tuple[str, ...]
+    positions: dict[str, int]
+    image_size: int
+    unprunable: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(group.name for group in self.groups)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(group.size for group in self.groups)
+
+    def adapted(
+        self, shapes: Mapping[str, tuple[int, ...]], image_size: int | None = None
+    ) -> ChannelGroups:
+        """The same groups for a network with other tensor `shapes` or another image size.
+
+        The number of classes and, where a map is flattened, the positions per channel may differ.
+
+        Raises:
+            GraphError: if a tensor is missing or its shape cannot belong to these groups.
+        """
+        missing = sorted(set(self.shapes) - set(shapes))
+        if missing:
+            raise GraphError(f"The network lacks the tensor {missing[0]!r} that its groups name.")
+        groups = tuple(self._adapt_group(group, shapes) for group in self.groups)
+        size = image_size or self.image_size
+        positions = {
+            name: count if len(self.shapes[name]) < 4 else _rescale(count, size, self.image_size)
+            for name, count in self.positions.items()
+        }
+        own = {name: tuple(shapes[name]) for name in self.shapes}
+        return replace(self, groups=groups, shapes=own, positions=positions, image_size=size)
+
+    def _adapt_group(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> Group:
+        slots = []
+        for slot in group.slots:
+            old, new = self.shapes[slot.tensor][slot.dim], shapes[slot.tensor][slot.dim]
+            if old == new:
+                slots.append(slot)
+            elif slot.block * group.size == old and new % group.size == 0:
+                block = new // group.size
+                slots.append(replace(slot, block=block, stride=block))
+            else:
+                raise GraphError(
+                    f"{slot.tensor} has {new} positions in dimension {slot.dim}; group "
+                    f"{group.name!r} expects {old}."
+                )
+        return replace(group, slots=tuple(slots))
+
+
+def _rescale(count: int, size: int, reference: int) -> int:
+    """Output positions at another image size; exact where every stride rounds up."""
+    side = math.isqrt(count)
+    if side * side != count:
+        return math.ceil(count * size * size / reference / reference)
+    return math.ceil(side * size / reference) ** 2
+
+
+def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """sha256 over tensor names and shapes: the same architecture, the same fingerprint."""
+    lines = "\n".join(f"{name}:{tuple(shape)}" for name, shape in sorted(shapes.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()

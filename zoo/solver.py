@@ -1,0 +1,92 @@
+"""Widths that meet a compression factor. Neither torch nor modules: costs and curves only.
+
+A *curve* maps t in [0, 1] to one keep ratio per group, none of which falls when t rises. Along it
+the integer widths grow one unit at a time, in one fixed order, so that a larger factor never gives
+a larger network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from zoo.cost import CostModel
+from zoo.errors import FactorError
+
+__all__ = ["FLOOR", "Solution", "round_widths", "scale_curve", "solve"]
+
+FLOOR = 0.1
+"""Smallest keep ratio of a search's action (paper, section 8.2)."""
+
+Curve = Callable[[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Widths per group, the ratios they were rounded from, and the factor asked for and met."""
+
+    widths: tuple[int, ...]
+    keep_ratios: tuple[float, ...]
+    asked: float
+    got: float
+
+
+def round_widths(sizes: Sequence[int], keep_ratios: Sequence[float]) -> tuple[int, ...]:
+    """β · size rounded half up, at least one and at most all."""
+    pairs = zip(sizes, keep_ratios, strict=True)
+    return tuple(min(size, max(1, math.floor(ratio * size + 0.5))) for size, ratio in pairs)
+
+
+def scale_curve(actions: Sequence[float], floor: float = FLOOR) -> Curve:
+    """t -> clip(λ · a, floor, 1), with λ from 0 to where every ratio is 1 (`scale` projection)."""
+    largest = 1 / min(max(action, 1e-6) for action in actions)
+    return lambda t: [min(1.0, max(floor, t * largest * action)) for action in actions]
+
+
+def solve(model: CostModel, curve: Curve, cf: float, metric: str = "params") -> Solution:
+    """The widths along `curve` whose factor of `metric` is nearest to `cf`.
+
+    Args:
+        model: the costs as functions of widths.
+        curve: t in [0, 1] -> keep ratios, monotone.
+        cf: the asked compression factor, at least 1.
+        metric: `params` or `macs`.
+
+    Raises:
+        FactorError: if `cf` lies outside what the curve reaches, naming that range.
+    """
+    sizes = model.sizes
+    smallest, largest = round_widths(sizes, curve(0.0)), round_widths(sizes, curve(1.0))
+    low_cf, high_cf = model.factor(largest, metric), model.factor(smallest, metric)
+    if not low_cf * 0.98 <= cf <= high_cf * 1.02:
+        raise FactorError(
+            f"A {metric} factor of {cf:g} cannot be reached here: this policy reaches "
+            f"{low_cf:.3g} to {high_cf:.3g}."
+        )
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        if model.factor(round_widths(sizes, curve(middle)), metric) > cf:
+            low = middle
+        else:
+            high = middle
+    below, above = round_widths(sizes, curve(low)), round_widths(sizes, curve(high))
+    best = widths = list(below)
+    for group, stop in enumerate(above):
+        while widths[group] < stop:
+            widths = list(widths)
+            widths[group] += 1
+            if _distance(model, widths, cf, metric) < _distance(model, best, cf, metric):
+                best = widths
+    got = model.factor(best, metric)
+    # β is stated so that rounding it gives exactly these widths again.
+    ratios = zip(curve(high), best, sizes, strict=True)
+    stated = tuple(
+        r if round_widths([size], [r])[0] == width else width / size for r, width, size in ratios
+    )
+    return Solution(tuple(best), stated, cf, got)
+
+
+def _distance(model: CostModel, widths: Sequence[int], cf: float, metric: str) -> float:
+    return abs(math.log(model.factor(widths, metric) / cf))
