@@ -1,0 +1,71 @@
+"""A model zoo of out-of-the-box channel-pruned networks.
+
+    model = zoo.load("resnet20-16", cf=4, weights="my_ckpt.pt")
+    result = zoo.finetune(model, train=train_set, val=val_set)
+    zoo.export(model, "resnet20-16-cf4.onnx", inputs=val_set)
+
+`import zoo` imports neither torch nor anything else that is heavy; each name is imported from its
+module when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zoo.data import load_data
+    from zoo.errors import ZooError
+    from zoo.loading import create_model, load, load_pruned, plan, prune, save
+    from zoo.onnx_export import export
+    from zoo.profile import Profile
+    from zoo.registry import get_profile, list_profiles
+    from zoo.runtime import InferenceSession
+    from zoo.search.campaign import search_profile
+    from zoo.training import RECIPES, Recipe, evaluate, finetune
+
+__all__ = [
+    "RECIPES",
+    "InferenceSession",
+    "Profile",
+    "Recipe",
+    "ZooError",
+    "create_model",
+    "evaluate",
+    "export",
+    "finetune",
+    "get_profile",
+    "list_profiles",
+    "load",
+    "load_data",
+    "load_pruned",
+    "plan",
+    "prune",
+    "save",
+    "search_profile",
+]
+
+_HOMES = {
+    "zoo.data": ("load_data",),
+    "zoo.errors": ("ZooError",),
+    "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
+    "zoo.onnx_export": ("export",),
+    "zoo.profile": ("Profile",),
+    "zoo.registry": ("get_profile", "list_profiles"),
+    "zoo.runtime": ("InferenceSession",),
+    "zoo.search.campaign": ("search_profile",),
+    "zoo.training": ("RECIPES", "Recipe", "evaluate", "finetune"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'zoo' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

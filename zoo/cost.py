@@ -28,7 +28,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class CostTerm:
-    """`params` and `macs` times the product of the widths of `groups` (indices, none to several)."""
+    """`params` and `macs` times the product of the widths of `groups`, by index."""
 
     groups: tuple[int, ...]
     params: int
@@ -98,7 +98,9 @@ def cost_model(groups: ChannelGroups) -> CostModel:
         for dim, length in enumerate(shape):
             owned = owners.get((name, dim), {})
             fixed = length - sum(per * sizes[index] for index, per in owned.items())
-            factors = {(index,): per for index, per in owned.items()} | ({(): fixed} if fixed else {})
+            factors: dict[tuple[int, ...], int] = {(index,): per for index, per in owned.items()}
+            if fixed:
+                factors[()] = fixed
             products = _multiply(products, factors)
         for key, coefficient in products.items():
             terms[key][0] += coefficient

@@ -153,14 +153,18 @@ def _augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
     shifts = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
     mirrored = torch.rand(count, 1, generator=generator) < 0.5
     steps = torch.arange(size)
-    rows, columns = shifts[0] + steps, shifts[1] + steps
+    rows, columns = (_reflect(shift + steps - pad, size) for shift in shifts)
     if flip:
         columns = torch.where(mirrored, columns.flip(1), columns)
     rows, columns = rows.to(images.device), columns.to(images.device)
-    padded = functional.pad(images, (pad, pad, pad, pad), mode="reflect")
     pick = torch.arange(count, device=images.device)[:, None, None]
     # Advanced indices around a slice put the sliced axis (channels) last.
-    return padded[pick, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return images[pick, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Positions beyond the edges of `size` pixels, mirrored back in without repeating the edge."""
+    return (size - 1) - (size - 1 - positions.abs()).abs()
 
 
 def _digits(root: Path | None, size: int) -> Splits:
@@ -209,7 +213,7 @@ def _decode(paths: list[Path], size: int | None) -> np.ndarray:
                 if size is not None and pixels.size != (size, size):
                     pixels = pixels.resize((size, size), Image.Resampling.BOX)
                 return np.asarray(pixels)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{path} cannot be read as an image: {error}.") from None
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -232,7 +236,9 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> ImageSet:
         labels += [label] * len(files)
     if not paths:
         raise DataError(f"{folder} holds no <class>/<image> files ({', '.join(_EXTENSIONS)}).")
-    stamp = "\n".join(f"{path}:{path.stat().st_size}" for path in paths) + f"\n{size}"
+    facts = ((path, path.stat()) for path in paths)
+    stamp = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
+    stamp += f"\n{size}"
     cached = cache_folder() / "images" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.npy"
     if cache and cached.is_file():
         images = np.load(cached, allow_pickle=False)

@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def encode(value: Any) -> Any:
-    """A dataclass, or containers of dataclasses, as plain JSON values. `None` fields are left out."""
+    """A dataclass, or containers of them, as plain JSON values. `None` fields are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
         return {name: encode(item) for name, item in fields if item is not None}
@@ -88,9 +88,7 @@ def _decode_dataclass(cls: type, raw: Any, where: str) -> Any:
     for name, field in fields.items():
         if name in items:
             values[name] = _decode(hints[name], items[name], f"{where}.{name}")
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise DocumentError(f"{where}: the key {name!r} is missing.")
     return cls(**values)
 

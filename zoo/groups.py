@@ -7,14 +7,13 @@ once by `zoo.pruning.graph` and stored in the registry as `groups.json`.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from zoo.errors import GraphError
 
-__all__ = ["ChannelGroups", "Group", "Slot", "fingerprint"]
+__all__ = ["ChannelGroups", "Group", "Slot"]
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,3 @@ def _rescale(count: int, size: int, reference: int) -> int:
     if side * side != count:
         return math.ceil(count * size * size / reference / reference)
     return math.ceil(side * size / reference) ** 2
-
-
-def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """sha256 over tensor names and shapes: the same architecture, the same fingerprint."""
-    lines = "\n".join(f"{name}:{tuple(shape)}" for name, shape in sorted(shapes.items()))
-    return hashlib.sha256(lines.encode()).hexdigest()

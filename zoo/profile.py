@@ -1,4 +1,4 @@
-"""Profiles: how much of each channel group to keep, and the evidence for it. No torch, no weights."""
+"""Profiles: how much of each channel group to keep, and the evidence for it. No torch."""
 
 from __future__ import annotations
 

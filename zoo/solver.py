@@ -1,14 +1,15 @@
 """Widths that meet a compression factor. Neither torch nor modules: costs and curves only.
 
-A *curve* maps t in [0, 1] to one keep ratio per group, none of which falls when t rises. Along it
-the integer widths grow one unit at a time, in one fixed order, so that a larger factor never gives
-a larger network.
+A *curve* maps t in [0, 1] to one keep ratio per group, none of which falls when t rises. The
+widths that are considered along it do not depend on the factor, and the nearest is taken, so that a
+larger factor never gives a larger network.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from zoo.cost import CostModel
@@ -72,20 +73,35 @@ def solve(model: CostModel, curve: Curve, cf: float, metric: str = "params") -> 
         else:
             high = middle
     below, above = round_widths(sizes, curve(low)), round_widths(sizes, curve(high))
-    best = widths = list(below)
-    for group, stop in enumerate(above):
-        while widths[group] < stop:
-            widths = list(widths)
-            widths[group] += 1
-            if _distance(model, widths, cf, metric) < _distance(model, best, cf, metric):
-                best = widths
+    best = min(_between(below, above), key=lambda widths: _distance(model, widths, cf, metric))
     got = model.factor(best, metric)
     # β is stated so that rounding it gives exactly these widths again.
     ratios = zip(curve(high), best, sizes, strict=True)
     stated = tuple(
         r if round_widths([size], [r])[0] == width else width / size for r, width, size in ratios
     )
-    return Solution(tuple(best), stated, cf, got)
+    return Solution(best, stated, cf, got)
+
+
+def _between(below: tuple[int, ...], above: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Widths from `below` to `above`: a set that does not depend on the asked factor.
+
+    Several groups can round up at the same t. Of few, every subset is tried; of many, those that
+    grow in order, with at most one other ahead of its turn.
+    """
+    tied = [group for group, width in enumerate(below) if above[group] != width]
+    subsets: Iterable[Sequence[int]]
+    if len(tied) <= 8:
+        subsets = itertools.chain.from_iterable(
+            itertools.combinations(tied, count) for count in range(len(tied) + 1)
+        )
+    else:
+        subsets = itertools.chain.from_iterable(
+            [[*tied[:count], ahead] for ahead in tied[count:]] for count in range(len(tied))
+        )
+        subsets = itertools.chain([()], subsets)
+    for subset in subsets:
+        yield tuple(above[g] if g in subset else width for g, width in enumerate(below))
 
 
 def _distance(model: CostModel, widths: Sequence[int], cf: float, metric: str) -> float:

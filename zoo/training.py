@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -161,8 +162,9 @@ def finetune(
             for epoch in range(1, settings.epochs + 1):
                 tick = time.perf_counter()
                 loss = _train_epoch(
-                    wrapped, batches, optimizer, scheduler, accelerator, settings, teacher, advance
-                )
+                    wrapped, batches, optimizer, scheduler, accelerator, settings, teacher, advance,
+                    check_labels=epoch == 1,
+                )  # fmt: skip
                 if not math.isfinite(loss):
                     raise ZooError(
                         f"The training loss became {loss} in epoch {epoch}; the best weights so "
@@ -201,17 +203,18 @@ def evaluate(
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None and not cpu else torch.device("cpu")
     if isinstance(data, str):
-        data = load_data(data).test
+        data = load_data(*_name_and_root(data)).test
+    batches: Any = data
     if isinstance(data, ImageSet):
-        data = DeviceLoader(data, batch_size, device=device)
+        batches = DeviceLoader(data, batch_size, device=device)
     elif isinstance(data, Dataset):
-        data = DataLoader(data, batch_size)
+        batches = DataLoader(data, batch_size)
     was_training = model.training
     model.eval()
     correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
     try:
         with torch.inference_mode():
-            for images, labels in data:
+            for images, labels in batches:
                 images = images.to(device, memory_format=torch.channels_last)
                 labels = labels.to(device)
                 logits = model(images).float()
@@ -235,15 +238,20 @@ def _train_epoch(
     recipe: Recipe,
     teacher: nn.Module | None,
     advance: Callable[..., None],
+    *,
+    check_labels: bool,
 ) -> float:
-    """One pass over `batches`; the mean loss, which is not finite as soon as one step's is not."""
+    """One pass over `batches`; the mean loss, which is not finite as soon as one step's is not.
+
+    `check_labels` waits for the device at every step, so only the first pass asks for it.
+    """
     model.train()
     total, count = torch.zeros((), device=accelerator.device), 0
     for images, labels in batches:
         images = images.to(accelerator.device, memory_format=torch.channels_last)
         labels = labels.to(accelerator.device)
         logits = model(images)
-        if count == 0:
+        if check_labels:
             _check_labels(labels, logits)
         loss = functional.cross_entropy(
             logits.float(), labels, label_smoothing=recipe.label_smoothing
@@ -297,6 +305,9 @@ def _accelerator(precision: str, cpu: bool) -> Accelerator:
     if precision == "auto":
         precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
     mixed: Any = "no" if precision == "fp32" else precision
+    # Accelerate keeps one state per process and refuses another precision or device after the
+    # first; unless processes are joined through it, it can simply be forgotten.
+    AcceleratorState._reset_state(reset_partial_state=PartialState(cpu=cpu).num_processes == 1)
     return Accelerator(mixed_precision=mixed, cpu=cpu)
 
 

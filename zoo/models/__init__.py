@@ -128,7 +128,9 @@ def _classifier_name(module: nn.Module, num_classes: int) -> str:
     return names[-1] if names else "fc"
 
 
-def build_model(arch: str, num_classes: int, *, image_size: int | None = None, seed: int = 0) -> nn.Module:
+def build_model(
+    arch: str, num_classes: int, *, image_size: int | None = None, seed: int = 0
+) -> nn.Module:
     """A dense network of architecture `arch`, randomly initialised from `seed`, on the CPU.
 
     Args:

@@ -19,6 +19,13 @@ class CNet(nn.Module):
         image_size: S, a multiple of 8; it fixes the dense layer's input features, 32 · (S / 8)².
     """
 
+    conv1: nn.Conv2d
+    conv2: nn.Conv2d
+    conv3: nn.Conv2d
+    conv4: nn.Conv2d
+    conv5: nn.Conv2d
+    conv6: nn.Conv2d
+
     def __init__(self, num_classes: int, image_size: int = 32, width: int = 32) -> None:
         super().__init__()
         in_channels = 3

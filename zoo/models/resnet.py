@@ -48,6 +48,10 @@ class ResNet(nn.Module):
         blocks: basic blocks per stage.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(self, num_classes: int, widths: tuple[int, int, int], blocks: int = 3) -> None:
         super().__init__()
         self.conv1 = conv3x3(3, widths[0])

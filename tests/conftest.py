@@ -1,0 +1,62 @@
+"""What every test shares: a private cache folder, one torch thread, small images, GPU skipping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+import torch
+from PIL import Image
+
+from zoo.data import ImageSet
+
+# Shared machines stall now and then: only the values count, never the time. No example database:
+# a test run leaves nothing behind in the working tree.
+hypothesis.settings.register_profile("zoo", deadline=None, database=None, max_examples=50)
+hypothesis.settings.load_profile("zoo")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def toy_images() -> ImageSet:
+    """96 separable 8x8 images of three classes: class c is bright in channel c, with noise."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(96) % 3
+    images = torch.randint(0, 60, (96, 3, 8, 8), generator=generator)
+    images[torch.arange(96), labels] += 120
+    return ImageSet(
+        "toy", images.to(torch.uint8), labels, ("r", "g", "b"), (0.3, 0.3, 0.3), (0.25, 0.25, 0.25)
+    )
+
+
+@pytest.fixture
+def image_tree(tmp_path: Path) -> Path:
+    """A folder with train/ and val/ ImageFolder trees: two classes, 8x8 PNG files of one colour."""
+    for split, count in (("train", 10), ("val", 3)):
+        for label, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "tree" / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                colour = (10 * n, 200 * label, 7)
+                Image.new("RGB", (8, 8), colour).save(folder / f"{n:02d}.png")
+    return tmp_path / "tree"

@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import zoo
+from zoo import cli, training
+from zoo.cli import COMMANDS, main
+from zoo.models import build_model
+from zoo.profile import Evidence, Profile, Reference
+
+TINY = ["--data", "digits", "--size", "8", "--epochs", "2", "--lr", "0.05"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cnet trained by `zoo train` on digits at 8x8."""
+    path = tmp_path_factory.mktemp("base") / "cnet.safetensors"
+    assert main(["train", "--arch", "cnet", *TINY, "--seed", "3", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pruned") / "cnet-cf2"
+    weights = ["--weights", str(base), "--profile", "equal"]
+    assert main(["prune", "cnet", "--cf", "2", *weights, "--out", str(folder)]) == 0
+    return folder
+
+
+def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+
+
+def test_help_is_complete_and_imports_no_torch():
+    code = (
+        "import sys\n"
+        "from zoo.cli import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'numpy', 'rich.table'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"• {name} " in done.stdout
+
+
+@pytest.mark.parametrize("name", list(COMMANDS))
+def test_every_flag_of_every_command_is_explained(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([name, "--help"])
+    assert not stop.value.code
+    assert f"usage: zoo {name}" in capsys.readouterr().out
+    kind = cli._flags(name, [name])
+    source = inspect.getsource(kind)
+    for field in dataclasses.fields(kind):
+        line = source[source.index(f"\n    {field.name}: ") + 1 :].splitlines()[1]
+        assert line.strip().startswith('"""')
+
+
+def test_list_names_every_bundled_profile(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for entry in zoo.list_profiles():
+        assert entry.reference in shown
+
+
+def test_show_draws_a_bar_per_group_and_the_evidence(tmp_path, capsys):
+    profile = Profile(
+        "resnet20-16", "params", 4.0, 4.02, Reference(10, 32),
+        {"conv1": 1.0, "layer1.0.conv1": 0.25}, {"conv1": 16, "layer1.0.conv1": 4},
+        evidence=(
+            Evidence("base", 8, 9, 0.9, 0.0, (0,), (0.9,), "as trained", "test split"),
+            Evidence("equal", 2, 3, 0.7, 0.01, (0, 1), (0.69, 0.71), "1 epoch", "test split",
+                     (0.1, 0.3)),
+        ),
+    )  # fmt: skip
+    profile.write(tmp_path / "p.json")
+    assert main(["show", f"file:{tmp_path / 'p.json'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    whole, quarter = (next(x for x in lines if x.split()[:1] == [g]) for g in profile.kept)
+    assert (whole.count("█"), quarter.count("█"), quarter.count("░")) == (32, 8, 24)
+    assert "16/16" in whole
+    assert "4/16" in quarter
+    row = next(line for line in lines if line.split()[:1] == ["equal"])
+    assert row.split() == ["equal", "2", "3", "20.00%", "70.00%", "±", "1.00%", "2"]
+    assert any("1 epoch" in line for line in lines)
+
+
+def test_train_does_what_building_and_finetuning_do(base):
+    splits = zoo.load_data("digits", size=8)
+    model = build_model("cnet", 10, image_size=8, seed=3)
+    recipe = zoo.Recipe(epochs=2, lr=0.05)
+    result = zoo.finetune(model, splits.train, splits.val, recipe=recipe, seed=3)
+    state, metadata = content(base)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor)
+    assert metadata == {
+        "architecture": "cnet",
+        "num_classes": "10",
+        "image_size": "8",
+        "data": splits.train.name,
+        "split_digest": splits.digest,
+        "val_accuracy": f"{result.accuracy:.4f}",
+        "test_accuracy": f"{zoo.evaluate(model, splits.test).accuracy:.4f}",
+        "recipe": json.dumps(dataclasses.asdict(recipe)),
+        "seed": "3",
+    }
+
+
+def test_prune_writes_what_load_makes(base, pruned, capsys):
+    expected = zoo.load("cnet", 2, str(base), profile="equal")
+    model = zoo.load_pruned(pruned)
+    assert model.pruning.plan == expected.pruning.plan
+    images = torch.randn(4, 3, 8, 8)
+    with torch.inference_mode():
+        assert torch.equal(model(images), expected(images))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pruned_folder_is_finetuned_evaluated_and_exported(pruned, base, tmp_path, capsys):
+    out, onnx = tmp_path / "tuned", tmp_path / "tuned.onnx"
+    teacher = ["--teacher", str(base)]
+    flags = ["--data", "digits", "--epochs", "2", "--lr", "0.05", *teacher, "--out", str(out)]
+    assert main(["finetune", str(pruned), *flags]) == 0
+    tuned, splits = zoo.load_pruned(out), zoo.load_data("digits", size=8)
+    accuracy = zoo.evaluate(tuned, splits.test).accuracy
+    assert accuracy > zoo.evaluate(zoo.load_pruned(pruned), splits.test).accuracy
+    assert f"test {accuracy:.2%}" in capsys.readouterr().out
+    assert main(["evaluate", str(out), "--data", "digits"]) == 0
+    assert capsys.readouterr().out.startswith(f"{accuracy:.2%} top-1")
+    assert main(["export", str(out), str(onnx), "--data", "digits"]) == 0
+    assert "top-1 agreement 100.00%" in capsys.readouterr().out
+    logits = zoo.InferenceSession(onnx)(splits.test.normalise(splits.test.images))
+    assert (logits.argmax(1) == splits.test.labels.numpy()).mean() == pytest.approx(accuracy)
+
+
+def test_a_checkpoint_is_evaluated_by_the_architecture_it_names(base, tmp_path, capsys):
+    _, metadata = content(base)
+    assert main(["evaluate", str(base), "--data", "digits"]) == 0
+    assert f"{float(metadata['test_accuracy']):.2%} top-1" in capsys.readouterr().out
+    torch.save(content(base)[0], tmp_path / "bare.pt")
+    assert main(["evaluate", str(tmp_path / "bare.pt"), "--data", "digits"]) == cli.USER_ERROR
+    assert "add --arch" in capsys.readouterr().err
+    bare = ["evaluate", str(tmp_path / "bare.pt"), "--arch", "cnet", "--data", "digits"]
+    assert main(bare) == 0
+
+
+def test_search_passes_its_flags_on(monkeypatch, tmp_path, capsys):
+    from zoo.search import campaign
+
+    received = []
+
+    def search_profile(config: campaign.SearchConfig) -> Profile:
+        received.append(config)
+        return Profile("cnet", "macs", 2.0, 2.01, Reference(10, 32), {"conv1": 0.5}, {"conv1": 16})
+
+    monkeypatch.setattr(campaign, "search_profile", search_profile)
+    flags = ["--arch", "cnet", "--cf", "2", "--metric", "macs", "--tasks", "a.pt", "b.pt"]
+    assert main(["search", *flags, "--out", str(tmp_path)]) == 0
+    assert received == [
+        campaign.SearchConfig(
+            arch="cnet", cf=2.0, metric="macs", tasks=("a.pt", "b.pt"), out=tmp_path
+        )
+    ]
+    assert "macs-cf2.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shwo"], r"Unknown command 'shwo'. Did you mean 'show'?"),
+        (["show", "resnet20-16"], "Add --cf"),
+        (["show", "bundled:resnet20-16/params-cf5"], "Unknown profile"),
+        (["show", "resnet20-16", "--cf", "5"], "profile='equal'"),
+        (["show", "file:/nowhere/p.json"], "does not exist"),
+        (["list", "--arch", "resnet"], "Unknown architecture"),
+        (["train", "--arch", "resnet20_16", *TINY, "--out", "OUT"], "Did you mean 'resnet20-16'?"),
+        (["train", "--arch", "cnet", "--data", "digts", "--out", "OUT"], "Did you mean 'digits'?"),
+        (["train", "--arch", "cnet", *TINY[:4], "--epochs", "0", "--out", "OUT"], "--epochs must"),
+        (["prune", "cnet", "--cf", "2", "--weights", "/no.pt", "--profile=equal", "--out", "OUT"],
+         "/no.pt does not exist"),
+        (["finetune", "/nowhere", "--data", "digits"], "/nowhere"),
+        (["evaluate", "/nowhere", "--data", "digits"], "/nowhere"),
+    ],
+)  # fmt: skip
+def test_a_users_error_is_one_clear_line_and_exit_code_two(arguments, message, tmp_path, capsys):
+    given = [str(tmp_path / "out") if part == "OUT" else part for part in arguments]
+    assert main(given) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("zoo: error: ")
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert "Traceback" not in captured.out + captured.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["list", "--metric", "parms"], ["prune"], ["--nonsense"]])
+def test_wrong_flags_exit_with_two_and_no_traceback(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_an_unwritable_output_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(training, "finetune", lambda *_, **__: pytest.fail("trained"))
+    (tmp_path / "file").write_text("")
+    out = str(tmp_path / "file" / "x.safetensors")
+    assert main(["train", "--arch", "cnet", *TINY, "--out", out]) == 2
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_ctrl_c_exits_with_130_and_keeps_the_best_weights(pruned, tmp_path, monkeypatch, capsys):
+    epoch = training._train_epoch
+    count = 0
+
+    def interrupted_in_the_third(*arguments, **options):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        return epoch(*arguments, **options)
+
+    monkeypatch.setattr(training, "_train_epoch", interrupted_in_the_third)
+    out = tmp_path / "tuned"
+    flags = ["--data", "digits", "--epochs", "9", "--lr", "0.05", "--out", str(out)]
+    assert main(["finetune", str(pruned), *flags]) == 130
+    assert "after 2 of 9 epochs" in capsys.readouterr().out
+    val = zoo.load_data("digits", size=8).val
+    assert zoo.evaluate(zoo.load_pruned(out), val) != zoo.evaluate(zoo.load_pruned(pruned), val)
+
+
+def test_ctrl_c_elsewhere_exits_with_130_too(monkeypatch, capsys):
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "list", (cli.ListCommand, interrupt))
+    assert main(["list"]) == 130
+    assert capsys.readouterr().err == "zoo: interrupted\n"
+
+
+def test_the_installed_command_runs():
+    command = [str(Path(sys.executable).parent / "zoo"), "show", "resnet20-16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("zoo: error: Which factor")

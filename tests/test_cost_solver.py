@@ -1,0 +1,191 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from zoo.cost import CostModel, CostTerm, cost_model
+from zoo.errors import FactorError, GraphError, ZooError
+from zoo.groups import ChannelGroups, Group, Slot
+from zoo.solver import round_widths, scale_curve, solve
+
+SIZE = 8
+
+
+def network(a: int, b: int, c: int, classes: int = 5, side: int = SIZE) -> nn.Module:
+    """Two convolutions whose outputs are concatenated, a third, a flatten and a dense layer."""
+    return nn.ModuleDict(
+        {
+            "left": nn.Conv2d(3, a, 3, padding=1),
+            "right": nn.Conv2d(3, b, 1),
+            "bn": nn.BatchNorm2d(a + b),
+            "conv": nn.Conv2d(a + b, c, 3, padding=1, bias=False),
+            "fc": nn.Linear(c * (side // 2) ** 2, classes),
+        }
+    )
+
+
+def brute_force(widths: tuple[int, int, int]) -> tuple[int, int]:
+    """Parameters and MACs, counted on a network that really has these widths."""
+    net = network(*widths)
+    params = sum(p.numel() for p in net.parameters())
+    pixels = SIZE * SIZE
+    macs = sum(net[name].weight.numel() * pixels for name in ("left", "right"))
+    macs += net["conv"].weight.numel() * pixels + net["fc"].weight.numel()
+    return params, macs
+
+
+def channel_groups(a: int = 6, b: int = 4, c: int = 8) -> ChannelGroups:
+    net = network(a, b, c)
+    area = (SIZE // 2) ** 2
+    norm = ("bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+
+    def slots(name: str, start: int) -> tuple[Slot, ...]:
+        own = (Slot(f"{name}.weight", 0), Slot(f"{name}.bias", 0))
+        return (*own, *(Slot(n, 0, start) for n in norm), Slot("conv.weight", 1, start))
+
+    dense = Slot("fc.weight", 1, stride=area, block=area)
+    return ChannelGroups(
+        groups=(
+            Group("left", a, slots("left", 0), ("left.weight",)),
+            Group("right", b, slots("right", a), ("right.weight",)),
+            Group("conv", c, (Slot("conv.weight", 0), dense), ("conv.weight",)),
+        ),
+        shapes={name: tuple(tensor.shape) for name, tensor in net.state_dict().items()},
+        buffers=("bn.running_mean", "bn.running_var", "bn.num_batches_tracked"),
+        positions={
+            "left.weight": SIZE**2,
+            "right.weight": SIZE**2,
+            "conv.weight": SIZE**2,
+            "fc.weight": 1,
+        },
+        image_size=SIZE,
+    )
+
+
+MODEL = cost_model(channel_groups())
+WIDE = cost_model(channel_groups(60, 40, 80))
+
+
+@pytest.mark.parametrize("widths", list(itertools.product((1, 3, 6), (1, 2, 4), (1, 5, 8))))
+def test_costs_equal_a_count_on_the_real_network(widths):
+    cost = MODEL(widths)
+    assert (cost.params, cost.macs) == brute_force(widths)
+
+
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_the_marginal_cost_is_the_difference_of_two_costs(group):
+    widths = (5, 3, 6)
+    fewer = tuple(w - (n == group) for n, w in enumerate(widths))
+    saved = MODEL.marginal(widths, group)
+    assert saved.params == MODEL(widths).params - MODEL(fewer).params
+    assert saved.macs == MODEL(widths).macs - MODEL(fewer).macs
+
+
+def test_the_factor_is_dense_over_pruned_of_a_named_metric():
+    widths = (3, 2, 4)
+    assert MODEL.factor(widths, "params") == brute_force((6, 4, 8))[0] / brute_force(widths)[0]
+    assert MODEL.factor(widths, "macs") == brute_force((6, 4, 8))[1] / brute_force(widths)[1]
+    with pytest.raises(ZooError, match=r"metric 'mac'. Did you mean 'macs'\?"):
+        MODEL.factor(widths, "mac")
+
+
+def test_groups_adapt_to_more_classes_and_larger_images():
+    side, classes = 16, 50
+    other = network(6, 4, 8, classes, side)
+    shapes = {name: tuple(tensor.shape) for name, tensor in other.state_dict().items()}
+    cost = cost_model(channel_groups().adapted(shapes, side))((3, 2, 5))
+    small = network(3, 2, 5, classes, side)
+    assert cost.params == sum(p.numel() for p in small.parameters())
+    convolved = [small[name].weight.numel() * side**2 for name in ("left", "right", "conv")]
+    assert cost.macs == sum(convolved) + small["fc"].weight.numel()
+
+
+def test_groups_of_another_network_do_not_adapt():
+    shapes = dict(channel_groups().shapes)
+    with pytest.raises(GraphError, match="7 positions"):
+        channel_groups().adapted(shapes | {"left.weight": (7, 3, 3, 3)})
+    del shapes["bn.bias"]
+    with pytest.raises(GraphError, match=r"lacks the tensor 'bn.bias'"):
+        channel_groups().adapted(shapes)
+
+
+def test_widths_are_rounded_half_up_at_least_one_and_at_most_all():
+    assert round_widths([5, 5, 16, 16, 10], [0.5, 0.1, 0.41, 1.0, 0.001]) == (3, 1, 7, 16, 1)
+    assert round_widths([10, 10], [0.25, 0.35]) == (3, 4)  # Python's round() gives 2 and 4
+    assert round_widths([4], [1.5]) == (4,)
+
+
+@given(
+    st.lists(st.floats(0.01, 1), min_size=1, max_size=6),
+    st.floats(0, 1),
+    st.floats(0, 1),
+)
+def test_the_scale_curve_rises_from_the_floor_to_one(actions, s, t):
+    curve = scale_curve(actions)
+    low, high = curve(min(s, t)), curve(max(s, t))
+    assert all(a <= b for a, b in zip(low, high, strict=True))
+    assert all(0.1 <= ratio <= 1 for ratio in low + high)
+    assert curve(0.0) == [0.1] * len(actions)
+    assert curve(1.0) == pytest.approx([1.0] * len(actions))
+
+
+def test_the_scale_curve_keeps_the_proportions_of_the_actions():
+    low, high = scale_curve([0.2, 0.8])(0.2)
+    assert high / low == pytest.approx(4)
+
+
+@pytest.mark.parametrize("metric", ["params", "macs"])
+@pytest.mark.parametrize("cf", [1.0, 1.3, 2.0, 4.0, 6.0])
+@pytest.mark.parametrize("actions", [(1, 1, 1), (0.2, 0.9, 0.5), (1, 0.1, 0.1)])
+def test_the_factor_is_met_within_two_percent_where_widths_are_fine(metric, cf, actions):
+    solution = solve(WIDE, scale_curve(actions), cf, metric)
+    assert solution.asked == cf
+    assert solution.got == WIDE.factor(solution.widths, metric)
+    assert solution.got == pytest.approx(cf, rel=0.02)
+
+
+@pytest.mark.parametrize("cf", [1.1, 2.0, 3.0, 5.0, 7.5])
+def test_where_widths_are_coarse_no_neighbour_on_the_curve_is_nearer(cf):
+    curve = scale_curve([1, 1, 1], floor=0.01)
+    got = solve(MODEL, curve, cf).got
+    reachable = {
+        MODEL.factor(round_widths(MODEL.sizes, curve(t / 1e4)), "params") for t in range(10_001)
+    }
+    assert abs(got / cf - 1) <= min(abs(factor / cf - 1) for factor in reachable) * 1.02 + 1e-9
+
+
+@given(
+    st.lists(st.floats(0.05, 1), min_size=3, max_size=3),
+    st.floats(1, 8),
+    st.floats(1, 8),
+    st.sampled_from(["params", "macs"]),
+)
+def test_a_larger_factor_never_gives_a_larger_network(actions, one, other, metric):
+    curve = scale_curve(actions)
+    smaller, larger = sorted((one, other))
+    little = solve(MODEL, curve, smaller, metric)
+    much = solve(MODEL, curve, larger, metric)
+    assert all(a >= b for a, b in zip(little.widths, much.widths, strict=True))
+
+
+@given(st.lists(st.floats(0.05, 1), min_size=3, max_size=3), st.floats(1, 8))
+def test_rounding_the_stated_ratios_gives_the_widths_again(actions, cf):
+    solution = solve(MODEL, scale_curve(actions), cf)
+    assert round_widths(MODEL.sizes, solution.keep_ratios) == solution.widths
+    assert all(0 < ratio <= 1 for ratio in solution.keep_ratios)
+
+
+def test_a_factor_of_one_keeps_everything():
+    assert solve(MODEL, scale_curve([0.3, 0.5, 0.9]), 1.0).widths == MODEL.sizes
+
+
+def test_an_unreachable_factor_names_the_range():
+    model = CostModel((10,), (CostTerm((0,), 10, 10), CostTerm((), 100, 0)))
+    with pytest.raises(FactorError, match=r"factor of 3 cannot be reached.*1 to 1\.82"):
+        solve(model, scale_curve([1.0]), 3.0)
+    with pytest.raises(FactorError, match=r"factor of 0\.5 cannot be reached"):
+        solve(model, scale_curve([1.0]), 0.5)

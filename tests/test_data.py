@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zoo.data import DeviceLoader, ImageSet, load_data
+from zoo.errors import DataError
+
+
+def numbered(count: int, size: int = 8, flip: bool = True) -> ImageSet:
+    """Random images whose label is their own number."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 3, size, size), generator=generator).to(torch.uint8)
+    names = tuple(str(n) for n in range(count))
+    return ImageSet("numbered", images, torch.arange(count), names, (0.5,) * 3, (0.25,) * 3, flip)
+
+
+def seen(loader: DeviceLoader) -> list[int]:
+    return [label for _, labels in loader for label in labels.tolist()]
+
+
+def test_digits_splits_are_disjoint_and_together_whole():
+    from sklearn.datasets import load_digits
+
+    splits = load_data("digits", size=8)
+    parts = [splits.train, splits.val, splits.test]
+    assert sum(len(part) for part in parts) == 1797
+    target = load_digits().target
+    counts = torch.bincount(torch.cat([part.labels for part in parts]))
+    assert counts.tolist() == np.bincount(target).tolist()
+    rows = [{image.numpy().tobytes() for image in part.images} for part in parts]
+    assert not rows[0] & rows[1]
+    assert not rows[0] & rows[2]
+    assert not rows[1] & rows[2]
+
+
+def test_validation_is_the_last_tenth_of_each_class_in_file_order(image_tree):
+    splits = load_data(f"imagefolder:{image_tree}", size=8)
+    assert splits.val.labels.tolist() == [0, 1]
+    assert splits.val.images[:, 0, 0, 0].tolist() == [90, 90]  # the red of the tenth file
+    assert splits.train.images[:, 0, 0, 0].tolist() == [10 * n for n in range(9)] * 2
+    assert len(splits.test) == 6
+
+
+def test_the_digest_is_stable_and_tells_splits_apart():
+    first, again = load_data("digits", size=8), load_data("digits", size=8)
+    assert first.digest == again.digest == first.val.digest()
+    assert first.digest != first.train.digest()
+    changed = first.val.images.clone()
+    changed[0, 0, 0, 0] += 1
+    assert replace(first.val, images=changed).digest() != first.digest
+    labels = first.val.labels.flip(0)
+    assert replace(first.val, labels=labels).digest() != first.digest
+
+
+def test_the_name_says_what_the_digits_are():
+    splits = load_data("digits", size=16)
+    assert splits.train.image_size == 16
+    assert "digits" in splits.train.name
+    assert "16x16" in splits.train.name
+    assert not splits.train.flip
+
+
+def test_folders_decode_to_their_pixels_and_sorted_classes(image_tree):
+    splits = load_data(f"imagefolder:{image_tree}", size=8)
+    assert splits.train.classes == ("cat", "dog")
+    assert splits.train.images.dtype == torch.uint8
+    assert splits.test.images[4, :, 3, 3].tolist() == [10, 200, 7]
+    halved = load_data(f"imagefolder:{image_tree}", size=4)
+    assert halved.train.images.shape[1:] == (3, 4, 4)
+    assert halved.train.images[1, :, 0, 0].tolist() == [10, 0, 7]
+
+
+def test_a_decoded_folder_is_read_again_only_when_its_files_change(image_tree, monkeypatch):
+    load_data(f"imagefolder:{image_tree}", size=8)
+    monkeypatch.setattr("zoo.data._decode", lambda *_: pytest.fail("decoded again"))
+    load_data(f"imagefolder:{image_tree}", size=8)
+    monkeypatch.undo()
+    path = image_tree / "train" / "cat" / "00.png"
+    before = path.stat()
+    Image.new("RGB", (8, 8), (1, 0, 7)).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
+    assert load_data(f"imagefolder:{image_tree}", size=8).train.images[0, 0, 0, 0] == 1
+
+
+def _corruptions() -> dict[str, bytes]:
+    stream = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(stream, "png")
+    good = stream.getvalue()
+    data = good.index(b"IDAT")
+    header = b"IHDR" + b"\x00\x0f\xff\xff" * 2 + good[24:29]
+    return {
+        "empty": b"",
+        "text": b"not an image",
+        "truncated": good[: data + 20],
+        "header only": good[:33],
+        "broken chunk": good[:data] + b"IDAX" + good[data + 4 :],
+        "broken checksum": good[:29] + b"\0\0\0\0" + good[33:],
+        "huge": good[:12] + header + zlib.crc32(header).to_bytes(4, "big") + good[33:],
+    }
+
+
+@pytest.mark.parametrize("kind", list(_corruptions()))
+def test_a_corrupt_image_is_named(image_tree, kind):
+    (image_tree / "train" / "dog" / "03.png").write_bytes(_corruptions()[kind])
+    with pytest.raises(DataError, match=r"dog/03\.png cannot be read as an image"):
+        load_data(f"imagefolder:{image_tree}", size=8)
+
+
+def test_what_is_missing_is_said(tmp_path, image_tree):
+    with pytest.raises(DataError, match=r"data set 'digit'. Did you mean 'digits'\?"):
+        load_data("digit")
+    with pytest.raises(DataError, match="needs the folder"):
+        load_data("cifar10")
+    with pytest.raises(DataError, match="has no train/ folder"):
+        load_data("cifar10", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds 2 classes; CIFAR-10 has 10"):
+        load_data("cifar10", image_tree)
+    (tmp_path / "half" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="neither a val/ nor a test/"):
+        load_data(f"imagefolder:{tmp_path / 'half'}")
+    (tmp_path / "half" / "val" / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="holds no <class>/<image> files"):
+        load_data(f"imagefolder:{tmp_path / 'half'}")
+
+
+def test_train_and_test_folders_must_hold_the_same_classes(image_tree):
+    (image_tree / "val" / "dog").rename(image_tree / "val" / "wolf")
+    with pytest.raises(DataError, match="same classes"):
+        load_data(f"imagefolder:{image_tree}", size=8)
+
+
+def test_images_are_normalised_with_their_own_mean_and_std():
+    data = numbered(4)
+    image, label = data[2]
+    assert label == 2
+    assert torch.allclose(image, (data.images[2].float() / 255 - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_every_image_comes_exactly_once_per_pass(shuffle):
+    loader = DeviceLoader(numbered(53), 8, shuffle=shuffle)
+    assert len(loader) == 7
+    for _ in range(2):
+        assert sorted(seen(loader)) == list(range(53))
+
+
+def test_drop_last_gives_full_batches_only():
+    batches = [len(labels) for _, labels in DeviceLoader(numbered(53), 8, drop_last=True)]
+    assert batches == [8] * 6
+
+
+def test_two_ranks_have_disjoint_shares_of_equal_size():
+    shares = [
+        seen(DeviceLoader(numbered(53), 8, shuffle=True, seed=5, rank=rank, world_size=2))
+        for rank in range(2)
+    ]
+    assert [len(share) for share in shares] == [26, 26]
+    assert not set(shares[0]) & set(shares[1])
+
+
+def test_the_same_seed_gives_the_same_batches_pass_by_pass():
+    first, again, other = (
+        DeviceLoader(numbered(32), 8, shuffle=True, augment=True, seed=seed) for seed in (2, 2, 3)
+    )
+    passes = []
+    for _ in range(2):
+        one, two = list(first), list(again)
+        for (images, labels), (same_images, same_labels) in zip(one, two, strict=True):
+            assert torch.equal(images, same_images)
+            assert torch.equal(labels, same_labels)
+        passes.append(torch.cat([labels for _, labels in one]))
+    assert not torch.equal(passes[0], passes[1])
+    assert not torch.equal(passes[0], torch.cat([labels for _, labels in other]))
+
+
+def test_loading_leaves_the_callers_random_state_alone():
+    before = torch.random.get_rng_state()
+    list(DeviceLoader(numbered(32), 8, shuffle=True, augment=True))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("size", [8, 16])
+def test_augmentation_is_a_crop_of_the_reflected_image_mirrored_or_not(flip, size):
+    """Every augmented image equals one of the naive per-image crops; all kinds of crops occur."""
+    data = numbered(40, size, flip)
+    pad = size // 8
+    chosen = []
+    for images, labels in DeviceLoader(data, 16, augment=True, shuffle=True, seed=1):
+        pixels = ((images * 0.25 + 0.5) * 255).round().to(torch.uint8)
+        for image, label in zip(pixels, labels.tolist(), strict=True):
+            padded = np.pad(data.images[label].numpy(), ((0, 0), (pad, pad), (pad, pad)), "reflect")
+            matches = [
+                (top, left, mirrored)
+                for top in range(2 * pad + 1)
+                for left in range(2 * pad + 1)
+                for mirrored in (False, True)
+                if np.array_equal(_crop(padded, top, left, size, mirrored), image.numpy())
+            ]
+            assert len(matches) == 1
+            chosen += matches
+    assert len(chosen) == 40
+    assert {top for top, _, _ in chosen} == set(range(2 * pad + 1))
+    assert {left for _, left, _ in chosen} == set(range(2 * pad + 1))
+    assert {mirrored for _, _, mirrored in chosen} == ({False, True} if flip else {False})
+
+
+def _crop(padded: np.ndarray, top: int, left: int, size: int, mirrored: bool) -> np.ndarray:
+    crop = padded[:, top : top + size, left : left + size]
+    return crop[:, :, ::-1] if mirrored else crop
+
+
+@pytest.mark.gpu
+def test_a_loader_gives_the_same_batches_on_a_cuda_device():
+    data = numbered(32)
+    options = {"augment": True, "shuffle": True, "seed": 1}
+    cpu, cuda = DeviceLoader(data, 8, **options), DeviceLoader(data, 8, device="cuda", **options)
+    for (images, labels), (same, same_labels) in zip(cpu, cuda, strict=True):
+        assert same.is_cuda
+        assert torch.allclose(images, same.cpu(), atol=1e-6)
+        assert torch.equal(labels, same_labels.cpu())

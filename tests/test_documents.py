@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from zoo.documents import decode, encode, read_json, write_json, write_text
+from zoo.errors import DocumentError
+
+
+@dataclass(frozen=True)
+class Leaf:
+    name: str
+    ratio: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Tree:
+    leaves: tuple[Leaf, ...]
+    shape: tuple[int, int]
+    table: dict[str, Leaf] = field(default_factory=dict)
+    note: str | None = None
+
+
+TREE = Tree((Leaf("a", 0.5), Leaf("b", 1.0, 3)), (4, 5), {"x": Leaf("c", 0.25)}, "hello")
+RAW = {"name": "a", "ratio": 0.5}
+
+
+def test_nested_dataclasses_survive_a_round_trip():
+    assert decode(Tree, encode(TREE), "tree") == TREE
+
+
+def test_none_is_left_out_and_read_back():
+    bare = Tree((), (1, 2))
+    assert "note" not in encode(bare)
+    assert decode(Tree, encode(bare), "tree") == bare
+
+
+def test_integers_are_numbers_and_become_floats():
+    value = decode(Leaf, {"name": "a", "ratio": 1}, "leaf").ratio
+    assert value == 1.0
+    assert isinstance(value, float)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (RAW | {"cuont": 2}, r"leaf: unknown key 'cuont'. Did you mean 'count'\?"),
+        ({"ratio": 0.5}, "leaf: the key 'name' is missing"),
+        (RAW | {"ratio": "0.5"}, "leaf.ratio: expected a number"),
+        (RAW | {"ratio": True}, "leaf.ratio: expected a number"),
+        (RAW | {"count": True}, "leaf.count: expected an integer"),
+        (RAW | {"count": 1.0}, "leaf.count: expected an integer"),
+        (RAW | {"count": None}, "leaf.count: expected an integer"),
+        (RAW | {"name": 3}, "leaf.name: expected a string"),
+        ([RAW], "leaf: expected an object"),
+    ],
+)
+def test_a_wrong_leaf_is_refused_by_name(raw, message):
+    with pytest.raises(DocumentError, match=message):
+        decode(Leaf, raw, "leaf")
+
+
+def test_errors_name_the_place_inside_the_document():
+    raw = encode(TREE)
+    raw["leaves"][1]["ratio"] = "half"
+    with pytest.raises(DocumentError, match=r"tree\.leaves\[1\]\.ratio"):
+        decode(Tree, raw, "tree")
+    raw = encode(TREE)
+    raw["table"]["x"]["size"] = 1
+    with pytest.raises(DocumentError, match=r"tree\.table\.x: unknown key 'size'"):
+        decode(Tree, raw, "tree")
+
+
+def test_a_tuple_of_fixed_length_counts_its_items():
+    with pytest.raises(DocumentError, match=r"tree\.shape: expected 2 items, got 3"):
+        decode(Tree, encode(TREE) | {"shape": [1, 2, 3]}, "tree")
+
+
+def test_files_that_cannot_be_read_are_document_errors(tmp_path):
+    with pytest.raises(DocumentError, match="does not exist"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"a": ')
+    with pytest.raises(DocumentError, match="not valid JSON"):
+        read_json(tmp_path / "bad.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DocumentError, match="cannot be read"):
+        read_json(tmp_path / "binary.json")
+    with pytest.raises(DocumentError, match="cannot be read"):
+        read_json(tmp_path)
+
+
+def test_writing_creates_folders_and_keeps_unicode(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    write_json(path, {"β": TREE})
+    assert decode(Tree, read_json(path)["β"], "tree") == TREE
+    assert "β" in path.read_text(encoding="utf-8")
+
+
+def _replace_fails(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_failing_write_leaves_the_old_document_and_no_debris(tmp_path, monkeypatch):
+    path = tmp_path / "doc.json"
+    write_text(path, "old")
+    monkeypatch.setattr(os, "replace", _replace_fails)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_while_writing_leaves_the_old_document(tmp_path, monkeypatch):
+    path = tmp_path / "doc.json"
+    write_text(path, "old")
+    fdopen = os.fdopen
+
+    def on_full_disk(handle: int, *args: object, **options: object):
+        os.dup2(os.open("/dev/full", os.O_WRONLY), handle)
+        return fdopen(handle, *args, **options)
+
+    monkeypatch.setattr(os, "fdopen", on_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

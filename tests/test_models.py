@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from zoo.errors import CheckpointError, ZooError
+from zoo.models import ARCHITECTURES, architecture, build_model
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("arch", "count"), [("resnet20-16", 847_738), ("resnet20-64", 13_513_162), ("cnet", 52_266)]
+)
+def test_parameter_counts_at_ten_classes(arch, count):
+    # cnet: 896 + 5 · 9,248 for the convolutions, 512 · 10 + 10 for the dense layer.
+    assert sum(p.numel() for p in build_model(arch, 10).parameters()) == count
+
+
+def test_resnet20_has_torchvisions_key_names():
+    # torchvision's own ResNet with three blocks in each of its first three stages.
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    theirs = {key for key in ResNet(BasicBlock, [3, 3, 3, 1]).state_dict() if "layer4" not in key}
+    projection = ["0.weight", "1.weight", "1.bias", "1.running_mean", "1.running_var"]
+    projection.append("1.num_batches_tracked")
+    first = {f"layer1.0.downsample.{part}" for part in projection}
+    assert set(build_model("resnet20-16", 10).state_dict()) == theirs | first
+
+
+def test_resnet20_stages_have_the_papers_widths_and_resolutions():
+    model = build_model("resnet20-64", 100)
+    sizes = {}
+    for name in ("layer1", "layer2", "layer3"):
+        stage = getattr(model, name)
+        stage.register_forward_hook(
+            lambda _m, _i, out, name=name: sizes.update({name: tuple(out.shape[1:])})
+        )
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 100)
+    assert sizes == {"layer1": (64, 32, 32), "layer2": (128, 16, 16), "layer3": (512, 8, 8)}
+
+
+def test_cnet_has_six_convolutions_of_32_and_no_batch_norm():
+    model = build_model("cnet", 10)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [32] * 6
+    assert not [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others():
+    first, again, other = (build_model("resnet20-16", 10, seed=s) for s in (3, 3, 4))
+    assert all(map(torch.equal, first.state_dict().values(), again.state_dict().values()))
+    assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+def test_building_leaves_the_callers_random_state_alone():
+    before = torch.random.get_rng_state()
+    build_model("resnet20-16", 10, seed=123)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
+@pytest.mark.parametrize(("classes", "size"), [(10, 32), (7, 16), (100, 64)])
+def test_classes_and_image_size_are_inferred_from_a_checkpoint(arch, classes, size):
+    model = build_model(arch, classes, image_size=size)
+    known = architecture(arch)
+    expected = size if known.flatten_stride else known.image_size
+    assert known.infer(shapes_of(model)) == (classes, expected)
+
+
+def test_a_checkpoint_without_the_classifier_is_refused():
+    known = architecture("resnet20-16")
+    with pytest.raises(CheckpointError, match=r"no classifier 'fc.weight'"):
+        known.infer({"conv1.weight": (16, 3, 3, 3)})
+    with pytest.raises(CheckpointError, match="two dimensions"):
+        known.infer({"fc.weight": (10, 128, 1, 1)})
+
+
+def test_cnet_features_of_no_image_size_are_refused():
+    with pytest.raises(CheckpointError, match="500 input features"):
+        architecture("cnet").infer({"fc.weight": (10, 500)})
+
+
+def test_an_unknown_architecture_names_the_nearest_one():
+    with pytest.raises(ZooError, match=r"'resnet20_16'. Did you mean 'resnet20-16'\?"):
+        build_model("resnet20_16", 10)
+    with pytest.raises(ZooError, match=r"torchvision architecture 'resnet8'.*Did you mean"):
+        build_model("torchvision:resnet8", 10)
+    with pytest.raises(ZooError, match=r"timm architecture 'resnet19'.*Did you mean"):
+        build_model("timm:resnet19", 10)
+
+
+@pytest.mark.parametrize("arch", ["torchvision:", "timm:", "keras:resnet50", ""])
+def test_an_incomplete_or_foreign_name_is_refused(arch):
+    with pytest.raises(ZooError, match="Unknown architecture"):
+        architecture(arch)
+
+
+@pytest.mark.parametrize(
+    ("arch", "classifier"),
+    [
+        ("torchvision:resnet18", "fc"),
+        ("torchvision:mobilenet_v2", "classifier.1"),
+        ("timm:resnet18", "fc"),
+        ("timm:mobilenetv3_small_050", "classifier"),
+    ],
+)
+def test_library_architectures_know_their_classifier(arch, classifier):
+    model = build_model(arch, 7)
+    assert model.get_submodule(classifier).out_features == 7
+    assert architecture(arch).infer(shapes_of(model)) == (7, 224)
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ZooError, match="divisible by 8: 20"):
+        build_model("cnet", 10, image_size=20)
+    with pytest.raises(ZooError, match="num_classes must be at least 1, got 0"):
+        build_model("cnet", 0)

@@ -1,0 +1,477 @@
+"""Exported files compute what their modules compute, or do not exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import zoo.onnx_export
+import zoo.runtime
+from zoo.cost import Cost
+from zoo.data import ImageSet
+from zoo.errors import ExportError, ZooError
+from zoo.models import build_model
+from zoo.onnx_export import export
+from zoo.pruning.plan import Plan, PruningRecord, Source
+from zoo.runtime import InferenceSession, compare_latency, measure_latency
+
+CPU = ["CPUExecutionProvider"]
+
+
+class Small(nn.Module):
+    """Convolution, batch norm, a shortcut and a flatten, on 3 x 8 x 8 images."""
+
+    def __init__(self, classes: int = 5) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6 * 16, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.bn(self.conv1(images)).relu()
+        x = nn.functional.max_pool2d(x + self.conv2(x), 2)
+        return self.fc(x.flatten(1))
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """`module` with no batch-norm buffer or affine parameter left at its initial value."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            for tensor in (layer.running_mean, layer.bias.data):
+                tensor.copy_(0.3 * torch.randn(tensor.shape, generator=generator))
+            for tensor in (layer.running_var, layer.weight.data):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return module
+
+
+def noise(count: int, size: int = 8, seed: int = 1) -> Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(Small())
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("onnx") / "small.onnx"
+    export(randomised(Small()), path, inputs=noise(8))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"), [("cnet", 32), ("resnet20-16", 32), ("torchvision:mobilenet_v2", 64)]
+)
+def test_exported_file_computes_the_module_at_any_batch_size(
+    arch: str, size: int, tmp_path: Path
+) -> None:
+    model = randomised(build_model(arch, 7)).train()
+    path = tmp_path / "model.onnx"
+    result = export(model, path, inputs=noise(5, size))
+    assert result.relative_difference <= 1e-3
+    assert (result.images, result.inputs, result.top1_agreement) == (5, "given", 1.0)
+    assert (result.path, result.bytes) == (path, path.stat().st_size)
+    assert list(tmp_path.iterdir()) == [path]
+    session = InferenceSession(path, CPU)
+    assert session.image_shape == (None, 3, size, size)
+    model.eval()
+    for batch in (1, 3, 17):
+        images = noise(batch, size, seed=batch)
+        with torch.no_grad():
+            expected = model(images)
+        got = session(images)
+        assert got.dtype == np.float32
+        assert got.shape == (batch, 7)
+        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(got, session(images.double().numpy()))
+
+
+def test_the_callers_module_is_untouched(small: nn.Module, tmp_path: Path) -> None:
+    small.train()
+    small.conv2.eval()
+    small.fc.weight.requires_grad_(False)
+    small = small.double().to(memory_format=torch.channels_last)
+    small.conv1.register_forward_hook(lambda *_: None)
+    small(noise(2).double()).sum().backward()
+    parameters = dict(small.named_parameters())
+    before = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    gradient = small.conv1.weight.grad.clone()
+    random_state = torch.get_rng_state()
+    export(small, tmp_path / "small.onnx", inputs=noise(4))
+    assert [small.training, small.conv2.training, small.bn.training] == [True, False, True]
+    assert all(value is parameters[name] for name, value in small.named_parameters())
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(tensor, before[name])
+        assert (tensor.dtype, tensor.stride()) == (before[name].dtype, before[name].stride())
+    assert not small.fc.weight.requires_grad
+    assert small.conv1.weight.requires_grad
+    assert torch.equal(small.conv1.weight.grad, gradient)
+    assert len(small.conv1._forward_hooks) == 1
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_a_hook_that_changes_outputs_is_exported_too(small: nn.Module, tmp_path: Path) -> None:
+    small.eval().fc.register_forward_hook(lambda _module, _args, output: output * 2)
+    export(small, tmp_path / "small.onnx", inputs=noise(4))
+    got = InferenceSession(tmp_path / "small.onnx", CPU)(noise(4))
+    torch.testing.assert_close(
+        torch.from_numpy(got), small(noise(4)).detach(), rtol=1e-3, atol=1e-4
+    )
+
+
+class Perturbed(InferenceSession):
+    """A session that computes something else in one image of five."""
+
+    shift = 0.5
+
+    def __call__(self, images: np.ndarray | Tensor) -> np.ndarray:
+        logits = super().__call__(images)
+        logits[::5, 0] += self.shift
+        return logits
+
+
+class Broken(Perturbed):
+    shift = float("nan")
+
+
+@pytest.mark.parametrize("session", [Perturbed, Broken])
+@pytest.mark.parametrize("old", [None, b"the old file"])
+def test_a_file_that_computes_something_else_never_appears(
+    session: type[InferenceSession],
+    old: bytes | None,
+    small: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "small.onnx"
+    if old is not None:
+        path.write_bytes(old)
+    monkeypatch.setattr(zoo.onnx_export, "InferenceSession", session)
+    with pytest.raises(ExportError, match="differ by"):
+        export(small, path, inputs=noise(10))
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([old] if old else [])
+
+
+def test_top1_disagreement_counts_only_where_pytorch_is_sure() -> None:
+    reference = torch.tensor([[1.0, 0.0], [1.0, 0.9999], [0.0, 1.0], [0.0, 1.0]])
+    swapped = reference.flip(1)
+    difference, relative, agreement = zoo.onnx_export._compare(reference, swapped)
+    assert (difference, relative, agreement) == (1.0, 1.0, 0.25)
+    huge = reference * 1e4
+    assert zoo.onnx_export._compare(huge, huge + 5)[:2] == (5.0, 5e-4)
+    single = torch.ones(3, 1)
+    assert zoo.onnx_export._compare(single, single) == (0.0, 0.0, 1.0)
+
+
+def test_without_inputs_parity_runs_on_noise_and_says_so(small: nn.Module, tmp_path: Path) -> None:
+    result = export(small, tmp_path / "small.onnx", example_input=torch.zeros(1, 3, 8, 8))
+    assert (result.inputs, result.images) == ("noise", 16)
+    assert result.max_abs_difference > 0
+
+
+def test_inputs_are_at_most_256_images_spread_over_the_set(
+    small: nn.Module, tmp_path: Path
+) -> None:
+    pixels = torch.randint(256, (600, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    half = (0.5, 0.5, 0.5)
+    labels = torch.arange(600) // 120
+    data = ImageSet("five by file order", pixels.byte(), labels, tuple("abcde"), half, half)
+    images = zoo.onnx_export._gather(data)
+    assert torch.equal(images, data.normalise(data.images[::3]))
+    assert zoo.onnx_export._gather(DataLoader(data, 100)).shape == (256, 3, 8, 8)
+    assert zoo.onnx_export._gather(noise(300)).shape == (256, 3, 8, 8)
+    assert zoo.onnx_export._gather(TensorDataset(noise(257))).shape == (129, 3, 8, 8)
+    result = export(small, tmp_path / "small.onnx", inputs=data)
+    assert (result.inputs, result.images) == ("five by file order", 200)
+
+
+def test_a_pruned_module_exports_with_its_record(small: nn.Module, tmp_path: Path) -> None:
+    plan = Plan(
+        "bundled:small/params-cf2", "params", 2.0, 2.03125, {}, {}, "random", 0,
+        Cost(203, 10), Cost(100, 5), 8,
+    )  # fmt: skip
+    source = Source("/home/somebody/secret.pt", "ab" * 32)
+    small.pruning = PruningRecord("small", 5, 8, plan, "pretrained", source, {})
+    result = export(small, tmp_path / "small.onnx")
+    assert result.inputs == "noise"
+    file = onnx.load(tmp_path / "small.onnx")
+    metadata = {item.key: item.value for item in file.metadata_props}
+    assert metadata == {
+        "architecture": "small",
+        "profile": "bundled:small/params-cf2",
+        "metric": "params",
+        "compression_factor": "2.0312",
+        "num_classes": "5",
+        "image_shape": "3x8x8",
+        "source_sha256": "ab" * 32,
+    }
+    assert file.opset_import[0].version == result.opset
+
+
+def test_the_file_tells_nothing_about_the_machine_it_was_made_on(small_file: Path) -> None:
+    content = small_file.read_bytes()
+    assert b".py" not in content
+    assert str(Path.home()).encode() not in content
+    assert small_file.stat().st_mode & 0o777 == 0o644
+
+
+class Branching(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        logits = super().forward(images)
+        return logits if logits.sum() > 0 else -logits
+
+
+class FixedBatch(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        count = int(images.shape[0])
+        return super().forward(images).reshape(count, 5) * torch.ones(count, 1)[:2].sum()
+
+
+class Maps(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv1(images)
+
+
+class Named(Small):
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {"logits": super().forward(images)}
+
+
+class Squeezed(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images).squeeze()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Branching, "cannot be converted to ONNX: "),
+        (Maps, re.escape("gives (1, 6, 8, 8) for images of shape (1, 3, 8, 8)")),
+        (Named, "gives dict"),
+        (Squeezed, re.escape("gives (5,)")),
+    ],
+)
+def test_modules_that_cannot_be_exported_say_why_and_print_nothing(
+    kind: type[nn.Module], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(kind(), tmp_path / "model.onnx", inputs=noise(4))
+    assert list(tmp_path.iterdir()) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_batch_size_baked_into_the_module_is_never_exported(tmp_path: Path) -> None:
+    with pytest.raises(ExportError):
+        export(FixedBatch(), tmp_path / "model.onnx", inputs=noise(4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_an_error(small: nn.Module, tmp_path: Path) -> None:
+    small.fc.weight.data[0, 0] = float("nan")
+    with pytest.raises(ExportError, match="not finite"):
+        export(small, tmp_path / "small.onnx", inputs=noise(4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "inputs= .* or example_input="),
+        ({"precision": "fp61", "inputs": noise(4)}, r"Unknown precision 'fp61'\. .*Known: fp32\."),
+        ({"inputs": noise(4)[0]}, re.escape("shape (N, C, H, W)")),
+        ({"inputs": noise(0)}, re.escape("shape (N, C, H, W)")),
+        ({"inputs": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "must be float images"),
+        ({"example_input": torch.zeros(3, 8, 8)}, "example_input must be float images"),
+        ({"inputs": [(np.zeros((4, 3, 8, 8)), 0)]}, "give ndarray"),
+        ({"inputs": []}, "hold no images"),
+        ({"inputs": [noise(2), noise(2, 4)]}, "several shapes"),
+        ({"inputs": noise(4, size=6)}, re.escape("does not take images of shape (1, 3, 6, 6)")),
+    ],
+)
+def test_bad_arguments_are_named(
+    options: dict, message: str, small: nn.Module, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(small, tmp_path / "small.onnx", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_path_is_an_error_before_any_work(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the export had started")
+
+    monkeypatch.setattr(zoo.onnx_export, "_parity_images", never)
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "model.onnx", tmp_path, tmp_path / ("x" * 300)):
+        with pytest.raises(ExportError, match=r"cannot be written|is a folder"):
+            export(small, path, inputs=noise(4))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_keeps_the_old_file(
+    small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "small.onnx"
+    path.write_bytes(b"the old file")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+    with pytest.raises(ExportError, match="No space left"):
+        export(small, path, inputs=noise(4))
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"the old file"]
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        noise(2, size=7),
+        noise(2)[0],
+        noise(0),
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        np.zeros((2, 8, 8, 3), np.float32),
+    ],
+)
+def test_a_session_refuses_images_of_another_shape(
+    images: np.ndarray | Tensor, small_file: Path
+) -> None:
+    with pytest.raises(ExportError, match=re.escape("of shape (N, 3, 8, 8), N at least 1; got")):
+        InferenceSession(small_file, CPU)(images)
+
+
+def test_missing_and_corrupt_files_are_errors(small_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="does not exist"):
+        InferenceSession(tmp_path / "absent.onnx")
+    corrupt = tmp_path / "corrupt.onnx"
+    for content in (b"", b"not an onnx file", small_file.read_bytes()[:-500]):
+        corrupt.write_bytes(content)
+        with pytest.raises(ExportError, match=r"cannot load .*corrupt\.onnx") as caught:
+            InferenceSession(corrupt)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_takes_something_else_is_an_error(tmp_path: Path) -> None:
+    value = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])
+    result = onnx.helper.make_tensor_value_info("same", onnx.TensorProto.INT64, ["n"])
+    node = onnx.helper.make_node("Identity", ["ids"], ["same"])
+    graph = onnx.helper.make_graph([node], "tokens", [value], [result])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "ids")
+    with pytest.raises(ExportError, match=re.escape("ids: tensor(int64)")):
+        InferenceSession(tmp_path / "ids", CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CPUExecutionProvdier", "Did you mean 'CPUExecutionProvider'"),
+        ("DmlExecutionProvider", "cannot be used here.*Available: .*CPUExecutionProvider.*needs"),
+    ],
+)
+def test_an_absent_provider_is_an_error_that_names_those_present(
+    name: str, message: str, small_file: Path
+) -> None:
+    with pytest.raises(ZooError, match=message):
+        InferenceSession(small_file, [name])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+@pytest.mark.parametrize("name", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
+def test_a_gpu_provider_without_a_gpu_is_one_error_and_no_chatter(
+    name: str, small_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ExportError, match=f"{name} cannot be used here") as caught:
+        InferenceSession(small_file, [name, "CPUExecutionProvider"])
+    assert "Available: CPUExecutionProvider." in str(caught.value)
+    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_gpu_that_onnx_runtime_cannot_use_falls_back_with_a_warning(
+    small_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if "CUDAExecutionProvider" not in zoo.runtime._onnxruntime().get_available_providers():
+        pytest.skip("needs onnxruntime-gpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.warns(UserWarning, match="runs on the CPU: CUDAExecutionProvider needs"):
+        session = InferenceSession(small_file)
+    assert session.providers == ("CPUExecutionProvider",)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_computes_what_the_cpu_computes(small_file: Path) -> None:
+    session = InferenceSession(small_file, ["CUDAExecutionProvider"])
+    assert session.providers[0] == "CUDAExecutionProvider"
+    expected = InferenceSession(small_file, CPU)(noise(4))
+    np.testing.assert_allclose(session(noise(4).cuda()), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_exporting_and_running_print_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys, torch\n"
+        "from zoo.models import build_model\n"
+        "from zoo.onnx_export import export\n"
+        "from zoo.runtime import InferenceSession\n"
+        "assert 'onnxruntime' not in sys.modules and 'onnx' not in sys.modules\n"
+        "images = torch.zeros(2, 3, 16, 16)\n"
+        "export(build_model('cnet', 4, image_size=16), sys.argv[1], example_input=images)\n"
+        "assert InferenceSession(sys.argv[1])(images).shape == (2, 4)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "cnet.onnx")],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_only_device_discovery_lines_are_dropped(capfd: pytest.CaptureFixture[str]) -> None:
+    with zoo.runtime._without_lines("device_discovery.cc"):
+        os.write(2, b"2026 [W:onnxruntime:Default, device_discovery.cc:164] card0/device/vendor\n")
+        os.write(2, b"something that matters\n")
+    os.write(2, b"and afterwards\n")
+    assert capfd.readouterr().err == "something that matters\nand afterwards\n"
+
+
+def test_latency_is_of_the_repeats_after_the_warmup() -> None:
+    calls: list[int] = []
+    latency = measure_latency(lambda: calls.append(1), warmup=2, repeats=5)
+    assert len(calls) == 7
+    assert latency.repeats == 5
+    assert 0 <= latency.p10_ms <= latency.median_ms <= latency.p90_ms
+    with pytest.raises(ZooError, match="repeats >= 1"):
+        measure_latency(lambda: None, repeats=0)
+
+
+def test_dense_and_pruned_take_turns_on_the_same_images() -> None:
+    calls: list[tuple[str, int]] = []
+    rows = compare_latency(
+        lambda images: calls.append(("dense", len(images))),
+        lambda images: calls.append(("pruned", len(images))),
+        lambda batch: np.zeros((batch, 3, 8, 8), np.float32),
+        (1, 4),
+        warmup=1,
+        repeats=2,
+    )
+    assert calls == [(name, batch) for batch in (1, 4) for name in ("dense", "pruned") * 3]
+    assert [row.batch for row in rows] == [1, 4]
+    assert all(row.ratio == row.dense_ms / row.pruned_ms for row in rows)

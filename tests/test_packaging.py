@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import zoo
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "torchvision", "timm", "numpy", "accelerate", "onnx", "onnxruntime", "rich")
+
+
+def run_python(code: str, folder: Path, path: Path | None = None) -> str:
+    """What `code` prints in a fresh interpreter that starts in `folder`."""
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if path is not None:
+        environment["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("installed")
+    options = ["--quiet", "--no-deps", "--no-index", "--target", str(folder)]
+    install = [sys.executable, "-m", "pip", "install", *options, str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    return folder
+
+
+def test_the_wheel_holds_the_package_and_its_registry_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"zoo", "prunezoo-0.1.0.dist-info"}
+    files = {p.relative_to(ROOT / "registry") for p in (ROOT / "registry").rglob("*.*")}
+    inside = {Path(n).relative_to("zoo/_registry") for n in names if n.startswith("zoo/_registry/")}
+    assert inside == files
+    sources = {p.relative_to(ROOT) for p in (ROOT / "zoo").rglob("*.py")}
+    assert {Path(name) for name in names if name.endswith(".py")} == sources
+
+
+def test_an_installed_wheel_lists_its_profiles_from_another_folder(installed, tmp_path):
+    code = (
+        "import json, zoo\n"
+        "entries = zoo.list_profiles()\n"
+        "cuts = {e.reference: zoo.get_profile(e.reference).kept for e in entries}\n"
+        "print(json.dumps([zoo.__file__, cuts]))"
+    )
+    where, cuts = json.loads(run_python(code, tmp_path, installed))
+    assert Path(where).is_relative_to(installed)
+    here = {e.reference: zoo.get_profile(e.reference).kept for e in zoo.list_profiles()}
+    assert cuts == here
+    assert "bundled:resnet20-16/params-cf4" in cuts
+
+
+def test_an_installed_wheel_knows_the_groups_of_its_architectures(installed, tmp_path):
+    code = (
+        "from zoo.registry import stored_groups\n"
+        "names = ('cnet', 'resnet20-16', 'resnet20-64')\n"
+        "print([len(stored_groups(name).groups) for name in names])"
+    )
+    assert json.loads(run_python(code, tmp_path, installed)) == [6, 13, 13]
+
+
+@pytest.mark.parametrize("statement", ["import zoo", "import zoo; zoo.list_profiles()"])
+def test_importing_the_zoo_and_listing_profiles_imports_nothing_heavy(tmp_path, statement):
+    code = f"{statement}\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
+    loaded = json.loads(run_python(code, tmp_path))
+    assert not [name for name in HEAVY if name in loaded]
+
+
+def test_every_public_name_resolves_and_is_listed():
+    for name in zoo.__all__:
+        assert getattr(zoo, name) is not None
+    assert set(zoo.__all__) <= set(dir(zoo))
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        _ = zoo.lod

@@ -1,0 +1,308 @@
+"""The contract of surgery, and the groups, plans and criteria it rests on."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo.cost import cost_model
+from zoo.errors import FactorError, GraphError, ZooError
+from zoo.groups import ChannelGroups
+from zoo.models import build_model
+from zoo.pruning import surgery
+from zoo.pruning.criteria import CRITERIA, channel_scores, random_scores, taylor_features
+from zoo.pruning.graph import channel_groups
+from zoo.pruning.masking import masked
+from zoo.pruning.plan import Plan, make_plan
+from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.pruning.surgery import named_tensors
+from zoo.registry import stored_groups
+
+OWN = ("cnet", "resnet20-16")
+OTHERS = (
+    "torchvision:resnet18",
+    "torchvision:resnet50",
+    "torchvision:vgg16_bn",
+    "torchvision:mobilenet_v2",
+    "torchvision:densenet121",
+    "torchvision:efficientnet_b0",
+    "timm:seresnet18",
+)
+SIZES = {"cnet": 32, "resnet20-16": 16, "torchvision:vgg16_bn": 32}
+
+
+def network(name: str) -> tuple[nn.Module, torch.Tensor]:
+    """A double-precision network with every parameter and buffer randomised, and an input."""
+    if name == "timm:seresnet18":
+        import timm
+
+        module = timm.create_model("seresnet18", num_classes=5)
+    else:
+        module = build_model(name, 5)
+    if name == "torchvision:vgg16_bn":  # its 120 million dense parameters prove nothing more
+        module.classifier = nn.Sequential(nn.Linear(512 * 49, 64), nn.ReLU(), nn.Linear(64, 5))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for tensor_name, tensor in named_tensors(module).items():
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator) - 0.5
+                if tensor_name.endswith("running_var"):
+                    noise = noise.abs() + 0.5
+                elif tensor.ndim > 1:
+                    noise = noise * (12 / tensor[0].numel()) ** 0.5
+                tensor.copy_(noise)
+    size = SIZES.get(name, 32)
+    return module.double().eval(), torch.rand(2, 3, size, size, generator=generator).double()
+
+
+def planned(
+    module: nn.Module, groups: ChannelGroups, policy: str, criterion: str, cf: float = 3.0
+) -> Plan:
+    solution = policy_solution(policy, cost_model(groups), cf, "params", seed=3)
+    images = torch.rand(8, 3, groups.image_size, groups.image_size).double()
+    batches = [(images, torch.arange(8) % 5)]
+    return make_plan(
+        groups,
+        dict(zip(groups.names, solution.widths, strict=True)),
+        channel_scores(criterion, module, groups, 3, batches),
+        profile=policy,
+        metric="params",
+        asked=cf,
+        criterion=criterion,
+        seed=3,
+    )
+
+
+def assert_contract(module: nn.Module, groups: ChannelGroups, plan: Plan, x: torch.Tensor) -> None:
+    """Masked dense and pruned agree to 1e-9 in outputs and in every gradient that remains."""
+    pruned, zeroed = surgery.apply(module, groups, plan), masked(module, groups, plan)
+    assert sum(p.numel() for p in pruned.parameters()) == plan.pruned.params
+    outputs, gradients, inputs = [], [], []
+    for net in (pruned, zeroed):
+        images = x.clone().requires_grad_()
+        out = net(images)
+        (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+        outputs.append(out.detach())
+        inputs.append(images.grad)
+        gradients.append({name: p.grad for name, p in net.named_parameters()})
+    scale = max(1.0, outputs[1].abs().max().item())
+    assert outputs[1].abs().max() > 0
+    assert (outputs[0] - outputs[1]).abs().max() <= 1e-9 * scale
+    assert (inputs[0] - inputs[1]).abs().max() <= 1e-9 * max(1.0, inputs[1].abs().max().item())
+    kept = surgery.kept_positions(groups, plan)
+    for name, gradient in gradients[1].items():
+        for dim, index in kept.get(name, {}).items():
+            gradient = gradient.index_select(dim, torch.tensor(index))
+        bound = 1e-9 * max(1.0, gradient.abs().max().item())
+        assert (gradients[0][name] - gradient).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("name", OWN)
+def test_surgery_computes_what_masking_computes(name: str, policy: str, criterion: str) -> None:
+    module, x = network(name)
+    groups = channel_groups(module, x[:1])
+    cf = 2.0 if policy in ("decreasing", "increasing") else 3.0
+    if policy == "decreasing":
+        cf = 1.2
+    assert_contract(module, groups, planned(module, groups, policy, criterion, cf), x)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_surgery_on_other_architectures(name: str) -> None:
+    module, x = network(name)
+    groups = channel_groups(module, x[:1])
+    assert not groups.unprunable
+    assert cost_model(groups).dense.params == sum(p.numel() for p in module.parameters())
+    plan = planned(module, groups, "equal", "random")
+    assert plan.got == pytest.approx(3.0, rel=0.02)
+    assert_contract(module, groups, plan, x)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("cnet", (32,) * 6),
+        ("resnet20-16", (16,) * 5 + (32,) * 4 + (128,) * 4),
+        ("resnet20-64", (64,) * 5 + (128,) * 4 + (512,) * 4),
+    ],
+)
+def test_decisions_are_the_papers(name: str, sizes: tuple[int, ...]) -> None:
+    traced = channel_groups(build_model(name, 10), torch.zeros(1, 3, 32, 32))
+    assert traced.sizes == sizes
+    assert stored_groups(name) == traced
+
+
+def test_stored_groups_fit_other_classes_and_sizes() -> None:
+    for name, size in (("cnet", 16), ("resnet20-16", 16), ("resnet20-16", 64)):
+        module = build_model(name, 37, image_size=size)
+        shapes = {key: tuple(t.shape) for key, t in named_tensors(module).items()}
+        stored = stored_groups(name)
+        assert stored is not None
+        assert stored.adapted(shapes, size) == channel_groups(module, torch.zeros(1, 3, size, size))
+
+
+def test_macs_are_those_of_torch() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module = build_model("torchvision:mobilenet_v2", 10).eval()
+    x = torch.zeros(1, 3, 64, 64)
+    groups = channel_groups(module, x)
+    pruned = zoo.prune(module, x, cf=2, metric="macs")
+    for net, macs in (
+        (module, cost_model(groups).dense.macs),
+        (pruned, pruned.pruning.plan.pruned.macs),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        assert counter.get_total_flops() == 2 * macs
+
+
+class Hidden(nn.Module):
+    """A width as a constant inside forward: no surgery can know it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = x.view(x.shape[0], 8, x.shape[2], x.shape[3])
+        return self.head(self.second(x).mean((2, 3)))
+
+
+def test_a_width_hidden_as_a_constant_is_left_whole_and_reported() -> None:
+    groups = channel_groups(Hidden(), torch.zeros(1, 3, 12, 12))
+    assert groups.names == ("second",)
+    assert "constant" in groups.unprunable["first"]
+
+
+class Unruly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cumsum(self.conv(x), 1).mean((2, 3))
+
+
+def test_an_operator_without_a_rule_names_node_and_line() -> None:
+    with pytest.raises(GraphError, match=r"cumsum.*test_pruning\.py"):
+        channel_groups(Unruly(), torch.zeros(1, 3, 8, 8))
+
+
+def test_the_callers_module_is_left_alone() -> None:
+    module = build_model("resnet20-16", 10).train()
+    before = copy.deepcopy(module.state_dict())
+    pruned = zoo.prune(module, torch.zeros(1, 3, 16, 16), cf=2)
+    own = {t.untyped_storage().data_ptr() for t in named_tensors(module).values() if t.numel()}
+    new = {t.untyped_storage().data_ptr() for t in named_tensors(pruned).values() if t.numel()}
+    assert not own & new
+    with torch.no_grad():
+        for tensor in named_tensors(pruned).values():
+            tensor.fill_(7)
+    assert module.training
+    assert not hasattr(module, "pruning")
+    for name, tensor in module.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_attributes_agree_with_tensors() -> None:
+    pruned = zoo.prune(build_model("torchvision:mobilenet_v2", 10), torch.zeros(1, 3, 32, 32), cf=2)
+    for layer in pruned.modules():
+        if isinstance(layer, nn.Conv2d):
+            expected = (layer.out_channels, layer.in_channels // layer.groups)
+            assert tuple(layer.weight.shape[:2]) == expected
+        elif isinstance(layer, nn.BatchNorm2d):
+            assert layer.num_features == len(layer.weight)
+    clone = copy.deepcopy(pruned)
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(clone.eval()(x), pruned.eval()(x))
+
+
+def test_random_choice_is_nested_and_depends_on_the_seed() -> None:
+    groups = channel_groups(build_model("cnet", 10), torch.zeros(1, 3, 32, 32))
+
+    def kept(width: int, seed: int) -> set[int]:
+        widths = dict.fromkeys(groups.names, width)
+        plan = make_plan(
+            groups, widths, random_scores(groups, seed), profile="", metric="params", asked=1,
+            criterion="random", seed=seed,
+        )  # fmt: skip
+        return set(plan.kept["conv3"])
+
+    assert kept(8, 0) < kept(9, 0) < kept(20, 0)
+    assert kept(8, 0) == kept(8, 0)
+    assert kept(8, 0) != kept(8, 1)
+
+
+def test_l1_keeps_the_filters_of_largest_norm() -> None:
+    module, _ = network("cnet")
+    groups = channel_groups(module, torch.zeros(1, 3, 32, 32).double())
+    plan = planned(module, groups, "equal", "l1")
+    norms = module.conv2.weight.detach().abs().sum((1, 2, 3))
+    width = len(plan.kept["conv2"])
+    assert set(plan.kept["conv2"]) == set(norms.topk(width).indices.tolist())
+
+
+def test_taylor_features_are_the_formula() -> None:
+    module, _ = network("cnet")
+    groups = channel_groups(module, torch.zeros(1, 3, 32, 32).double())
+    images, labels = torch.rand(6, 3, 32, 32).double(), torch.arange(6) % 5
+    features = taylor_features(module, groups, [(images[:2], labels[:2]), (images[2:], labels[2:])])
+    expected = torch.zeros(32).double()
+    for image, label in zip(images, labels, strict=True):
+        x = module.relu(module.conv1(image[None]))
+        out = module.conv2(x).detach().requires_grad_()
+        x = module.pool(module.relu(out.clone()))
+        x = module.pool(module.relu(module.conv4(module.relu(module.conv3(x)))))
+        x = module.pool(module.relu(module.conv6(module.relu(module.conv5(x)))))
+        loss = nn.functional.cross_entropy(module.fc(x.flatten(1)), label[None])
+        (gradient,) = torch.autograd.grad(loss, out)
+        expected += (gradient * out).abs().mean((0, 2, 3)).detach() / 6
+    assert torch.allclose(features[1].double(), expected, rtol=1e-5)
+
+
+def test_criteria_that_need_data_say_so() -> None:
+    module = build_model("cnet", 10)
+    with pytest.raises(ZooError, match="needs data"):
+        zoo.prune(module, torch.zeros(1, 3, 32, 32), cf=2, criterion="taylor")
+    with pytest.raises(ZooError, match=r"Did you mean 'taylor'"):
+        zoo.prune(module, torch.zeros(1, 3, 32, 32), cf=2, criterion="tailor")
+
+
+@pytest.mark.parametrize("policy", ["equal", "random", "greedy"])
+@pytest.mark.parametrize("metric", ["params", "macs"])
+@pytest.mark.parametrize("cf", [2.0, 4.0, 6.0])
+def test_policies_meet_the_factor(policy: str, metric: str, cf: float) -> None:
+    for name in ("resnet20-16", "cnet"):
+        groups = stored_groups(name)
+        assert groups is not None
+        model = cost_model(groups)
+        solution = policy_solution(policy, model, cf, metric)
+        assert solution.got == pytest.approx(cf, rel=0.02), name
+        assert model.factor(solution.widths, metric) == solution.got
+
+
+def test_an_unreachable_factor_names_the_range() -> None:
+    with pytest.raises(FactorError, match=r"reaches .* to"):
+        zoo.prune(build_model("cnet", 10), torch.zeros(1, 3, 32, 32), cf=5, profile="decreasing")
+
+
+def test_increasing_and_decreasing_are_lines() -> None:
+    groups = stored_groups("resnet20-16")
+    assert groups is not None
+    up = policy_solution("increasing", cost_model(groups), 2).keep_ratios
+    assert up[0] == 1
+    steps = [a - b for a, b in itertools.pairwise(up)]
+    assert all(step == pytest.approx(steps[0], abs=0.04) and step > 0 for step in steps)
+    down = policy_solution("decreasing", cost_model(groups), 1.1).keep_ratios
+    assert down[-1] == 1
+    assert list(down) == sorted(down)

@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from zoo import training
+from zoo.data import ImageSet
+from zoo.errors import DataError, ZooError
+from zoo.training import RECIPES, Recipe, evaluate, finetune
+
+QUICK = Recipe(epochs=3, batch_size=16, lr=0.05)
+
+
+def network(classes: int = 3, seed: int = 0) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(0.1),
+            nn.Linear(8, classes),
+        )
+
+
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+def scripted_accuracies(monkeypatch, *accuracies: float) -> list[dict[str, torch.Tensor]]:
+    """Make validation report `accuracies` in turn; the list collects the weights it saw."""
+    snapshots: list[dict[str, torch.Tensor]] = []
+
+    def scripted(model: nn.Module, *_: object, **__: object) -> training.Evaluation:
+        snapshots.append(weights(model))
+        return training.Evaluation(accuracies[len(snapshots) - 1], 0.0, 1)
+
+    monkeypatch.setattr(training, "evaluate", scripted)
+    return snapshots
+
+
+def test_a_separable_set_is_learned_and_the_result_says_so(toy_images):
+    model = network()
+    before = evaluate(model, toy_images).accuracy
+    result = finetune(model, toy_images, toy_images, recipe=replace(QUICK, epochs=8), cpu=True)
+    assert result.initial == before < 0.8
+    assert result.accuracy == evaluate(model, toy_images).accuracy == 1.0
+    assert [record.epoch for record in result.history] == list(range(1, 9))
+    assert result.history[-1].loss < result.history[0].loss
+    assert not result.interrupted
+    assert result.device == "cpu"
+    assert not model.training
+
+
+@pytest.mark.parametrize("kind", ["image set", "dataset", "loader"])
+def test_every_kind_of_data_trains(toy_images, kind):
+    tensors = TensorDataset(toy_images.normalise(toy_images.images), toy_images.labels)
+    data = {
+        "image set": toy_images,
+        "dataset": tensors,
+        "loader": DataLoader(tensors, 16, shuffle=True, generator=torch.Generator().manual_seed(0)),
+    }[kind]
+    model = network()
+    assert finetune(model, data, data, recipe=replace(QUICK, epochs=8)).accuracy > 0.95
+    assert evaluate(model, data).images == 96
+
+
+def test_a_name_stands_for_its_splits(monkeypatch, toy_images):
+    from zoo.data import Splits
+
+    asked = []
+
+    def load(name, root=None):
+        asked.append((name, str(root)))
+        parts = [toy_images.subset(torch.arange(n)) for n in (60, 30, 6)]
+        return Splits(*parts)
+
+    monkeypatch.setattr(training, "load_data", load)
+    model = network()
+    finetune(model, "toy@/some/folder", "toy@/some/folder", recipe=replace(QUICK, epochs=1))
+    assert evaluate(model, "toy@/some/folder").images == 6  # the test split
+    assert set(asked) == {("toy", "/some/folder")}
+
+
+def test_the_best_weights_are_kept_though_later_epochs_are_worse(toy_images, monkeypatch):
+    snapshots = scripted_accuracies(monkeypatch, 0.1, 0.5, 0.9, 0.3, 0.2)
+    model = network()
+    result = finetune(model, toy_images, toy_images, recipe=replace(QUICK, epochs=4))
+    assert (result.initial, result.accuracy, result.epoch) == (0.1, 0.9, 2)
+    assert [record.accuracy for record in result.history] == [0.5, 0.9, 0.3, 0.2]
+    assert same(weights(model), snapshots[2])
+    assert not same(weights(model), snapshots[4])
+
+
+def test_training_that_only_harms_gives_the_first_weights_back(toy_images, monkeypatch):
+    scripted_accuracies(monkeypatch, 0.9, 0.5, 0.4, 0.3)
+    model = network()
+    before = weights(model)
+    assert finetune(model, toy_images, toy_images, recipe=QUICK).epoch == 0
+    assert same(weights(model), before)
+
+
+def test_ctrl_c_keeps_the_best_weights_so_far(toy_images, monkeypatch):
+    snapshots = scripted_accuracies(monkeypatch, 0.1, 0.7, 0.6)
+    model = network()
+    steps = 0
+
+    def interrupt(*_: object) -> None:
+        nonlocal steps
+        steps += model.training
+        if steps == 15:  # six steps an epoch: in the middle of the third
+            raise KeyboardInterrupt
+
+    model[0].register_forward_hook(interrupt)
+    result = finetune(model, toy_images, toy_images, recipe=QUICK)
+    assert result.interrupted
+    assert (result.accuracy, result.epoch, len(result.history)) == (0.7, 1, 2)
+    assert same(weights(model), snapshots[1])
+    assert not model.training
+
+
+def test_a_loss_that_is_not_finite_is_an_error_with_the_best_weights_in_place(
+    toy_images, monkeypatch
+):
+    snapshots = scripted_accuracies(monkeypatch, 0.1, 0.7)
+    model = network()
+    steps = 0
+
+    def poison(*arguments):
+        nonlocal steps
+        steps += model.training
+        return arguments[-1] * math.nan if steps > 8 else None
+
+    model[-1].register_forward_hook(poison)
+    with pytest.raises(ZooError, match=r"loss became nan in epoch 2.*epoch 1.*smaller learning"):
+        finetune(model, toy_images, toy_images, recipe=QUICK)
+    assert same(weights(model), snapshots[1])
+
+
+def test_a_learning_rate_that_diverges_leaves_finite_weights(toy_images):
+    model = network()
+    wild = replace(QUICK, lr=1e30, clip_norm=None)
+    with pytest.raises(ZooError, match=r"became (nan|inf)"):
+        finetune(model, toy_images, toy_images, recipe=wild)
+    assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("label", [-1, 3, 255])
+def test_labels_that_do_not_fit_the_network_are_refused(toy_images, label):
+    labels = toy_images.labels.clone()
+    labels[5] = label
+    wrong = replace(toy_images, labels=labels)
+    model = network()
+    before = weights(model)
+    with pytest.raises(DataError, match=f"{label}.*has 3 outputs"):
+        evaluate(model, wrong)
+    with pytest.raises(DataError, match="has 3 outputs"):
+        finetune(model, toy_images, wrong, recipe=QUICK)
+    assert same(weights(model), before)
+    with pytest.raises(DataError, match="has 3 outputs"):
+        finetune(model, wrong, toy_images, recipe=replace(QUICK, batch_size=96))
+    assert same(weights(model), before)
+
+
+def test_a_wrong_label_in_a_later_batch_is_refused_too(toy_images):
+    labels = toy_images.labels.clone()
+    labels[-1] = 3
+    tensors = TensorDataset(toy_images.normalise(toy_images.images), labels)
+    model = network()
+    before = weights(model)
+    with pytest.raises(DataError, match="has 3 outputs"):
+        finetune(model, DataLoader(tensors, 16), toy_images, recipe=QUICK)
+    assert same(weights(model), before)
+
+
+def test_empty_data_and_odd_outputs_are_refused(toy_images):
+    empty = toy_images.subset(torch.arange(0))
+    with pytest.raises(DataError, match="no images"):
+        evaluate(network(), empty)
+    with pytest.raises(DataError, match="no images"):
+        finetune(network(), empty, toy_images)
+    with pytest.raises(DataError, match=r"Expected logits \(N, classes\)"):
+        evaluate(nn.Conv2d(3, 3, 1), toy_images)
+
+
+def test_an_unknown_recipe_names_the_nearest_one(toy_images):
+    with pytest.raises(ZooError, match=r"recipe 'standart'. Did you mean 'standard'\?"):
+        finetune(network(), toy_images, toy_images, recipe="standart")
+
+
+def test_the_callers_random_state_is_left_alone(toy_images):
+    before = torch.random.get_rng_state()
+    finetune(network(), toy_images, toy_images, recipe=replace(QUICK, epochs=1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kind", ["image set", "dataset"])
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(toy_images, kind):
+    data = toy_images
+    if kind == "dataset":
+        data = TensorDataset(toy_images.normalise(toy_images.images), toy_images.labels)
+    results = []
+    for seed in (4, 4, 5):
+        torch.manual_seed(len(results))  # what the caller's generator holds must not matter
+        model = network()
+        finetune(model, data, data, recipe=replace(QUICK, epochs=1), seed=seed, cpu=True)
+        results.append(weights(model))
+    assert same(results[0], results[1])
+    assert not same(results[0], results[2])
+
+
+def test_evaluation_restores_the_mode_and_changes_nothing(toy_images):
+    model = network().train()
+    before = weights(model)
+    evaluate(model, toy_images)
+    assert model.training
+    assert same(weights(model), before)
+
+
+def test_evaluation_equals_a_plain_count(toy_images):
+    model = network().eval()
+    with torch.no_grad():
+        logits = model(toy_images.normalise(toy_images.images))
+    measured = evaluate(model, toy_images, batch_size=7)
+    assert measured.accuracy == (logits.argmax(1) == toy_images.labels).double().mean().item()
+    assert measured.loss == pytest.approx(
+        functional.cross_entropy(logits, toy_images.labels).item(), rel=1e-5
+    )
+
+
+def test_distillation_comes_closer_to_the_teacher_than_plain_training(toy_images):
+    teacher = network(seed=9)
+    finetune(teacher, toy_images, toy_images, recipe=replace(QUICK, epochs=8))
+    # Labels without meaning: only the teacher knows what the images are.
+    shuffled = replace(toy_images, labels=toy_images.labels.roll(1))
+    frozen = weights(teacher)
+
+    def distance(recipe_teacher: nn.Module | None) -> float:
+        student = network(seed=1)
+        finetune(student, shuffled, toy_images, teacher=recipe_teacher, recipe=QUICK)
+        inputs = toy_images.normalise(toy_images.images)
+        with torch.no_grad():
+            ours, theirs = student(inputs).log_softmax(1), teacher(inputs).log_softmax(1)
+        return functional.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
+
+    assert distance(teacher) < distance(None)
+    assert same(weights(teacher), frozen)
+
+
+def test_precision_and_device_may_change_from_run_to_run(toy_images):
+    for precision, cpu in (("fp32", False), ("bf16", False), ("fp32", True)):
+        model = network()
+        recipe = replace(QUICK, epochs=1, precision=precision)
+        assert math.isfinite(
+            finetune(model, toy_images, toy_images, recipe=recipe, cpu=cpu).accuracy
+        )
+        assert {tensor.dtype for tensor in model.parameters()} == {torch.float32}
+        assert (
+            model(torch.zeros(1, 3, 8, 8, device=next(model.parameters()).device)).dtype
+            == torch.float32
+        )
+
+
+@pytest.mark.parametrize("recipe", [QUICK, replace(QUICK, optimizer="adamw", lr=0.01)])
+def test_biases_and_norms_do_not_decay(recipe):
+    model = network()
+    decays = {
+        id(parameter): group["weight_decay"]
+        for group in training._optimizer(model, recipe).param_groups
+        for parameter in group["params"]
+    }
+    assert len(decays) == len(list(model.parameters()))
+    assert all((decays[id(p)] > 0) == (p.ndim > 1) for p in model.parameters())
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero():
+    rates = [training._warmup_cosine(10, 100)(step) for step in range(101)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1.0
+    assert rates[:10] == sorted(rates[:10])
+    assert rates[9:] == sorted(rates[9:], reverse=True)
+    assert rates[100] == pytest.approx(0)
+
+
+def test_named_recipes_differ_by_their_length():
+    assert RECIPES["quick"].epochs < RECIPES["standard"].epochs < RECIPES["long"].epochs
+
+
+def test_no_progress_bar_is_drawn_unless_asked(toy_images, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    finetune(network(), toy_images, toy_images, recipe=replace(QUICK, epochs=1))
+    captured = capsys.readouterr()
+    assert captured.out == captured.err == ""
+    finetune(network(), toy_images, toy_images, recipe=replace(QUICK, epochs=1), progress=True)
+    assert "step" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_training_runs_on_cuda_and_cpu_in_one_process(toy_images: ImageSet):
+    for cpu, kind in ((False, "cuda"), (True, "cpu"), (False, "cuda")):
+        model = network()
+        result = finetune(model, toy_images, toy_images, recipe=replace(QUICK, epochs=8), cpu=cpu)
+        assert result.device.startswith(kind)
+        assert next(model.parameters()).device.type == kind
+        assert result.accuracy > 0.95

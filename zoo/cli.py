@@ -1,0 +1,487 @@
+"""The `zoo` command: flags -> dataclasses -> public functions.
+
+Each command is a frozen dataclass whose fields are its flags, and a function that carries it out.
+Heavy imports are inside those functions: `zoo --help` waits for none of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from tyro.conf import Positional, arg
+
+from zoo.errors import ZooError, unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from torch import nn
+
+    from zoo.data import Splits
+    from zoo.profile import Evidence, Profile
+    from zoo.training import Recipe, TrainResult
+
+__all__ = ["COMMANDS", "main"]
+
+INTERRUPTED = 130
+USER_ERROR = 2
+
+Metric = Literal["params", "macs"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListCommand:
+    """The profiles that exist."""
+
+    arch: str | None = None
+    """only of this architecture"""
+    metric: Metric | None = None
+    """only of this metric"""
+    source: str = "bundled"
+    """bundled, or hf:ORG/REPO[@REVISION]"""
+
+
+def list_profiles(command: ListCommand) -> None:
+    from rich.table import Table
+
+    from zoo.registry import list_profiles as entries
+
+    found = entries(arch=command.arch, metric=command.metric, source=command.source)
+    table = Table("reference", "architecture", "metric", box=None)
+    table.add_column("asked", justify="right")
+    table.add_column("got", justify="right")
+    for entry in found:
+        factors = f"{entry.cf:g}x", f"{entry.got:.2f}x"
+        table.add_row(entry.reference, entry.architecture, entry.metric, *factors)
+    _console().print(table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowCommand:
+    """One profile: a bar per channel group, what it costs, and its evidence."""
+
+    profile: Annotated[Positional[str], arg(metavar="PROFILE")]
+    """a reference (bundled:resnet20-16/params-cf4, file:PATH), or an architecture with --cf"""
+    cf: float | None = None
+    """compression factor, with an architecture"""
+    metric: Metric = "params"
+    """what the factor counts, with an architecture"""
+
+
+def show(command: ShowCommand) -> None:
+    from zoo.registry import find_profile, get_profile
+
+    if command.cf is not None:
+        reference, profile = find_profile(command.profile, command.cf, command.metric)
+    elif ":" in command.profile:
+        reference, profile = command.profile, get_profile(command.profile)
+    else:
+        raise ZooError(f"Which factor of {command.profile!r}? Add --cf, or give a reference.")
+    console = _console()
+    console.print(f"{reference}: {_headline(profile)}\n", highlight=False)
+    _print_bars(profile, console)
+    _print_evidence(profile.evidence, console)
+    if profile.provenance is not None:
+        console.print(f"\nFound by: {profile.provenance.command}", highlight=False)
+
+
+def _headline(profile: Profile) -> str:
+    reference = profile.reference
+    return (
+        f"{profile.architecture} at {profile.cf:g}x {profile.metric}, {profile.policy} "
+        f"(got {profile.got:.3f}x at {reference.num_classes} classes, "
+        f"{reference.image_size}x{reference.image_size})"
+    )
+
+
+def _print_bars(profile: Profile, console: Console) -> None:
+    from rich.table import Table
+
+    table = Table("channel group", "keep ratio", box=None)
+    table.add_column("kept", justify="right")
+    table.add_column("β", justify="right")
+    for name, kept in profile.kept.items():
+        ratio = profile.keep_ratios[name]
+        filled = max(1, round(32 * ratio))
+        bar = "█" * filled + "░" * (32 - filled)
+        table.add_row(name, bar, f"{kept}/{round(kept / ratio)}", f"{ratio:.3f}")
+    console.print(table)
+
+
+def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
+    from rich.table import Table
+
+    if not evidence:
+        console.print("\nNo evidence is stored with this profile.")
+        return
+    table = Table("\npolicy", box=None)
+    for column in ("params", "MACs", "before", "accuracy", "seeds"):
+        table.add_column(f"\n{column}", justify="right")
+    for row in evidence:
+        before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
+        costs = f"{row.params:,}", f"{row.macs:,}"
+        accuracy = f"{row.mean:.2%} ± {row.sd:.2%}"
+        table.add_row(row.policy, *costs, before, accuracy, str(len(row.seeds)))
+    console.print(table)
+    for text in dict.fromkeys(f"{row.data}; {row.fidelity}" for row in evidence):
+        console.print(text, highlight=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train a dense network from scratch; its validation split stays unseen."""
+
+    arch: str
+    """architecture: cnet, resnet20-16, resnet20-64, torchvision:NAME or timm:NAME"""
+    data: str
+    """data set: digits, cifar10 or imagefolder:PATH"""
+    out: Path
+    """checkpoint to write, a .safetensors file"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int = 32
+    """pixels per side that the images are resized to"""
+    epochs: int = 20
+    """passes over the training images"""
+    lr: float = 0.1
+    """peak learning rate"""
+    seed: int = 0
+    """of the initial weights, shuffling and augmentation"""
+
+
+def train(command: TrainCommand) -> int | None:
+    from zoo.checkpoints import save_checkpoint
+    from zoo.models import build_model
+    from zoo.training import evaluate, finetune
+
+    recipe = _recipe("standard", command.epochs, command.lr)
+    _check_writable(command.out)
+    splits = _splits(command.data, command.data_dir, command.size)
+    model = build_model(
+        command.arch, splits.num_classes, image_size=command.size, seed=command.seed
+    )
+    result = finetune(model, splits.train, splits.val, recipe=recipe, seed=command.seed)
+    test = evaluate(model, splits.test).accuracy
+    metadata = {
+        "architecture": command.arch,
+        "num_classes": str(splits.num_classes),
+        "image_size": str(command.size),
+        "data": splits.train.name,
+        "split_digest": splits.digest,
+        "val_accuracy": f"{result.accuracy:.4f}",
+        "test_accuracy": f"{test:.4f}",
+        "recipe": json.dumps(dataclasses.asdict(recipe)),
+        "seed": str(command.seed),
+    }
+    save_checkpoint(model, command.out, metadata)
+    return _report_training(result, test, recipe, command.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCommand:
+    """Prune a dense checkpoint by a profile that was found on other data."""
+
+    arch: Annotated[Positional[str], arg(metavar="ARCH")]
+    """architecture of the checkpoint"""
+    cf: float
+    """compression factor, dense / pruned"""
+    weights: str
+    """checkpoint: a path (.safetensors, .pt, .pth) or hf:ORG/REPO[/FILE][@REVISION]"""
+    out: Path
+    """folder to write the pruned network to"""
+    profile: str = "searched"
+    """searched, a policy (equal, increasing, decreasing, random, greedy), or a reference"""
+    metric: Metric = "params"
+    """what the factor counts"""
+    criterion: str = "random"
+    """which channels stay: random, l1 or taylor (which needs --data)"""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """weights of the pruned network"""
+    refit: bool = False
+    """rescale the profile to meet the factor for this very network"""
+    seed: int = 0
+    """of the random choices"""
+    data: str | None = None
+    """data set whose training images the criterion sees"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default the architecture's reference, or the checkpoint's"""
+
+
+def prune(command: PruneCommand) -> None:
+    import zoo
+    from zoo.models import architecture
+
+    images = None
+    if command.data is not None:
+        size = command.size or architecture(command.arch).image_size
+        images = _splits(command.data, command.data_dir, size).train
+    model = zoo.load(
+        command.arch,
+        command.cf,
+        command.weights,
+        profile=command.profile,
+        metric=command.metric,
+        criterion=command.criterion,
+        init=command.init,
+        seed=command.seed,
+        refit=command.refit,
+        data=images,
+        image_size=command.size,
+    )
+    zoo.save(model, command.out)
+    record: Any = model.pruning
+    plan = record.plan
+    print(
+        f"{command.arch} by {plan.profile}: asked {plan.asked:g}x {plan.metric}, got "
+        f"{plan.got:.3f}x at {record.num_classes} classes, {plan.image_size}x{plan.image_size}"
+    )
+    for title, dense, pruned in (
+        ("parameters", plan.dense.params, plan.pruned.params),
+        ("MACs", plan.dense.macs, plan.pruned.macs),
+    ):
+        print(f"{title}: {dense:,} -> {pruned:,} ({dense / pruned:.2f}x)")
+    print(f"Wrote {command.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCommand:
+    """Train a pruned network; the weights of the best validation accuracy are kept."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """pruned network, as `zoo prune` writes it"""
+    data: str
+    """data set: digits, cifar10 or imagefolder:PATH"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default what the network was pruned for"""
+    recipe: str = "standard"
+    """quick, standard or long"""
+    epochs: int | None = None
+    """instead of the recipe's"""
+    lr: float | None = None
+    """peak learning rate, instead of the recipe's"""
+    teacher: str | None = None
+    """dense checkpoint to distil from"""
+    seed: int = 0
+    """of shuffling and augmentation"""
+    out: Path | None = None
+    """folder to write to; by default the folder it came from"""
+
+
+def finetune(command: FinetuneCommand) -> int | None:
+    import zoo
+
+    recipe = _recipe(command.recipe, command.epochs, command.lr)
+    model = zoo.load_pruned(command.folder)
+    record: Any = model.pruning
+    size = command.size or record.image_size
+    out = command.out or command.folder
+    _check_writable(out)
+    splits = _splits(command.data, command.data_dir, size)
+    teacher = None
+    if command.teacher is not None:
+        teacher = zoo.create_model(
+            record.architecture, record.num_classes, pretrained=command.teacher, image_size=size
+        )
+    result = zoo.finetune(
+        model, splits.train, splits.val, teacher=teacher, recipe=recipe, seed=command.seed
+    )
+    test = zoo.evaluate(model, splits.test).accuracy
+    zoo.save(model, out)
+    return _report_training(result, test, recipe, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand:
+    """Top-1 accuracy of a pruned network, or of a dense checkpoint."""
+
+    network: Annotated[Positional[str], arg(metavar="NETWORK")]
+    """folder of a pruned network, or a checkpoint"""
+    data: str
+    """data set: digits, cifar10 or imagefolder:PATH"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default what the network was pruned for, or the checkpoint's"""
+    split: Literal["train", "val", "test"] = "test"
+    """which split to measure on"""
+    arch: str | None = None
+    """architecture of a checkpoint that does not name its own"""
+
+
+def evaluate(command: EvaluateCommand) -> None:
+    from zoo.training import evaluate as measure
+
+    model, size = _network(command.network, command.arch, command.size)
+    splits = _splits(command.data, command.data_dir, size)
+    measured = measure(model, getattr(splits, command.split))
+    print(
+        f"{measured.accuracy:.2%} top-1, cross-entropy {measured.loss:.4f}, on the "
+        f"{measured.images:,} {command.split} images of {splits.test.name}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write a network as ONNX, checked in ONNX Runtime against PyTorch."""
+
+    network: Annotated[Positional[str], arg(metavar="NETWORK")]
+    """folder of a pruned network, or a checkpoint"""
+    out: Annotated[Positional[Path], arg(metavar="FILE")]
+    """file to write, .onnx"""
+    data: str | None = None
+    """data set whose validation images the outputs are compared on; noise without"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default what the network was pruned for, or the checkpoint's"""
+    precision: str = "fp32"
+    """of weights and arithmetic"""
+    arch: str | None = None
+    """architecture of a checkpoint that does not name its own"""
+
+
+def export(command: ExportCommand) -> None:
+    import torch
+
+    from zoo.onnx_export import export as write
+
+    model, size = _network(command.network, command.arch, command.size)
+    images = None
+    if command.data is not None:
+        images = _splits(command.data, command.data_dir, size).val
+    example = torch.zeros(1, 3, size, size)
+    result = write(
+        model, command.out, inputs=images, example_input=example, precision=command.precision
+    )
+    print(
+        f"Wrote {result.path} ({result.bytes:,} bytes). ONNX Runtime against PyTorch on "
+        f"{result.images} images ({result.inputs}): largest difference "
+        f"{result.max_abs_difference:.2g}, top-1 agreement {result.top1_agreement:.2%}"
+    )
+
+
+@dataclass(frozen=True)
+class SearchCommand:
+    """Search for a profile with reinforcement learning."""
+
+
+def search(command: Any) -> None:
+    from zoo.search.campaign import search_profile
+
+    profile = search_profile(command)
+    print(f"{command.out / profile.name}.json: {_headline(profile)}")
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
+    "list": (ListCommand, list_profiles),
+    "show": (ShowCommand, show),
+    "train": (TrainCommand, train),
+    "prune": (PruneCommand, prune),
+    "finetune": (FinetuneCommand, finetune),
+    "evaluate": (EvaluateCommand, evaluate),
+    "export": (ExportCommand, export),
+    "search": (SearchCommand, search),
+}
+"""Name -> (flags, what carries it out)."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code is 2 on a user's error and 130 after Ctrl-C."""
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        if given[0] not in COMMANDS and not given[0].startswith("-"):
+            raise unknown("command", given[0], COMMANDS)
+        command = tyro.extras.subcommand_cli_from_dict(
+            {name: _flags(name, given) for name in COMMANDS},
+            prog="zoo",
+            description="A model zoo of out-of-the-box channel-pruned networks.",
+            args=given,
+        )
+        return COMMANDS[given[0]][1](command) or 0
+    except (ZooError, OSError) as error:
+        print(f"zoo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _flags(name: str, given: Sequence[str]) -> Any:
+    """The dataclass of a command; the search's own is heavy, and imported when it is asked for."""
+    if name == "search" == given[0]:
+        from zoo.search.campaign import SearchConfig
+
+        return SearchConfig
+    return COMMANDS[name][0]
+
+
+def _console() -> Console:
+    """Standard output as a table's place: the terminal's width, or a wide page when piped."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=140)
+
+
+def _splits(data: str, folder: Path | None, size: int) -> Splits:
+    from zoo.data import load_data
+
+    return load_data(data, folder, size=size)
+
+
+def _recipe(name: str, epochs: int | None, lr: float | None) -> Recipe:
+    from zoo.training import RECIPES
+
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    given = {"epochs": epochs, "lr": lr}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for key, value in changes.items():
+        if not value > 0:
+            raise ZooError(f"--{key} must be positive, got {value}.")
+    return dataclasses.replace(RECIPES[name], **changes)
+
+
+def _network(path: str, arch: str | None, size: int | None) -> tuple[nn.Module, int]:
+    """A pruned network's folder or a dense checkpoint as (module, image size)."""
+    from zoo.checkpoints import load_dense, read_checkpoint
+    from zoo.loading import load_pruned
+
+    if Path(path).is_dir():
+        model = load_pruned(path)
+        record: Any = model.pruning
+        return model, size or record.image_size
+    name = arch or read_checkpoint(path).metadata.get("architecture")
+    if name is None:
+        raise ZooError(f"{path} does not say which architecture it belongs to; add --arch.")
+    model, _, _, own = load_dense(name, path, image_size=size)
+    return model, own
+
+
+def _check_writable(path: Path) -> None:
+    """Make the folder that `path` will be written to, and fail before the work if it can't be."""
+    folder = path.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ZooError(f"{path} cannot be written: no permission in {folder}.")
+
+
+def _report_training(result: TrainResult, test: float, recipe: Recipe, out: Path) -> int | None:
+    if result.interrupted:
+        print(f"Interrupted after {len(result.history)} of {recipe.epochs} epochs.")
+    print(
+        f"validation {result.initial:.2%} -> {result.accuracy:.2%} (epoch {result.epoch} of "
+        f"{recipe.epochs}), test {test:.2%}, {result.seconds:.0f} s on {result.device}"
+    )
+    print(f"Wrote {out}")
+    return INTERRUPTED if result.interrupted else None

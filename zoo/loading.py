@@ -1,0 +1,351 @@
+"""The first line of the story: a dense checkpoint in, a physically smaller network out."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from zoo import hub
+from zoo.checkpoints import load_dense, read_model, write_model
+from zoo.cost import cost_model
+from zoo.data import DeviceLoader, ImageSet
+from zoo.errors import FactorError, GraphError, ZooError, unknown
+from zoo.groups import ChannelGroups
+from zoo.models import architecture, build_model
+from zoo.profile import METRICS, Profile
+from zoo.pruning import surgery
+from zoo.pruning.criteria import CRITERIA, Batches, channel_scores
+from zoo.pruning.graph import channel_groups
+from zoo.pruning.plan import Plan, PruningRecord, Source, make_plan
+from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.pruning.surgery import named_tensors
+from zoo.registry import find_profile, get_profile, stored_groups
+from zoo.solver import scale_curve, solve
+
+__all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
+
+Weights = str | Path | Mapping[str, Tensor] | nn.Module
+Init = Literal["pretrained", "random"]
+
+
+def create_model(
+    arch: str,
+    num_classes: int,
+    *,
+    pretrained: Weights | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """The dense network of an architecture, from `seed` or with `pretrained` weights.
+
+    Args:
+        arch: a registered name, `torchvision:<name>` or `timm:<name>`.
+        num_classes: outputs of the classifier.
+        pretrained: a checkpoint, as `load` takes them; its classes must be `num_classes`.
+        image_size: pixels; only architectures that flatten a map (cnet) depend on it.
+        seed: of the random weights.
+
+    Raises:
+        ZooError: for an unknown architecture or a bad number of classes.
+        CheckpointError: for a checkpoint that does not fit.
+    """
+    if pretrained is None:
+        return build_model(arch, num_classes, image_size=image_size, seed=seed)
+    module, _, classes, _ = load_dense(arch, pretrained, image_size=image_size)
+    if classes != num_classes:
+        raise ZooError(f"The checkpoint has {classes} classes; {num_classes} were asked for.")
+    return module
+
+
+def load(
+    arch: str,
+    cf: float,
+    weights: Weights,
+    *,
+    profile: str | Profile = "searched",
+    metric: str = "params",
+    criterion: str = "random",
+    init: Init = "pretrained",
+    seed: int = 0,
+    refit: bool = False,
+    data: Dataset | DataLoader | None = None,
+    image_size: int | None = None,
+) -> nn.Module:
+    """A pruned network from a dense checkpoint, by a profile that was found on other data.
+
+    A profile is applied verbatim: its kept counts, whatever the number of classes or the image size
+    here; `module.pruning.plan` records the factor asked for and the one met by this very network.
+
+    Args:
+        arch: a registered name, `torchvision:<name>` or `timm:<name>`.
+        cf: compression factor, dense / pruned.
+        weights: a checkpoint's path, a state dict, a module, or `hf:<org>/<repo>[/<file>][@<rev>]`.
+        profile: `searched` (the bundled one), a policy's name, a reference, or a `Profile`.
+        metric: what `cf` counts, `params` or `macs`.
+        criterion: which channels stay: `random`, `l1` or `taylor`.
+        init: keep the `pretrained` weights, or start the pruned network from `random` ones.
+        seed: of the random choice of channels, of the `random` policy and of `init="random"`.
+        refit: rescale the profile's ratios by one common factor to meet `cf` for this network.
+        data: labelled images for criteria that need them.
+        image_size: pixels that MACs are counted at; by default the checkpoint's or the reference's.
+
+    Returns:
+        An ordinary `nn.Module` in eval mode, sharing nothing with `weights`, with the attribute
+        `pruning`, a `PruningRecord`.
+
+    Raises:
+        FactorError: for a factor without a profile, or out of a policy's reach.
+        CheckpointError: for a checkpoint that is unsafe, broken, or of another architecture.
+    """
+    architecture(arch)
+    if init not in ("pretrained", "random"):
+        raise unknown("init", init, ("pretrained", "random"))
+    # before the weights are read: a missing profile costs nothing
+    request = _request(profile, arch, cf, metric, criterion, seed, refit)
+    module, checkpoint, classes, size = load_dense(arch, weights, image_size=image_size)
+    groups = _groups_of(arch, module, size)
+    made = _plan(module, groups, request, data)
+    return _cut(module, groups, made, arch, classes, checkpoint.source, init)
+
+
+def plan(
+    module: nn.Module,
+    example_input: Tensor,
+    *,
+    cf: float | None = None,
+    profile: str | Profile = "equal",
+    metric: str = "params",
+    criterion: str = "random",
+    seed: int = 0,
+    data: Dataset | DataLoader | None = None,
+) -> Plan:
+    """What `prune` with the same arguments would cut, to look at before anything is cut."""
+    request = _request(profile, "", cf, metric, criterion, seed)
+    return _plan(module, _traced_groups(module, example_input), request, data)
+
+
+def prune(
+    module: nn.Module,
+    example_input: Tensor,
+    *,
+    cf: float | None = None,
+    profile: str | Profile = "equal",
+    metric: str = "params",
+    criterion: str = "random",
+    seed: int = 0,
+    data: Dataset | DataLoader | None = None,
+) -> nn.Module:
+    """A pruned copy of any live network that can be traced; `module` is left as it is.
+
+    Args:
+        module: a network from images (N, C, H, W) to logits (N, classes).
+        example_input: one batch (N, C, H, W), of the size that MACs are counted at.
+        cf: compression factor; may be left out when `profile` is a `Profile` or a reference.
+        profile: a policy's name, a reference, or a `Profile`.
+        metric, criterion, seed, data: as in `load`.
+
+    Raises:
+        GraphError: when the network cannot be traced, or has nothing that can be cut.
+        FactorError: when the factor is out of the policy's reach.
+    """
+    request = _request(profile, "", cf, metric, criterion, seed)
+    groups = _traced_groups(module, example_input)
+    made = _plan(module, groups, request, data)
+    return _cut(module, groups, made, "", _classes(module, example_input), Source("module"))
+
+
+def save(model: nn.Module, folder: str | Path) -> Path:
+    """Write a pruned network to a folder: safetensors, pruning.json, README.md; atomically.
+
+    Raises:
+        ZooError: when the network has no pruning record, or the folder cannot be written.
+    """
+    write_model(model, Path(folder).expanduser())
+    return Path(folder).expanduser()
+
+
+def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
+    """The pruned network that `save` wrote: no tracing, no pickle, and no network for a folder.
+
+    Args:
+        folder: its path, or `hf:<org>/<repo>[@<revision>]`.
+        skeleton: the dense network, for one that came from `prune` and has no architecture's name.
+
+    Raises:
+        ZooError: for a missing, incomplete or malformed folder.
+    """
+    if isinstance(folder, str) and folder.startswith("hf:"):
+        repository, _, revision = hub.parse_hub_reference(folder.removeprefix("hf:"))
+        files = [
+            hub.download(repository, f, revision) for f in ("pruning.json", "model.safetensors")
+        ]
+        return read_model(files[0].parent, skeleton=skeleton)
+    return read_model(Path(folder).expanduser(), skeleton=skeleton)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What to keep, as asked: `name` of the profile or policy, and the profile if it is one."""
+
+    name: str
+    profile: Profile | None
+    cf: float
+    metric: str
+    criterion: str
+    seed: int
+    refit: bool
+
+
+def _request(
+    profile: str | Profile,
+    arch: str,
+    cf: float | None,
+    metric: str,
+    criterion: str,
+    seed: int,
+    refit: bool = False,
+) -> _Request:
+    """Check the words of a request and resolve its profile, without reading any weights."""
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    if cf is not None and not cf >= 1:
+        raise FactorError(f"A compression factor is at least 1, got {cf:g}.")
+    resolved: Profile | None = None
+    if isinstance(profile, Profile):
+        name, resolved = f"{profile.architecture}/{profile.name}", profile
+    elif profile == "searched" and arch and cf is not None:
+        name, resolved = find_profile(arch, cf, metric)
+    elif profile in POLICIES:
+        name = profile
+    elif ":" in profile:
+        name, resolved = profile, get_profile(profile)
+    else:
+        choices = [*(["searched"] if arch else []), *POLICIES, "bundled:...", "file:...", "hf:..."]
+        raise unknown("profile", profile, choices)
+    if resolved is not None:
+        if arch and resolved.architecture != arch:
+            raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
+        return _Request(name, resolved, cf or resolved.cf, resolved.metric, criterion, seed, refit)
+    if cf is None:
+        raise FactorError(f"The policy {name!r} needs a compression factor: pass cf=.")
+    return _Request(name, None, cf, metric, criterion, seed, refit)
+
+
+def _groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
+    """The stored groups of an architecture for this network; traced where none are stored."""
+    stored = stored_groups(arch)
+    if stored is None:
+        return channel_groups(module, torch.zeros(1, 3, image_size, image_size))
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
+    return stored.adapted(shapes, image_size)
+
+
+def _traced_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
+    groups = channel_groups(module, example_input)
+    if not groups.groups:
+        raise GraphError(f"{type(module).__name__} has no channel group that can be pruned.")
+    return groups
+
+
+def _plan(
+    module: nn.Module,
+    groups: ChannelGroups,
+    request: _Request,
+    data: Dataset | DataLoader | None,
+) -> Plan:
+    """The request carried out on these groups: widths, then channels."""
+    model = cost_model(groups)
+    if request.profile is None:
+        solved = policy_solution(request.name, model, request.cf, request.metric, request.seed)
+        widths = dict(zip(groups.names, solved.widths, strict=True))
+    elif request.refit and set(request.profile.kept) == set(groups.names):
+        ratios = [request.profile.keep_ratios[name] for name in groups.names]
+        solved = solve(model, scale_curve(ratios, floor=1e-3), request.cf, request.metric)
+        widths = dict(zip(groups.names, solved.widths, strict=True))
+    else:
+        widths = request.profile.kept
+    batches = _batches(data, module)
+    scores = channel_scores(request.criterion, module, groups, request.seed, batches)
+    return make_plan(
+        groups,
+        widths,
+        scores,
+        profile=request.name,
+        metric=request.metric,
+        asked=request.cf,
+        criterion=request.criterion,
+        seed=request.seed,
+    )
+
+
+def _cut(
+    module: nn.Module,
+    groups: ChannelGroups,
+    made: Plan,
+    arch: str,
+    classes: int,
+    source: Source,
+    init: Init = "pretrained",
+) -> nn.Module:
+    pruned = surgery.apply(module, groups, made)
+    if init == "random":
+        _reinitialise(pruned, made.seed)
+    packages = ("prunezoo", "torch", "torchvision", "timm")
+    record = PruningRecord(
+        architecture=arch,
+        num_classes=classes,
+        image_size=made.image_size,
+        plan=made,
+        init=init,
+        source=source,
+        versions={package: importlib.metadata.version(package) for package in packages},
+    )
+    pruned.pruning = record  # type: ignore[assignment]
+    return pruned.eval()
+
+
+def _reinitialise(module: nn.Module, seed: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for layer in module.modules():
+            reset = getattr(layer, "reset_parameters", None)
+            if callable(reset):
+                reset()
+
+
+def _classes(module: nn.Module, example_input: Tensor) -> int:
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            return int(module(example_input).shape[-1])
+    finally:
+        module.train(was_training)
+
+
+def _batches(data: Dataset | DataLoader | None, module: nn.Module) -> Batches | None:
+    """At most 1,024 images of `data` in batches, on the module's device."""
+    if data is None:
+        return None
+    device = next(module.parameters()).device
+    if isinstance(data, ImageSet):
+        batches: Iterable = DeviceLoader(data, 128, device=device)
+    elif isinstance(data, DataLoader):
+        batches = data
+    else:
+        batches = DataLoader(data, 128)
+    limited = []
+    for images, labels in batches:
+        limited.append((images.to(device), labels.to(device)))
+        if sum(len(rows) for _, rows in limited) >= 1024:
+            break
+    return limited

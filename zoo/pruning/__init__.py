@@ -1,0 +1,1 @@
+"""Pruning: graph -> groups, policies and criteria -> plan, plan -> surgery or mask."""

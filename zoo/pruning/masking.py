@@ -1,0 +1,27 @@
+"""Masks: executing a plan on the dense network with zeros, as a check on surgery and its twin."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from zoo.groups import ChannelGroups
+from zoo.pruning.plan import Plan
+from zoo.pruning.surgery import kept_positions, named_tensors
+
+__all__ = ["masked"]
+
+
+def masked(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
+    """A copy of `module`, of its size, with zeros in every position that `plan` removes."""
+    result = copy.deepcopy(module)
+    tensors = named_tensors(result)
+    with torch.no_grad():
+        for name, dims in kept_positions(groups, plan).items():
+            for dim, index in dims.items():
+                tensor = tensors[name]
+                gone = sorted(set(range(tensor.shape[dim])) - set(index))
+                tensor.index_fill_(dim, torch.tensor(gone, device=tensor.device), 0)
+    return result

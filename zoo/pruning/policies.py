@@ -1,0 +1,107 @@
+"""Policies: how much to keep of every channel group, without a search."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from zoo.cost import CostModel
+from zoo.errors import FactorError, unknown
+from zoo.solver import FLOOR, Solution, round_widths, scale_curve, solve
+
+__all__ = ["POLICIES", "policy_solution"]
+
+_TINY = 1e-3
+"""Keep ratios are never zero; every group keeps at least one channel anyway."""
+
+
+def equal(model: CostModel, cf: float, metric: str, seed: int) -> Solution:
+    """The same keep ratio for every group (paper, section 3)."""
+    del seed
+    return solve(model, lambda t: [max(_TINY, t)] * len(model.sizes), cf, metric)
+
+
+def increasing(model: CostModel, cf: float, metric: str, seed: int) -> Solution:
+    """Pruning grows with depth: β falls linearly from 1 in the first group to b in the last."""
+    del seed
+    last = max(1, len(model.sizes) - 1)
+    return solve(
+        model,
+        lambda t: [max(_TINY, 1 - (1 - t) * n / last) for n in range(len(model.sizes))],
+        cf,
+        metric,
+    )
+
+
+def decreasing(model: CostModel, cf: float, metric: str, seed: int) -> Solution:
+    """The mirror of `increasing`: β rises linearly from b in the first group to 1 in the last."""
+    del seed
+    last = max(1, len(model.sizes) - 1)
+    return solve(
+        model,
+        lambda t: [max(_TINY, t + (1 - t) * n / last) for n in range(len(model.sizes))],
+        cf,
+        metric,
+    )
+
+
+def random_policy(model: CostModel, cf: float, metric: str, seed: int) -> Solution:
+    """β uniform in [0.3, 0.9] per group (paper, section 3), scaled to the factor."""
+    draw = random.Random(f"random policy:{seed}")
+    actions = [draw.uniform(0.3, 0.9) for _ in model.sizes]
+    return solve(model, scale_curve(actions), cf, metric)
+
+
+def greedy(model: CostModel, cf: float, metric: str, seed: int) -> Solution:
+    """Removes units where the metric falls fastest per unit of the other metric lost.
+
+    No group goes below a keep ratio of 0.1. Of the widths on the way, those nearest to the factor.
+    """
+    del seed
+    other = "macs" if metric == "params" else "params"
+    floor = round_widths(model.sizes, [FLOOR] * len(model.sizes))
+    widths = list(model.sizes)
+    gain: dict[int, float] = {}
+    best = tuple(widths)
+    while model.factor(widths, metric) < cf:
+        open_groups = [n for n in range(len(widths)) if widths[n] > floor[n]]
+        if not open_groups:
+            raise FactorError(
+                f"A {metric} factor of {cf:g} cannot be reached here: greedy reaches at most "
+                f"{model.factor(widths, metric):.3g}."
+            )
+        for n in open_groups:
+            saved = model.marginal(widths, n)
+            gain[n] = getattr(saved, metric) / max(1, getattr(saved, other))
+        chosen = max(open_groups, key=lambda n: (gain[n], -n))
+        step = max(1, model.sizes[chosen] // 128)
+        widths[chosen] = max(floor[chosen], widths[chosen] - step)
+        if abs(model.factor(widths, metric) - cf) < abs(model.factor(best, metric) - cf):
+            best = tuple(widths)
+    ratios = tuple(width / size for width, size in zip(best, model.sizes, strict=True))
+    return Solution(best, ratios, cf, model.factor(best, metric))
+
+
+POLICIES: dict[str, Callable[[CostModel, float, str, int], Solution]] = {
+    "equal": equal,
+    "increasing": increasing,
+    "decreasing": decreasing,
+    "random": random_policy,
+    "greedy": greedy,
+}
+
+
+def policy_solution(
+    name: str, model: CostModel, cf: float, metric: str = "params", seed: int = 0
+) -> Solution:
+    """The widths that policy `name` gives at factor `cf` of `metric`.
+
+    Raises:
+        ZooError: for an unknown policy or metric.
+        FactorError: when the policy cannot reach the factor.
+    """
+    if name not in POLICIES:
+        raise unknown("policy", name, POLICIES)
+    if not cf >= 1:
+        raise FactorError(f"A compression factor is at least 1, got {cf:g}.")
+    return POLICIES[name](model, cf, metric, seed)

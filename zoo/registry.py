@@ -1,0 +1,196 @@
+"""The registry of profiles: references to `Profile`s, and the stored groups of architectures.
+
+A reference names its source: `bundled:<architecture>/<metric>-cf<k>`, `file:<path>`, or
+`hf:<org>/<repo>[/<path>][@<revision>]`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo import hub
+from zoo.documents import SCHEMA_VERSION, decode, encode, read_json, write_json
+from zoo.errors import DocumentError, FactorError, ZooError, unknown
+from zoo.groups import ChannelGroups
+from zoo.profile import METRICS, Profile
+
+__all__ = [
+    "ProfileEntry",
+    "find_profile",
+    "get_profile",
+    "list_profiles",
+    "registry_folder",
+    "store_groups",
+    "stored_groups",
+    "write_index",
+]
+
+
+@dataclass(frozen=True)
+class ProfileEntry:
+    """One profile of an index: enough to choose it and to check that it is whole."""
+
+    reference: str
+    architecture: str
+    metric: str
+    cf: float
+    got: float
+    sha256: str
+
+
+def registry_folder() -> Path:
+    """The bundled registry: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_registry", package.parent / "registry"):
+        if (folder / "index.json").is_file():
+            return folder
+    raise ZooError(f"The bundled registry is missing from {package}; reinstall prunezoo.")
+
+
+def folder_name(architecture: str) -> str:
+    """An architecture's name as a portable folder name."""
+    return architecture.replace(":", "--")
+
+
+def list_profiles(
+    *, arch: str | None = None, metric: str | None = None, source: str = "bundled"
+) -> list[ProfileEntry]:
+    """The profiles of a source, optionally of one architecture or metric.
+
+    Args:
+        arch: an architecture's name.
+        metric: `params` or `macs`.
+        source: `bundled`, or `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
+
+    Raises:
+        ZooError: for an unknown architecture, metric or source.
+    """
+    entries = _index(source)
+    if metric is not None and metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    known = sorted({entry.architecture for entry in entries})
+    if arch is not None and arch not in known:
+        raise unknown("architecture with profiles", arch, known)
+    return [
+        entry
+        for entry in entries
+        if (arch is None or entry.architecture == arch)
+        and (metric is None or entry.metric == metric)
+    ]
+
+
+def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Profile]:
+    """(reference, profile): the bundled one of an architecture at a factor.
+
+    Raises:
+        FactorError: when there is none, naming those that exist and the way round.
+    """
+    entries = list_profiles()
+    for entry in entries:
+        if (entry.architecture, entry.metric, entry.cf) == (arch, metric, float(cf)):
+            return entry.reference, get_profile(entry.reference)
+    own = [f"{e.cf:g}x {e.metric}" for e in entries if e.architecture == arch]
+    listing = f"it has {', '.join(own)}" if own else f"{arch} has none"
+    raise FactorError(
+        f"No searched profile of {arch} at {cf:g}x {metric}: {listing}. "
+        f"profile='equal' (or another policy) works at any factor."
+    )
+
+
+def get_profile(ref: str) -> Profile:
+    """The profile that a reference names.
+
+    Args:
+        ref: `bundled:<architecture>/<name>`, `file:<path>`, or `hf:<org>/<repo>[/<path>][@<rev>]`.
+
+    Raises:
+        ZooError: for a reference without a source, with the spellings.
+        DocumentError: for a malformed profile.
+    """
+    source, _, rest = ref.partition(":")
+    if source == "bundled" and rest:
+        path = registry_folder() / _bundled_path(rest)
+        if not path.is_file():
+            raise unknown("profile", ref, [entry.reference for entry in list_profiles()])
+        return Profile.read(path)
+    if source == "file" and rest:
+        return Profile.read(Path(rest).expanduser())
+    if source == "hf" and rest:
+        repository, name, revision = hub.parse_hub_reference(rest)
+        return Profile.read(hub.download(repository, name or "profile.json", revision))
+    raise ZooError(
+        f"The profile reference {ref!r} names no source: write 'bundled:<architecture>/<name>', "
+        f"'file:{ref}' or 'hf:<org>/<repo>[/<path>][@<revision>]'."
+    )
+
+
+def _bundled_path(name: str) -> Path:
+    architecture, _, file = name.rpartition("/")
+    if not architecture or ".." in name:
+        raise ZooError(f"Expected bundled:<architecture>/<metric>-cf<k>, got 'bundled:{name}'.")
+    return Path(folder_name(architecture)) / f"{file}.json"
+
+
+def stored_groups(arch: str) -> ChannelGroups | None:
+    """The channel groups of a registered architecture at its reference; None if not stored."""
+    path = registry_folder() / folder_name(arch) / "groups.json"
+    if not path.is_file():
+        return None
+    body = _versioned(read_json(path), path)
+    return decode(ChannelGroups, body, str(path))
+
+
+def store_groups(arch: str, groups: ChannelGroups, folder: Path) -> None:
+    """Write an architecture's groups into the registry at `folder`."""
+    body = {"schema_version": SCHEMA_VERSION, **encode(groups)}
+    write_json(folder / folder_name(arch) / "groups.json", body)
+
+
+def write_index(folder: Path) -> None:
+    """Make the index of the registry at `folder` anew from its profiles."""
+    entries = []
+    for path in sorted(folder.glob("*/*-cf*.json")):
+        profile = Profile.read(path)
+        entries.append(
+            ProfileEntry(
+                reference=f"bundled:{profile.architecture}/{path.stem}",
+                architecture=profile.architecture,
+                metric=profile.metric,
+                cf=profile.cf,
+                got=profile.got,
+                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
+        )
+    entries.sort(key=lambda entry: (entry.architecture, entry.metric, entry.cf))
+    write_json(folder / "index.json", {"schema_version": SCHEMA_VERSION, "profiles": entries})
+
+
+def _index(source: str) -> tuple[ProfileEntry, ...]:
+    if source == "bundled":
+        path = registry_folder() / "index.json"
+    elif source.startswith("hf:"):
+        repository, _, revision = hub.parse_hub_reference(source.removeprefix("hf:"))
+        path = hub.download(repository, "index.json", revision)
+    else:
+        raise unknown("profile source", source, ["bundled", "hf:<org>/<repo>"])
+    body = _versioned(read_json(path), path)
+    return decode(_Index, body, str(path)).profiles
+
+
+@dataclass(frozen=True)
+class _Index:
+    profiles: tuple[ProfileEntry, ...]
+
+
+def _versioned(raw: Any, path: Path) -> dict[str, Any]:
+    """The document without its schema version, which must be this one's."""
+    body = dict(raw) if isinstance(raw, dict) else {}
+    version = body.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise DocumentError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}."
+        )
+    return body

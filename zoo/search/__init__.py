@@ -1,0 +1,1 @@
+"""The search for transferable profiles: environment, evaluation, ledger, agents and campaign."""

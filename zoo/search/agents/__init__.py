@@ -1,0 +1,1 @@
+"""Agents that search for profiles, one file each."""
