@@ -17,7 +17,7 @@ import torch
 import tyro
 
 import zoo
-from zoo.checkpoints import save_checkpoint
+from zoo.artefacts import save_checkpoint
 from zoo.documents import write_json
 from zoo.pruning.plan import PruningRecord
 from zoo.runtime import compare_latency

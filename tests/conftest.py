@@ -1,4 +1,4 @@
-"""What every test shares: a private cache folder, one torch thread, small images, GPU skipping."""
+"""What tests share: a private cache folder, one torch thread, images, a network, GPU skipping."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from helpers import randomised
 from PIL import Image
+from torch import nn
 
 from zoo.data import ImageSet
+from zoo.models import build_model
 
 # Shared machines stall now and then: only the values count, never the time. No example database:
 # a test run leaves nothing behind in the working tree.
@@ -60,3 +63,9 @@ def image_tree(tmp_path: Path) -> Path:
                 colour = (10 * n, 200 * label, 7)
                 Image.new("RGB", (8, 8), colour).save(folder / f"{n:02d}.png")
     return tmp_path / "tree"
+
+
+@pytest.fixture
+def dense() -> nn.Module:
+    """A resnet20-16 for seven classes, in eval mode, with no tensor at its initial value."""
+    return randomised(build_model("resnet20-16", 7))

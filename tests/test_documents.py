@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from zoo.documents import decode, encode, read_json, write_json, write_text
+from zoo.documents import (
+    SCHEMA_VERSION,
+    decode,
+    decode_document,
+    encode,
+    encode_document,
+    read_json,
+    write_json,
+    write_text,
+)
 from zoo.errors import DocumentError
 
 
@@ -78,6 +87,27 @@ def test_errors_name_the_place_inside_the_document():
 def test_a_tuple_of_fixed_length_counts_its_items():
     with pytest.raises(DocumentError, match=r"tree\.shape: expected 2 items, got 3"):
         decode(Tree, encode(TREE) | {"shape": [1, 2, 3]}, "tree")
+
+
+def test_a_document_survives_a_round_trip_and_is_not_changed_by_reading():
+    raw = encode_document(TREE)
+    assert raw == {"schema_version": SCHEMA_VERSION, **encode(TREE)}
+    for _ in range(2):
+        assert decode_document(Tree, raw, "tree") == TREE
+
+
+@pytest.mark.parametrize("version", [0, SCHEMA_VERSION + 1, str(SCHEMA_VERSION), None])
+def test_a_document_of_another_version_is_refused_before_its_keys_are_read(version):
+    raw = encode_document(TREE) | {"schema_version": version, "new": 1}
+    with pytest.raises(DocumentError, match=rf"tree: schema_version is {version!r}, this version"):
+        decode_document(Tree, raw, "tree")
+
+
+def test_a_document_is_an_object_with_a_version():
+    with pytest.raises(DocumentError, match="tree: schema_version is None"):
+        decode_document(Tree, encode(TREE), "tree")
+    with pytest.raises(DocumentError, match="tree: expected an object"):
+        decode_document(Tree, [encode_document(TREE)], "tree")
 
 
 def test_files_that_cannot_be_read_are_document_errors(tmp_path):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from zoo.checkpoints import save_checkpoint
+from zoo.artefacts import save_checkpoint
 from zoo.cost import cost_model
 from zoo.data import load_data
 from zoo.errors import FactorError, ZooError

@@ -40,6 +40,10 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(left[name], right[name]) for name in left)
 
 
+def modes(model: nn.Module) -> list[bool]:
+    return [layer.training for layer in model.modules()]
+
+
 def scripted_accuracies(monkeypatch, *accuracies: float) -> list[dict[str, torch.Tensor]]:
     """Make validation report `accuracies` in turn; the list collects the weights it saw."""
     snapshots: list[dict[str, torch.Tensor]] = []
@@ -224,9 +228,10 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(toy_images
 
 def test_evaluation_restores_the_mode_and_changes_nothing(toy_images):
     model = network().train()
-    before = weights(model)
+    model[1].eval()  # frozen statistics stay frozen
+    before, own = weights(model), modes(model)
     evaluate(model, toy_images)
-    assert model.training
+    assert modes(model) == own
     assert same(weights(model), before)
 
 
@@ -257,6 +262,19 @@ def test_distillation_comes_closer_to_the_teacher_than_plain_training(toy_images
         return functional.kl_div(ours, theirs, log_target=True, reduction="batchmean").item()
 
     assert distance(teacher) < distance(None)
+    assert same(weights(teacher), frozen)
+
+
+@pytest.mark.parametrize("training_mode", [True, False])
+def test_a_teacher_teaches_in_eval_mode_and_is_in_its_own_afterwards(toy_images, training_mode):
+    teacher = network(seed=9).train(training_mode)
+    teacher[1].train(not training_mode)
+    before, frozen, seen = modes(teacher), weights(teacher), []
+    teacher.register_forward_hook(lambda *_: seen.extend(modes(teacher)))
+    finetune(network(), toy_images, toy_images, teacher=teacher, recipe=replace(QUICK, epochs=1))
+    assert seen
+    assert not any(seen)
+    assert modes(teacher) == before
     assert same(weights(teacher), frozen)
 
 

@@ -1,7 +1,6 @@
-"""Checkpoints: any user's weights as a dense network, and a pruned model as a folder and back.
+"""Checkpoints: any user's weights, from a file, the Hub or memory, as a dense network.
 
-Nothing is unpickled: `.pt` files are read with `weights_only=True`, everything else is safetensors
-or JSON. Everything is written beside its place first and moved there whole.
+Nothing is unpickled: `.pt` files are read with `weights_only=True`, the others are safetensors.
 """
 
 from __future__ import annotations
@@ -12,35 +11,28 @@ import io
 import json
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zoo import hub
-from zoo.documents import SCHEMA_VERSION, decode, encode, read_json, write_json, write_text
-from zoo.errors import CheckpointError, DocumentError, ZooError
+from zoo.errors import CheckpointError, ZooError
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
-from zoo.pruning.plan import PruningRecord, Source
-from zoo.pruning.surgery import kept_positions, named_tensors, resized
-from zoo.registry import stored_groups
+from zoo.pruning.plan import Source
 
 __all__ = [
+    "RECORD",
     "Checkpoint",
+    "Uninitialised",
     "load_dense",
     "read_checkpoint",
-    "read_model",
-    "save_checkpoint",
-    "write_model",
+    "read_safetensors",
 ]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "net")
@@ -63,7 +55,8 @@ INERT = (
 )
 """What training scripts keep beside the weights; an empty object takes each one's place."""
 
-MODEL, RECORD, README = "model.safetensors", "pruning.json", "README.md"
+RECORD = "pruning.json"
+"""The file by which a folder is known as a pruned model's."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +150,15 @@ def _read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} is a folder; {advice}.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, just as they are stored, and its metadata.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    return _parse_safetensors(_read_bytes(path), path)
 
 
 def _parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -283,7 +285,7 @@ def _fitting(
 ) -> tuple[nn.Module, int, int]:
     """A network (uninitialised), its classes and image size, for tensors of these `shapes`."""
     problems = []
-    with _Uninitialised():
+    with Uninitialised():
         try:
             classes, size = known.infer(shapes)
         except CheckpointError as error:
@@ -326,7 +328,7 @@ def _suggestion(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ""
 
 
-class _Uninitialised(TorchFunctionMode):
+class Uninitialised(TorchFunctionMode):
     """Networks built inside skip their random initial values, which are about to be replaced.
 
     Unlike on the meta device, buffers that no checkpoint holds are as their module computes them.
@@ -342,216 +344,3 @@ class _Uninitialised(TorchFunctionMode):
         if getattr(func, "__name__", None) in self.RANDOM:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-
-def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
-    """Write the state dict of a dense network as safetensors, with `metadata`, atomically.
-
-    Raises:
-        ZooError: if the file cannot be written; an old one is left as it was.
-    """
-    path = Path(path)
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            _save_tensors(state, Path(scratch, path.name), metadata)
-            os.replace(Path(scratch, path.name), path)
-
-
-def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    separate = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-    safetensors.torch.save_file(separate, path, dict(metadata))
-    path.chmod(0o644)
-
-
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise ZooError(f"Cannot write {target}: {error}. What was there is unchanged.") from error
-
-
-def write_model(model: nn.Module, folder: str | Path) -> None:
-    """Write a pruned model as a folder: model.safetensors, pruning.json and README.md.
-
-    An older model in the folder is replaced whole; other files there are kept.
-
-    Raises:
-        CheckpointError: if `model` is not pruned, or `folder` holds something else.
-        ZooError: if the folder cannot be written; the old one is left as it was.
-    """
-    record = getattr(model, "pruning", None)
-    if not isinstance(record, PruningRecord):
-        raise CheckpointError(
-            f"This {type(model).__name__} is not pruned, so there is no record to reload it by: "
-            "prune it with zoo.load or zoo.prune, or write its weights with save_checkpoint."
-        )
-    folder = Path(folder)
-    place = folder.resolve()
-    with _writing(folder):
-        _refuse_foreign(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
-            new = Path(scratch, place.name)
-            if place.exists():
-                shutil.copytree(
-                    place,
-                    new,
-                    symlinks=True,
-                    ignore=lambda at, _: (MODEL, RECORD, README) if Path(at) == place else (),
-                )
-            else:
-                new.mkdir()
-            _save_tensors(named_tensors(model), new / MODEL, {"memory_format": _layout(model)})
-            write_json(new / RECORD, {"schema_version": SCHEMA_VERSION, **encode(record)})
-            write_text(new / README, _readme(record))
-            _swap(new, place, aside=place.with_name(f"{Path(scratch).name}.old"))
-
-
-def _refuse_foreign(place: Path) -> None:
-    if place.exists() and not place.is_dir():
-        raise CheckpointError(f"{place} is a file; a pruned model needs a folder.")
-    if place.exists() and any(place.iterdir()) and not (place / RECORD).exists():
-        raise CheckpointError(
-            f"{place} is not empty and holds no pruned model; name another folder, or empty it."
-        )
-
-
-def _swap(new: Path, place: Path, aside: Path) -> None:
-    """Put the folder `new` in the place of the one there, which comes back if that fails."""
-    try:
-        if place.exists():
-            place.rename(aside)
-        new.rename(place)
-    except BaseException:
-        if aside.exists() and not place.exists():
-            aside.rename(place)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _layout(model: nn.Module) -> str:
-    """The memory format of the convolutions, on which the last bits of their outputs depend."""
-    weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
-    last = bool(weights) and all(
-        w.is_contiguous(memory_format=torch.channels_last) for w in weights
-    )
-    return "channels_last" if last else "contiguous_format"
-
-
-def _readme(record: PruningRecord) -> str:
-    plan, size, name = record.plan, record.image_size, record.architecture
-    params, macs = (
-        f"| {getattr(plan.dense, m):,} | {getattr(plan.pruned, m):,} "
-        f"| {getattr(plan.dense, m) / getattr(plan.pruned, m):.2f}x |"
-        for m in ("params", "macs")
-    )
-    digest = f" (sha256 {record.source.sha256})" if record.source.sha256 else ""
-    argument = "" if name else ", skeleton=dense_network"
-    return f"""# {name or "A network"}, channel-pruned
-
-| | dense | pruned | compression factor |
-|---|---|---|---|
-| parameters {params}
-| MACs at 3x{size}x{size} {macs}
-
-- Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: got {plan.got:.3f}x.
-- Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {record.init}.
-- Classes: {record.num_classes}.
-- Pruned from: {record.source.reference}{digest}.
-
-```python
-import zoo
-
-model = zoo.load_pruned("path/to/this/folder"{argument})
-```
-"""
-
-
-# --- reading back ---------------------------------------------------------------------------------
-
-
-def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
-    """The pruned model in `folder`, in eval mode on the CPU: no tracing, no pickle, no network.
-
-    Args:
-        folder: as `write_model` left it.
-        skeleton: the dense network, for a model of no registered architecture; not edited.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged, or the two do not belong together.
-        DocumentError: if pruning.json has an unknown key or another schema version.
-    """
-    folder = Path(folder)
-    for name in (RECORD, MODEL):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} holds no pruned model: {name} is missing.")
-    record = _read_record(folder / RECORD)
-    tensors, metadata = _parse_safetensors(_read_bytes(folder / MODEL), folder / MODEL)
-    if record.architecture:
-        with _Uninitialised():
-            skeleton = build_model(
-                record.architecture, record.num_classes, image_size=record.image_size
-            )
-    elif skeleton is None:
-        raise CheckpointError(
-            f"{folder} holds a network of no registered architecture: give the dense network that "
-            "it was pruned from as skeleton=."
-        )
-    _check(tensors, skeleton, record, folder)
-    model = resized(skeleton, tensors)
-    if metadata.get("memory_format") == "channels_last":
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    model.pruning = record  # type: ignore[assignment]
-    return model.eval()
-
-
-def _read_record(path: Path) -> PruningRecord:
-    raw = read_json(path)
-    version = raw.pop("schema_version", None) if isinstance(raw, dict) else None
-    if version != SCHEMA_VERSION:
-        raise DocumentError(
-            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}."
-        )
-    return decode(PruningRecord, raw, str(path))
-
-
-def _check(
-    tensors: Mapping[str, Tensor], skeleton: nn.Module, record: PruningRecord, folder: Path
-) -> None:
-    """Refuse tensors that are not those of `skeleton` at the widths of the record's plan."""
-    where = f"{folder}: {MODEL} does not belong to {RECORD}:"
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
-    odd = sorted(set(shapes) ^ set(tensors))
-    if odd:
-        kind = "missing" if odd[0] in shapes else "unexpected"
-        raise CheckpointError(f"{where} {len(odd)} tensors differ; {odd[0]} is {kind}.")
-    groups = stored_groups(record.architecture) if record.architecture else None
-    if groups is not None:
-        if set(groups.names) != set(record.plan.kept):
-            raise CheckpointError(f"{where} its channel groups are not {record.architecture}'s.")
-        for name, dims in kept_positions(groups.adapted(shapes), record.plan).items():
-            lengths = {dim: len(positions) for dim, positions in dims.items()}
-            shapes[name] = tuple(lengths.get(dim, n) for dim, n in enumerate(shapes[name]))
-        for name, shape in shapes.items():
-            got = tuple(tensors[name].shape)
-            if got != shape:
-                raise CheckpointError(f"{where} {name} has shape {got}, the plan makes it {shape}.")
-    dense = dict(skeleton.named_parameters())
-    for kind, found, cost in (
-        ("dense", dense, record.plan.dense),
-        ("pruned", {name: tensors[name] for name in dense}, record.plan.pruned),
-    ):
-        count = sum(tensor.numel() for tensor in found.values())
-        if count != cost.params:
-            raise CheckpointError(
-                f"{where} {count:,} {kind} parameters, the plan has {cost.params:,}."
-            )

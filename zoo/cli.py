@@ -18,14 +18,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, arg
 
+import zoo
 from zoo.errors import ZooError, unknown
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from torch import nn
 
-    from zoo.data import Splits
-    from zoo.profile import Evidence, Profile
     from zoo.training import Recipe, TrainResult
 
 __all__ = ["COMMANDS", "main"]
@@ -49,18 +47,11 @@ class ListCommand:
 
 
 def list_profiles(command: ListCommand) -> None:
-    from rich.table import Table
+    from zoo.rendering import print_profiles
 
-    from zoo.registry import list_profiles as entries
-
-    found = entries(arch=command.arch, metric=command.metric, source=command.source)
-    table = Table("reference", "architecture", "metric", box=None)
-    table.add_column("asked", justify="right")
-    table.add_column("got", justify="right")
-    for entry in found:
-        factors = f"{entry.cf:g}x", f"{entry.got:.2f}x"
-        table.add_row(entry.reference, entry.architecture, entry.metric, *factors)
-    _console().print(table)
+    print_profiles(
+        zoo.list_profiles(arch=command.arch, metric=command.metric, source=command.source)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,62 +67,16 @@ class ShowCommand:
 
 
 def show(command: ShowCommand) -> None:
-    from zoo.registry import find_profile, get_profile
+    from zoo.registry import find_profile
+    from zoo.rendering import print_profile
 
     if command.cf is not None:
         reference, profile = find_profile(command.profile, command.cf, command.metric)
     elif ":" in command.profile:
-        reference, profile = command.profile, get_profile(command.profile)
+        reference, profile = command.profile, zoo.get_profile(command.profile)
     else:
         raise ZooError(f"Which factor of {command.profile!r}? Add --cf, or give a reference.")
-    console = _console()
-    console.print(f"{reference}: {_headline(profile)}\n", highlight=False)
-    _print_bars(profile, console)
-    _print_evidence(profile.evidence, console)
-    if profile.provenance is not None:
-        console.print(f"\nFound by: {profile.provenance.command}", highlight=False)
-
-
-def _headline(profile: Profile) -> str:
-    reference = profile.reference
-    return (
-        f"{profile.architecture} at {profile.cf:g}x {profile.metric}, {profile.policy} "
-        f"(got {profile.got:.3f}x at {reference.num_classes} classes, "
-        f"{reference.image_size}x{reference.image_size})"
-    )
-
-
-def _print_bars(profile: Profile, console: Console) -> None:
-    from rich.table import Table
-
-    table = Table("channel group", "keep ratio", box=None)
-    table.add_column("kept", justify="right")
-    table.add_column("β", justify="right")
-    for name, kept in profile.kept.items():
-        ratio = profile.keep_ratios[name]
-        filled = max(1, round(32 * ratio))
-        bar = "█" * filled + "░" * (32 - filled)
-        table.add_row(name, bar, f"{kept}/{round(kept / ratio)}", f"{ratio:.3f}")
-    console.print(table)
-
-
-def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
-    from rich.table import Table
-
-    if not evidence:
-        console.print("\nNo evidence is stored with this profile.")
-        return
-    table = Table("\npolicy", box=None)
-    for column in ("params", "MACs", "before", "accuracy", "seeds"):
-        table.add_column(f"\n{column}", justify="right")
-    for row in evidence:
-        before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
-        costs = f"{row.params:,}", f"{row.macs:,}"
-        accuracy = f"{row.mean:.2%} ± {row.sd:.2%}"
-        table.add_row(row.policy, *costs, before, accuracy, str(len(row.seeds)))
-    console.print(table)
-    for text in dict.fromkeys(f"{row.data}; {row.fidelity}" for row in evidence):
-        console.print(text, highlight=False)
+    print_profile(reference, profile)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,18 +102,16 @@ class TrainCommand:
 
 
 def train(command: TrainCommand) -> int | None:
-    from zoo.checkpoints import save_checkpoint
-    from zoo.models import build_model
-    from zoo.training import evaluate, finetune
+    from zoo.artefacts import save_checkpoint
 
     recipe = _recipe("standard", command.epochs, command.lr)
     _check_writable(command.out)
-    splits = _splits(command.data, command.data_dir, command.size)
-    model = build_model(
+    splits = zoo.load_data(command.data, command.data_dir, size=command.size)
+    model = zoo.create_model(
         command.arch, splits.num_classes, image_size=command.size, seed=command.seed
     )
-    result = finetune(model, splits.train, splits.val, recipe=recipe, seed=command.seed)
-    test = evaluate(model, splits.test).accuracy
+    result = zoo.finetune(model, splits.train, splits.val, recipe=recipe, seed=command.seed)
+    test = zoo.evaluate(model, splits.test).accuracy
     metadata = {
         "architecture": command.arch,
         "num_classes": str(splits.num_classes),
@@ -217,13 +160,13 @@ class PruneCommand:
 
 
 def prune(command: PruneCommand) -> None:
-    import zoo
     from zoo.models import architecture
+    from zoo.rendering import pruning_summary
 
     images = None
     if command.data is not None:
         size = command.size or architecture(command.arch).image_size
-        images = _splits(command.data, command.data_dir, size).train
+        images = zoo.load_data(command.data, command.data_dir, size=size).train
     model = zoo.load(
         command.arch,
         command.cf,
@@ -239,16 +182,7 @@ def prune(command: PruneCommand) -> None:
     )
     zoo.save(model, command.out)
     record: Any = model.pruning
-    plan = record.plan
-    print(
-        f"{command.arch} by {plan.profile}: asked {plan.asked:g}x {plan.metric}, got "
-        f"{plan.got:.3f}x at {record.num_classes} classes, {plan.image_size}x{plan.image_size}"
-    )
-    for title, dense, pruned in (
-        ("parameters", plan.dense.params, plan.pruned.params),
-        ("MACs", plan.dense.macs, plan.pruned.macs),
-    ):
-        print(f"{title}: {dense:,} -> {pruned:,} ({dense / pruned:.2f}x)")
+    print(pruning_summary(record))
     print(f"Wrote {command.out}")
 
 
@@ -279,15 +213,13 @@ class FinetuneCommand:
 
 
 def finetune(command: FinetuneCommand) -> int | None:
-    import zoo
-
     recipe = _recipe(command.recipe, command.epochs, command.lr)
     model = zoo.load_pruned(command.folder)
     record: Any = model.pruning
     size = command.size or record.image_size
     out = command.out or command.folder
     _check_writable(out)
-    splits = _splits(command.data, command.data_dir, size)
+    splits = zoo.load_data(command.data, command.data_dir, size=size)
     teacher = None
     if command.teacher is not None:
         teacher = zoo.create_model(
@@ -320,11 +252,9 @@ class EvaluateCommand:
 
 
 def evaluate(command: EvaluateCommand) -> None:
-    from zoo.training import evaluate as measure
-
     model, size = _network(command.network, command.arch, command.size)
-    splits = _splits(command.data, command.data_dir, size)
-    measured = measure(model, getattr(splits, command.split))
+    splits = zoo.load_data(command.data, command.data_dir, size=size)
+    measured = zoo.evaluate(model, getattr(splits, command.split))
     print(
         f"{measured.accuracy:.2%} top-1, cross-entropy {measured.loss:.4f}, on the "
         f"{measured.images:,} {command.split} images of {splits.test.name}"
@@ -354,14 +284,12 @@ class ExportCommand:
 def export(command: ExportCommand) -> None:
     import torch
 
-    from zoo.onnx_export import export as write
-
     model, size = _network(command.network, command.arch, command.size)
     images = None
     if command.data is not None:
-        images = _splits(command.data, command.data_dir, size).val
+        images = zoo.load_data(command.data, command.data_dir, size=size).val
     example = torch.zeros(1, 3, size, size)
-    result = write(
+    result = zoo.export(
         model, command.out, inputs=images, example_input=example, precision=command.precision
     )
     print(
@@ -377,10 +305,11 @@ class SearchCommand:
 
 
 def search(command: Any) -> None:
+    from zoo.rendering import headline
     from zoo.search.campaign import search_profile
 
     profile = search_profile(command)
-    print(f"{command.out / profile.name}.json: {_headline(profile)}")
+    print(f"{command.out / profile.name}.json: {headline(profile)}")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
@@ -426,39 +355,23 @@ def _flags(name: str, given: Sequence[str]) -> Any:
     return COMMANDS[name][0]
 
 
-def _console() -> Console:
-    """Standard output as a table's place: the terminal's width, or a wide page when piped."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=140)
-
-
-def _splits(data: str, folder: Path | None, size: int) -> Splits:
-    from zoo.data import load_data
-
-    return load_data(data, folder, size=size)
-
-
 def _recipe(name: str, epochs: int | None, lr: float | None) -> Recipe:
-    from zoo.training import RECIPES
-
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
+    if name not in zoo.RECIPES:
+        raise unknown("recipe", name, zoo.RECIPES)
     given = {"epochs": epochs, "lr": lr}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in changes.items():
         if not value > 0:
             raise ZooError(f"--{key} must be positive, got {value}.")
-    return dataclasses.replace(RECIPES[name], **changes)
+    return dataclasses.replace(zoo.RECIPES[name], **changes)
 
 
 def _network(path: str, arch: str | None, size: int | None) -> tuple[nn.Module, int]:
     """A pruned network's folder or a dense checkpoint as (module, image size)."""
     from zoo.checkpoints import load_dense, read_checkpoint
-    from zoo.loading import load_pruned
 
     if Path(path).is_dir():
-        model = load_pruned(path)
+        model = zoo.load_pruned(path)
         record: Any = model.pruning
         return model, size or record.image_size
     name = arch or read_checkpoint(path).metadata.get("architecture")
@@ -477,11 +390,8 @@ def _check_writable(path: Path) -> None:
 
 
 def _report_training(result: TrainResult, test: float, recipe: Recipe, out: Path) -> int | None:
-    if result.interrupted:
-        print(f"Interrupted after {len(result.history)} of {recipe.epochs} epochs.")
-    print(
-        f"validation {result.initial:.2%} -> {result.accuracy:.2%} (epoch {result.epoch} of "
-        f"{recipe.epochs}), test {test:.2%}, {result.seconds:.0f} s on {result.device}"
-    )
+    from zoo.rendering import training_summary
+
+    print(training_summary(result, test, recipe.epochs))
     print(f"Wrote {out}")
     return INTERRUPTED if result.interrupted else None

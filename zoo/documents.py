@@ -18,7 +18,16 @@ from typing import Any, TypeVar
 
 from zoo.errors import DocumentError
 
-__all__ = ["SCHEMA_VERSION", "decode", "encode", "read_json", "write_json", "write_text"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "decode",
+    "decode_document",
+    "encode",
+    "encode_document",
+    "read_json",
+    "write_json",
+    "write_text",
+]
 
 SCHEMA_VERSION = 1
 
@@ -45,6 +54,26 @@ def decode(cls: type[T], raw: Any, where: str) -> T:
             of the wrong type.
     """
     return typing.cast(T, _decode(cls, raw, where))
+
+
+def encode_document(value: Any) -> dict[str, Any]:
+    """A dataclass as a whole document: what `encode` gives, with the schema version."""
+    return {"schema_version": SCHEMA_VERSION, **encode(value)}
+
+
+def decode_document(cls: type[T], raw: Any, where: str) -> T:
+    """The `cls` that the whole document `raw` describes; `where` names it in error messages.
+
+    Raises:
+        DocumentError: for another schema version or none, and as `decode`.
+    """
+    body = dict(_expect(raw, dict, where))
+    version = body.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise DocumentError(
+            f"{where}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}."
+        )
+    return decode(cls, body, where)
 
 
 def _decode(kind: Any, raw: Any, where: str) -> Any:

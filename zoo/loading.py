@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from zoo import hub
-from zoo.checkpoints import load_dense, read_model, write_model
+from zoo.artefacts import MODEL, read_model, write_model
+from zoo.checkpoints import RECORD, load_dense
 from zoo.cost import cost_model
 from zoo.data import DeviceLoader, ImageSet
 from zoo.errors import FactorError, GraphError, ZooError, unknown
@@ -183,9 +184,7 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
     """
     if isinstance(folder, str) and folder.startswith("hf:"):
         repository, _, revision = hub.parse_hub_reference(folder.removeprefix("hf:"))
-        files = [
-            hub.download(repository, f, revision) for f in ("pruning.json", "model.safetensors")
-        ]
+        files = [hub.download(repository, name, revision) for name in (RECORD, MODEL)]
         return read_model(files[0].parent, skeleton=skeleton)
     return read_model(Path(folder).expanduser(), skeleton=skeleton)
 

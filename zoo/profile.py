@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zoo.documents import SCHEMA_VERSION, decode, encode, read_json, write_json
+from zoo.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError, unknown
 
 __all__ = ["METRICS", "Evidence", "Profile", "Provenance", "Reference"]
@@ -109,7 +109,7 @@ class Profile:
 
     def to_json(self) -> dict[str, Any]:
         """The document, with its schema version."""
-        return {"schema_version": SCHEMA_VERSION, **encode(self)}
+        return encode_document(self)
 
     @classmethod
     def from_json(cls, raw: Any, where: str = "profile") -> Profile:
@@ -118,15 +118,7 @@ class Profile:
         Raises:
             DocumentError: for unknown or missing keys, another schema version, or β outside (0, 1].
         """
-        if not isinstance(raw, dict):
-            raise DocumentError(f"{where}: expected an object.")
-        body = dict(raw)
-        version = body.pop("schema_version", None)
-        if version != SCHEMA_VERSION:
-            raise DocumentError(
-                f"{where}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}."
-            )
-        return decode(cls, body, where)
+        return decode_document(cls, raw, where)
 
     @classmethod
     def read(cls, path: Path) -> Profile:

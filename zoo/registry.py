@@ -9,11 +9,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from zoo import hub
-from zoo.documents import SCHEMA_VERSION, decode, encode, read_json, write_json
-from zoo.errors import DocumentError, FactorError, ZooError, unknown
+from zoo.documents import decode_document, encode_document, read_json, write_json
+from zoo.errors import FactorError, ZooError, unknown
 from zoo.groups import ChannelGroups
 from zoo.profile import METRICS, Profile
 
@@ -39,6 +38,11 @@ class ProfileEntry:
     cf: float
     got: float
     sha256: str
+
+
+@dataclass(frozen=True)
+class _Index:
+    profiles: tuple[ProfileEntry, ...]
 
 
 def registry_folder() -> Path:
@@ -139,14 +143,12 @@ def stored_groups(arch: str) -> ChannelGroups | None:
     path = registry_folder() / folder_name(arch) / "groups.json"
     if not path.is_file():
         return None
-    body = _versioned(read_json(path), path)
-    return decode(ChannelGroups, body, str(path))
+    return decode_document(ChannelGroups, read_json(path), str(path))
 
 
 def store_groups(arch: str, groups: ChannelGroups, folder: Path) -> None:
     """Write an architecture's groups into the registry at `folder`."""
-    body = {"schema_version": SCHEMA_VERSION, **encode(groups)}
-    write_json(folder / folder_name(arch) / "groups.json", body)
+    write_json(folder / folder_name(arch) / "groups.json", encode_document(groups))
 
 
 def write_index(folder: Path) -> None:
@@ -165,7 +167,7 @@ def write_index(folder: Path) -> None:
             )
         )
     entries.sort(key=lambda entry: (entry.architecture, entry.metric, entry.cf))
-    write_json(folder / "index.json", {"schema_version": SCHEMA_VERSION, "profiles": entries})
+    write_json(folder / "index.json", encode_document(_Index(tuple(entries))))
 
 
 def _index(source: str) -> tuple[ProfileEntry, ...]:
@@ -176,21 +178,4 @@ def _index(source: str) -> tuple[ProfileEntry, ...]:
         path = hub.download(repository, "index.json", revision)
     else:
         raise unknown("profile source", source, ["bundled", "hf:<org>/<repo>"])
-    body = _versioned(read_json(path), path)
-    return decode(_Index, body, str(path)).profiles
-
-
-@dataclass(frozen=True)
-class _Index:
-    profiles: tuple[ProfileEntry, ...]
-
-
-def _versioned(raw: Any, path: Path) -> dict[str, Any]:
-    """The document without its schema version, which must be this one's."""
-    body = dict(raw) if isinstance(raw, dict) else {}
-    version = body.pop("schema_version", None)
-    if version != SCHEMA_VERSION:
-        raise DocumentError(
-            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}."
-        )
-    return body
+    return decode_document(_Index, read_json(path), str(path)).profiles

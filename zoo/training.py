@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -122,7 +122,8 @@ def finetune(
         model: any classifier, images (N, 3, H, W) to logits (N, classes).
         train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set, of
             which the training and validation splits are taken.
-        teacher: a network with the same outputs to distil from.
+        teacher: a network with the same outputs to distil from; it is moved to the device, and its
+            mode is restored.
         recipe: a name of `RECIPES` or a `Recipe`.
         seed: of shuffling, augmentation and dropout; the caller's random state is left alone.
         progress: show a bar; by default when standard error is a terminal.
@@ -151,14 +152,13 @@ def finetune(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(warm, steps))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    if teacher is not None:
-        teacher = teacher.to(device).eval()
-    initial = evaluate(model, held, cpu=cpu).accuracy
+    teaching = nullcontext() if teacher is None else _evaluating(teacher.to(device))
+    initial = evaluate(model, held).accuracy
     best, best_epoch, best_state = initial, 0, _snapshot(model)
     history: list[EpochRecord] = []
     interrupted = False
     try:
-        with _seeded(seed), _progress_bar(steps, progress) as advance:
+        with teaching, _seeded(seed), _progress_bar(steps, progress) as advance:
             for epoch in range(1, settings.epochs + 1):
                 tick = time.perf_counter()
                 loss = _train_epoch(
@@ -171,7 +171,7 @@ def finetune(
                         f"far (epoch {best_epoch}) were kept. Try a smaller learning rate than "
                         f"{settings.lr}."
                     )
-                accuracy = evaluate(model, held, cpu=cpu).accuracy
+                accuracy = evaluate(model, held).accuracy
                 history.append(EpochRecord(epoch, loss, accuracy, time.perf_counter() - tick))
                 advance(0, f"loss {loss:.3f}  val {accuracy:.2%}")
                 if accuracy >= best:
@@ -186,22 +186,21 @@ def finetune(
     return TrainResult(initial, best, best_epoch, tuple(history), interrupted, seconds, str(device))
 
 
-def evaluate(
-    model: nn.Module, data: Data | Iterable, *, batch_size: int = 500, cpu: bool = False
-) -> Evaluation:
-    """Top-1 accuracy and mean cross-entropy of `model` on `data`; its mode is restored.
+def evaluate(model: nn.Module, data: Data | Iterable, *, batch_size: int = 500) -> Evaluation:
+    """Top-1 accuracy and mean cross-entropy of `model`, where it is, on `data`.
+
+    Every layer is in eval mode meanwhile and in its own mode afterwards.
 
     Args:
         model: any classifier, images (N, 3, H, W) to logits (N, classes).
         data: a torch Dataset or DataLoader of (image, label), or a data set's name (test split).
         batch_size: used when `data` is not already batched.
-        cpu: evaluate on the CPU; otherwise where the model's parameters are.
 
     Raises:
         DataError: when the data is empty or a label does not fit the network's outputs.
     """
     parameter = next(model.parameters(), None)
-    device = parameter.device if parameter is not None and not cpu else torch.device("cpu")
+    device = parameter.device if parameter is not None else torch.device("cpu")
     if isinstance(data, str):
         data = load_data(*_name_and_root(data)).test
     batches: Any = data
@@ -209,21 +208,16 @@ def evaluate(
         batches = DeviceLoader(data, batch_size, device=device)
     elif isinstance(data, Dataset):
         batches = DataLoader(data, batch_size)
-    was_training = model.training
-    model.eval()
     correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    try:
-        with torch.inference_mode():
-            for images, labels in batches:
-                images = images.to(device, memory_format=torch.channels_last)
-                labels = labels.to(device)
-                logits = model(images).float()
-                _check_labels(labels, logits)
-                loss += functional.cross_entropy(logits, labels, reduction="sum")
-                correct += (logits.argmax(1) == labels).sum()
-                count += len(labels)
-    finally:
-        model.train(was_training)
+    with _evaluating(model), torch.inference_mode():
+        for images, labels in batches:
+            images = images.to(device, memory_format=torch.channels_last)
+            labels = labels.to(device)
+            logits = model(images).float()
+            _check_labels(labels, logits)
+            loss += functional.cross_entropy(logits, labels, reduction="sum")
+            correct += (logits.argmax(1) == labels).sum()
+            count += len(labels)
     if count == 0:
         raise DataError("There are no images to evaluate on.")
     return Evaluation(correct.item() / count, loss.item() / count, count)
@@ -369,6 +363,18 @@ def _warmup_cosine(warmup: int, steps: int) -> Callable[[int], float]:
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` is in eval mode inside; afterwards each of its layers is in its own mode again."""
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
 
 
 @contextmanager

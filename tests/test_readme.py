@@ -1,0 +1,38 @@
+"""The README runs, and its numbers are the registry's."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from zoo.data import ImageSet
+from zoo.models import build_model
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_images: ImageSet
+) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("resnet20-16", 3).state_dict(), "my_ckpt.pt")
+    names = {"train_set": toy_images, "val_set": toy_images}
+    exec(example, names)
+    assert Path("pruned.onnx").is_file()
+    again = zoo.load_pruned("pruned")
+    x = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again(x), names["model"](x))
+
+
+def test_the_table_is_the_registrys() -> None:
+    import runpy
+
+    table = runpy.run_path(str(ROOT / "scripts" / "evidence_table.py"))["table"]()
+    assert table in README
+    assert len(table.splitlines()) > 6

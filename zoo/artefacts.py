@@ -1,0 +1,233 @@
+"""What the zoo writes: a dense network as a checkpoint, a pruned model as a folder, read back here.
+
+Everything is written beside its place first and moved there whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from zoo.checkpoints import RECORD, Uninitialised, read_safetensors
+from zoo.documents import decode_document, encode_document, read_json, write_json, write_text
+from zoo.errors import CheckpointError, ZooError
+from zoo.models import build_model
+from zoo.pruning.plan import PruningRecord
+from zoo.pruning.surgery import kept_positions, named_tensors, resized
+from zoo.registry import stored_groups
+
+__all__ = ["MODEL", "read_model", "save_checkpoint", "write_model"]
+
+MODEL, README = "model.safetensors", "README.md"
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write the state dict of a dense network as safetensors, with `metadata`, atomically.
+
+    Raises:
+        ZooError: if the file cannot be written; an old one is left as it was.
+    """
+    path = Path(path)
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
+            _save_tensors(state, Path(scratch, path.name), metadata)
+            os.replace(Path(scratch, path.name), path)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    separate = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    safetensors.torch.save_file(separate, path, dict(metadata))
+    path.chmod(0o644)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"Cannot write {target}: {error}. What was there is unchanged.") from error
+
+
+def write_model(model: nn.Module, folder: str | Path) -> None:
+    """Write a pruned model as a folder: model.safetensors, pruning.json and README.md.
+
+    An older model in the folder is replaced whole; other files there are kept.
+
+    Raises:
+        CheckpointError: if `model` is not pruned, or `folder` holds something else.
+        ZooError: if the folder cannot be written; the old one is left as it was.
+    """
+    record = getattr(model, "pruning", None)
+    if not isinstance(record, PruningRecord):
+        raise CheckpointError(
+            f"This {type(model).__name__} is not pruned, so there is no record to reload it by: "
+            "prune it with zoo.load or zoo.prune, or write its weights with save_checkpoint."
+        )
+    folder = Path(folder)
+    place = folder.resolve()
+    with _writing(folder):
+        _refuse_foreign(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
+            new = Path(scratch, place.name)
+            if place.exists():
+                shutil.copytree(
+                    place,
+                    new,
+                    symlinks=True,
+                    ignore=lambda at, _: (MODEL, RECORD, README) if Path(at) == place else (),
+                )
+            else:
+                new.mkdir()
+            _save_tensors(named_tensors(model), new / MODEL, {"memory_format": _layout(model)})
+            write_json(new / RECORD, encode_document(record))
+            write_text(new / README, _readme(record))
+            _swap(new, place, aside=place.with_name(f"{Path(scratch).name}.old"))
+
+
+def _refuse_foreign(place: Path) -> None:
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{place} is a file; a pruned model needs a folder.")
+    if place.exists() and any(place.iterdir()) and not (place / RECORD).exists():
+        raise CheckpointError(
+            f"{place} is not empty and holds no pruned model; name another folder, or empty it."
+        )
+
+
+def _swap(new: Path, place: Path, aside: Path) -> None:
+    """Put the folder `new` in the place of the one there, which comes back if that fails."""
+    try:
+        if place.exists():
+            place.rename(aside)
+        new.rename(place)
+    except BaseException:
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _layout(model: nn.Module) -> str:
+    """The memory format of the convolutions, on which the last bits of their outputs depend."""
+    weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    last = bool(weights) and all(
+        w.is_contiguous(memory_format=torch.channels_last) for w in weights
+    )
+    return "channels_last" if last else "contiguous_format"
+
+
+def _readme(record: PruningRecord) -> str:
+    plan, size, name = record.plan, record.image_size, record.architecture
+    params, macs = (
+        f"| {getattr(plan.dense, m):,} | {getattr(plan.pruned, m):,} "
+        f"| {getattr(plan.dense, m) / getattr(plan.pruned, m):.2f}x |"
+        for m in ("params", "macs")
+    )
+    digest = f" (sha256 {record.source.sha256})" if record.source.sha256 else ""
+    argument = "" if name else ", skeleton=dense_network"
+    return f"""# {name or "A network"}, channel-pruned
+
+| | dense | pruned | compression factor |
+|---|---|---|---|
+| parameters {params}
+| MACs at 3x{size}x{size} {macs}
+
+- Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: got {plan.got:.3f}x.
+- Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {record.init}.
+- Classes: {record.num_classes}.
+- Pruned from: {record.source.reference}{digest}.
+
+```python
+import zoo
+
+model = zoo.load_pruned("path/to/this/folder"{argument})
+```
+"""
+
+
+# --- reading back ---------------------------------------------------------------------------------
+
+
+def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
+    """The pruned model in `folder`, in eval mode on the CPU: no tracing, no pickle, no network.
+
+    Args:
+        folder: as `write_model` left it.
+        skeleton: the dense network, for a model of no registered architecture; not edited.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the two do not belong together.
+        DocumentError: if pruning.json has an unknown key or another schema version.
+    """
+    folder = Path(folder)
+    for name in (RECORD, MODEL):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no pruned model: {name} is missing.")
+    record = decode_document(PruningRecord, read_json(folder / RECORD), str(folder / RECORD))
+    tensors, metadata = read_safetensors(folder / MODEL)
+    if record.architecture:
+        with Uninitialised():
+            skeleton = build_model(
+                record.architecture, record.num_classes, image_size=record.image_size
+            )
+    elif skeleton is None:
+        raise CheckpointError(
+            f"{folder} holds a network of no registered architecture: give the dense network that "
+            "it was pruned from as skeleton=."
+        )
+    _check(tensors, skeleton, record, folder)
+    model = resized(skeleton, tensors)
+    if metadata.get("memory_format") == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.pruning = record  # type: ignore[assignment]
+    return model.eval()
+
+
+def _check(
+    tensors: Mapping[str, Tensor], skeleton: nn.Module, record: PruningRecord, folder: Path
+) -> None:
+    """Refuse tensors that are not those of `skeleton` at the widths of the record's plan."""
+    where = f"{folder}: {MODEL} does not belong to {RECORD}:"
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
+    odd = sorted(set(shapes) ^ set(tensors))
+    if odd:
+        kind = "missing" if odd[0] in shapes else "unexpected"
+        raise CheckpointError(f"{where} {len(odd)} tensors differ; {odd[0]} is {kind}.")
+    groups = stored_groups(record.architecture) if record.architecture else None
+    if groups is not None:
+        if set(groups.names) != set(record.plan.kept):
+            raise CheckpointError(f"{where} its channel groups are not {record.architecture}'s.")
+        for name, dims in kept_positions(groups.adapted(shapes), record.plan).items():
+            lengths = {dim: len(positions) for dim, positions in dims.items()}
+            shapes[name] = tuple(lengths.get(dim, n) for dim, n in enumerate(shapes[name]))
+        for name, shape in shapes.items():
+            got = tuple(tensors[name].shape)
+            if got != shape:
+                raise CheckpointError(f"{where} {name} has shape {got}, the plan makes it {shape}.")
+    dense = dict(skeleton.named_parameters())
+    for kind, found, cost in (
+        ("dense", dense, record.plan.dense),
+        ("pruned", {name: tensors[name] for name in dense}, record.plan.pruned),
+    ):
+        count = sum(tensor.numel() for tensor in found.values())
+        if count != cost.params:
+            raise CheckpointError(
+                f"{where} {count:,} {kind} parameters, the plan has {cost.params:,}."
+            )

@@ -1,0 +1,114 @@
+"""What the commands show: profiles as tables, results as lines of text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from zoo.profile import Evidence, Profile
+from zoo.registry import ProfileEntry
+
+if TYPE_CHECKING:
+    from zoo.pruning.plan import PruningRecord
+    from zoo.training import TrainResult
+
+__all__ = ["headline", "print_profile", "print_profiles", "pruning_summary", "training_summary"]
+
+BAR = 32
+"""characters of a whole keep ratio"""
+
+
+def print_profiles(entries: Iterable[ProfileEntry]) -> None:
+    """One line per profile of an index: its reference, and the factors asked for and met."""
+    table = Table("reference", "architecture", "metric", box=None)
+    table.add_column("asked", justify="right")
+    table.add_column("got", justify="right")
+    for entry in entries:
+        factors = f"{entry.cf:g}x", f"{entry.got:.2f}x"
+        table.add_row(entry.reference, entry.architecture, entry.metric, *factors)
+    _console().print(table)
+
+
+def print_profile(reference: str, profile: Profile) -> None:
+    """A bar per channel group, the accuracies measured, and the command that found the profile."""
+    console = _console()
+    console.print(f"{reference}: {headline(profile)}\n", highlight=False)
+    console.print(_bars(profile))
+    _print_evidence(profile.evidence, console)
+    if profile.provenance is not None:
+        console.print(f"\nFound by: {profile.provenance.command}", highlight=False)
+
+
+def headline(profile: Profile) -> str:
+    """The architecture, the factor asked for, and the one met at the reference."""
+    reference = profile.reference
+    return (
+        f"{profile.architecture} at {profile.cf:g}x {profile.metric}, {profile.policy} "
+        f"(got {profile.got:.3f}x at {reference.num_classes} classes, "
+        f"{reference.image_size}x{reference.image_size})"
+    )
+
+
+def pruning_summary(record: PruningRecord) -> str:
+    """The factor asked for and met, and both costs before and after: three lines."""
+    plan = record.plan
+    costs = (
+        ("parameters", plan.dense.params, plan.pruned.params),
+        ("MACs", plan.dense.macs, plan.pruned.macs),
+    )
+    return "\n".join(
+        [
+            f"{record.architecture} by {plan.profile}: asked {plan.asked:g}x {plan.metric}, got "
+            f"{plan.got:.3f}x at {record.num_classes} classes, "
+            f"{plan.image_size}x{plan.image_size}",
+            *(f"{name}: {old:,} -> {new:,} ({old / new:.2f}x)" for name, old, new in costs),
+        ]
+    )
+
+
+def training_summary(result: TrainResult, test: float, epochs: int) -> str:
+    """Validation and `test` accuracy after training that was meant to take `epochs`."""
+    early = f"Interrupted after {len(result.history)} of {epochs} epochs.\n"
+    return (
+        f"{early if result.interrupted else ''}"
+        f"validation {result.initial:.2%} -> {result.accuracy:.2%} (epoch {result.epoch} of "
+        f"{epochs}), test {test:.2%}, {result.seconds:.0f} s on {result.device}"
+    )
+
+
+def _bars(profile: Profile) -> Table:
+    table = Table("channel group", "keep ratio", box=None)
+    table.add_column("kept", justify="right")
+    table.add_column("β", justify="right")
+    for name, kept in profile.kept.items():
+        ratio = profile.keep_ratios[name]
+        filled = max(1, round(BAR * ratio))
+        bar = "█" * filled + "░" * (BAR - filled)
+        table.add_row(name, bar, f"{kept}/{round(kept / ratio)}", f"{ratio:.3f}")
+    return table
+
+
+def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
+    if not evidence:
+        console.print("\nNo evidence is stored with this profile.")
+        return
+    table = Table("\npolicy", box=None)
+    for column in ("params", "MACs", "before", "accuracy", "seeds"):
+        table.add_column(f"\n{column}", justify="right")
+    for row in evidence:
+        before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
+        costs = f"{row.params:,}", f"{row.macs:,}"
+        accuracy = f"{row.mean:.2%} ± {row.sd:.2%}"
+        table.add_row(row.policy, *costs, before, accuracy, str(len(row.seeds)))
+    console.print(table)
+    for text in dict.fromkeys(f"{row.data}; {row.fidelity}" for row in evidence):
+        console.print(text, highlight=False)
+
+
+def _console() -> Console:
+    """Standard output as a table's place: the terminal's width, or a wide page when piped."""
+    return Console() if sys.stdout.isatty() else Console(width=140)
