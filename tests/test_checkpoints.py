@@ -15,7 +15,7 @@ from torch import nn
 
 import zoo.checkpoints as checkpoints
 from zoo.artefacts import save_checkpoint
-from zoo.checkpoints import load_dense, read_checkpoint
+from zoo.checkpoints import Uninitialised, load_dense, read_checkpoint
 from zoo.errors import CheckpointError
 from zoo.models import build_model
 from zoo.pruning.plan import Source
@@ -303,3 +303,13 @@ def test_building_for_a_checkpoint_leaves_the_random_state_alone(dense):
     torch.manual_seed(5)
     load_dense("resnet20-16", dense)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_building_without_initial_values_ends_where_drawing_repeats_until_it_fits() -> None:
+    with Uninitialised():
+        layer = torch.nn.Linear(4, 4)
+        with torch.no_grad():
+            layer.weight.fill_(100)
+        torch.nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
+        torch.nn.init.kaiming_uniform_(layer.bias[None])
+    assert layer.weight.abs().max() <= 0.2

@@ -334,13 +334,14 @@ class Uninitialised(TorchFunctionMode):
     Unlike on the meta device, buffers that no checkpoint holds are as their module computes them.
     """
 
-    RANDOM = (
-        *("uniform_", "normal_", "trunc_normal_", "orthogonal_", "xavier_uniform_"),
-        *("xavier_normal_", "kaiming_uniform_", "kaiming_normal_"),
+    # Not the tensor methods of the same names: torch's truncated normal draws until it is satisfied.
+    RANDOM = frozenset(
+        getattr(nn.init, name)
+        for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
     )
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if getattr(func, "__name__", None) in self.RANDOM:
+        if func in self.RANDOM:
             return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)

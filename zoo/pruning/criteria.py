@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from zoo.errors import ZooError, unknown
 from zoo.groups import ChannelGroups, Group
-from zoo.pruning.surgery import named_tensors
+from zoo.pruning.surgery import evaluating, named_tensors
 
 __all__ = ["CRITERIA", "Criterion", "channel_scores", "random_scores", "taylor_features"]
 
@@ -67,24 +67,25 @@ def taylor_features(module: nn.Module, groups: ChannelGroups, batches: Batches) 
         for name, layer in module.named_modules()
         if name in wanted
     ]
-    was_training, count = module.training, 0
-    module.eval()
+    count = 0
     try:
-        for images, labels in batches:
-            loss = functional.cross_entropy(module(images.requires_grad_()), labels)
-            names = list(outputs)
-            gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
-            for name, gradient in zip(names, gradients, strict=True):
-                # the loss is a mean over the batch; ε is per image
-                product = (gradient * outputs[name]).detach().abs() * len(labels)
-                dims = [d for d in range(product.ndim) if d != 1]
-                sums[name] = sums.get(name, 0) + product.mean(dims) * len(labels)
-            count += len(labels)
-            outputs.clear()
+        with evaluating(module), torch.enable_grad():
+            for images, labels in batches:
+                # gradients reach the layers of a frozen network through its input
+                logits = module(images.detach().requires_grad_())
+                loss = functional.cross_entropy(logits, labels)
+                names = list(outputs)
+                gradients = torch.autograd.grad(loss, [outputs[name] for name in names])
+                for name, gradient in zip(names, gradients, strict=True):
+                    # the loss is a mean over the batch; ε is per image
+                    product = (gradient * outputs[name]).detach().abs() * len(labels)
+                    dims = [d for d in range(product.ndim) if d != 1]
+                    sums[name] = sums.get(name, 0) + product.mean(dims) * len(labels)
+                count += len(labels)
+                outputs.clear()
     finally:
         for handle in handles:
             handle.remove()
-        module.train(was_training)
     if count == 0:
         raise ZooError("Taylor features need data, and there are no batches.")
     return [

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from zoo.errors import GraphError
 from zoo.pruning.operators import RULES, Labels, Trace, Value
+from zoo.pruning.surgery import evaluating, named_tensors
 
 __all__ = ["Call", "Constant", "Program", "interpret"]
 
@@ -54,19 +55,15 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
     Raises:
         GraphError: if the network cannot be traced, or an operator has no rule.
     """
-    modes = {layer: layer.training for layer in module.modules()}
     try:
-        module.eval()
-        exported = torch.export.export(module, (example_input,))
+        with evaluating(module):
+            exported = torch.export.export(module, (example_input,))
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphError(
             f"torch.export cannot trace {type(module).__name__}: {reason[0]}"
         ) from error
-    finally:
-        for layer, training in modes.items():
-            layer.training = training
-    names = _input_names(exported)
+    names = _input_names(exported, module)
     trace = Trace()
     tensors: dict[str, Value] = {}
     values: dict[fx.Node, Any] = {}
@@ -103,10 +100,12 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
     return Program(trace, tensors, tuple(calls.values()), tuple(constants), output, size)
 
 
-def _input_names(exported: torch.export.ExportedProgram) -> dict[str, str]:
-    """placeholder name -> the parameter's or buffer's full name."""
+def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> dict[str, str]:
+    """placeholder name -> the parameter's or buffer's full name, the first one of a tied tensor."""
+    tensors = named_tensors(module)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     return {
-        spec.arg.name: spec.target
+        spec.arg.name: first[id(tensors[spec.target])] if spec.target in tensors else spec.target
         for spec in exported.graph_signature.input_specs
         if spec.target is not None and hasattr(spec.arg, "name")
     }

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from zoo.errors import GraphError
 from zoo.groups import ChannelGroups
 from zoo.pruning.plan import Plan
 
-__all__ = ["apply", "kept_positions", "named_tensors", "resized"]
+__all__ = ["apply", "evaluating", "kept_positions", "named_tensors", "resized"]
 
 
 def apply(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
@@ -63,6 +64,18 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
     }
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """`module` is in eval mode inside; afterwards each of its layers is in its own mode again."""
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
 
 
 def resized(skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
