@@ -334,7 +334,7 @@ class Uninitialised(TorchFunctionMode):
     Unlike on the meta device, buffers that no checkpoint holds are as their module computes them.
     """
 
-    # Not the tensor methods of the same names: torch's truncated normal draws until it is satisfied.
+    # Not the tensor methods of these names: torch draws a truncated normal again until it fits.
     RANDOM = frozenset(
         getattr(nn.init, name)
         for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")

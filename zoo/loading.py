@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -16,17 +18,16 @@ from zoo import hub
 from zoo.artefacts import MODEL, read_model, write_model
 from zoo.checkpoints import RECORD, load_dense
 from zoo.cost import cost_model
-from zoo.data import DeviceLoader, ImageSet
 from zoo.errors import FactorError, GraphError, ZooError, unknown
 from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
 from zoo.profile import METRICS, Profile
 from zoo.pruning import surgery
-from zoo.pruning.criteria import CRITERIA, Batches, channel_scores
+from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
 from zoo.pruning.graph import channel_groups
 from zoo.pruning.plan import Plan, PruningRecord, Source, make_plan
 from zoo.pruning.policies import POLICIES, policy_solution
-from zoo.pruning.surgery import named_tensors
+from zoo.pruning.surgery import evaluating, named_tensors
 from zoo.registry import find_profile, get_profile, stored_groups
 from zoo.solver import scale_curve, solve
 
@@ -102,10 +103,15 @@ def load(
         `pruning`, a `PruningRecord`.
 
     Raises:
-        FactorError: for a factor without a profile, or out of a policy's reach.
+        FactorError: for a factor without a profile, another than the given profile's, or one out of
+            a policy's reach.
         CheckpointError: for a checkpoint that is unsafe, broken, or of another architecture.
     """
     architecture(arch)
+    if image_size is not None:
+        if not _is_integer(image_size) or image_size < 1:
+            raise ZooError(f"The image size is a number of pixels, at least 1; got {image_size!r}.")
+        image_size = int(image_size)
     if init not in ("pretrained", "random"):
         raise unknown("init", init, ("pretrained", "random"))
     # before the weights are read: a missing profile costs nothing
@@ -129,6 +135,7 @@ def plan(
 ) -> Plan:
     """What `prune` with the same arguments would cut, to look at before anything is cut."""
     request = _request(profile, "", cf, metric, criterion, seed)
+    _classes(module, example_input)
     return _plan(module, _traced_groups(module, example_input), request, data)
 
 
@@ -153,13 +160,15 @@ def prune(
         metric, criterion, seed, data: as in `load`.
 
     Raises:
-        GraphError: when the network cannot be traced, or has nothing that can be cut.
-        FactorError: when the factor is out of the policy's reach.
+        GraphError: when the network does not run on the input, cannot be traced, or has nothing
+            that can be cut.
+        FactorError: when the factor is not the profile's, or out of the policy's reach.
     """
     request = _request(profile, "", cf, metric, criterion, seed)
+    classes = _classes(module, example_input)
     groups = _traced_groups(module, example_input)
     made = _plan(module, groups, request, data)
-    return _cut(module, groups, made, "", _classes(module, example_input), Source("module"))
+    return _cut(module, groups, made, "", classes, Source("module"))
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -216,16 +225,23 @@ def _request(
         raise unknown("metric", metric, METRICS)
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
-    if cf is not None and not cf >= 1:
-        raise FactorError(f"A compression factor is at least 1, got {cf:g}.")
+    if not _is_integer(seed):
+        raise ZooError(f"The seed is an integer; got {seed!r}.")
+    if cf is not None:
+        cf = _factor(cf)
     resolved: Profile | None = None
     if isinstance(profile, Profile):
         name, resolved = f"{profile.architecture}/{profile.name}", profile
+    elif not isinstance(profile, str):
+        raise ZooError(
+            f"A profile is a name, a reference such as 'file:<path>', or a Profile; "
+            f"got {profile!r}."
+        )
     elif profile == "searched" and arch and cf is not None:
         name, resolved = find_profile(arch, cf, metric)
     elif profile in POLICIES:
         name = profile
-    elif ":" in profile:
+    elif ":" in profile or "/" in profile or profile.endswith(".json"):
         name, resolved = profile, get_profile(profile)
     else:
         choices = [*(["searched"] if arch else []), *POLICIES, "bundled:...", "file:...", "hf:..."]
@@ -233,10 +249,27 @@ def _request(
     if resolved is not None:
         if arch and resolved.architecture != arch:
             raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
-        return _Request(name, resolved, cf or resolved.cf, resolved.metric, criterion, seed, refit)
+        if cf is None:
+            cf, metric = resolved.cf, resolved.metric
+        if not refit and (cf, metric) != (resolved.cf, resolved.metric):
+            rescale = ", or refit=True to rescale it" if arch else ""
+            raise FactorError(
+                f"The profile {name} is for {resolved.cf:g}x {resolved.metric}, not {cf:g}x "
+                f"{metric}: pass cf={resolved.cf:g}, metric={resolved.metric!r}{rescale}."
+            )
     if cf is None:
-        raise FactorError(f"The policy {name!r} needs a compression factor: pass cf=.")
-    return _Request(name, None, cf, metric, criterion, seed, refit)
+        raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
+    return _Request(name, resolved, cf, metric, criterion, int(seed), refit)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _factor(cf: float) -> float:
+    if isinstance(cf, bool) or not isinstance(cf, Real) or not math.isfinite(cf) or cf < 1:
+        raise FactorError(f"A compression factor is a finite number of at least 1, got {cf!r}.")
+    return float(cf)
 
 
 def _groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
@@ -272,7 +305,8 @@ def _plan(
         widths = dict(zip(groups.names, solved.widths, strict=True))
     else:
         widths = request.profile.kept
-    batches = _batches(data, module)
+    device = next(module.parameters()).device
+    batches = None if data is None else labelled_batches(data, device, request.seed)
     scores = channel_scores(request.criterion, module, groups, request.seed, batches)
     return make_plan(
         groups,
@@ -315,36 +349,37 @@ def _cut(
 def _reinitialise(module: nn.Module, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for layer in module.modules():
+        for name, layer in module.named_modules():
             reset = getattr(layer, "reset_parameters", None)
             if callable(reset):
                 reset()
+            elif own := [key for key, _ in layer.named_parameters(recurse=False)]:
+                raise ZooError(
+                    f"init='random' does not know how to initialise {own[0]!r} of the "
+                    f"{type(layer).__name__} {name!r}, which has no reset_parameters()."
+                )
 
 
 def _classes(module: nn.Module, example_input: Tensor) -> int:
-    was_training = module.training
-    module.eval()
+    """The outputs of a live network, which shows on the way that it runs on this input."""
+    if not isinstance(module, nn.Module):
+        raise ZooError(
+            f"Expected a network (an nn.Module), got {type(module).__name__}; zoo.load takes "
+            f"checkpoints."
+        )
+    kind = type(module).__name__
+    if not isinstance(example_input, Tensor) or example_input.ndim != 4 or 0 in example_input.shape:
+        got = tuple(getattr(example_input, "shape", ())) or type(example_input).__name__
+        raise GraphError(f"The example input is a batch of images (N, C, H, W); got {got}.")
     try:
-        with torch.inference_mode():
-            return int(module(example_input).shape[-1])
-    finally:
-        module.train(was_training)
-
-
-def _batches(data: Dataset | DataLoader | None, module: nn.Module) -> Batches | None:
-    """At most 1,024 images of `data` in batches, on the module's device."""
-    if data is None:
-        return None
-    device = next(module.parameters()).device
-    if isinstance(data, ImageSet):
-        batches: Iterable = DeviceLoader(data, 128, device=device)
-    elif isinstance(data, DataLoader):
-        batches = data
-    else:
-        batches = DataLoader(data, 128)
-    limited = []
-    for images, labels in batches:
-        limited.append((images.to(device), labels.to(device)))
-        if sum(len(rows) for _, rows in limited) >= 1024:
-            break
-    return limited
+        with evaluating(module), torch.no_grad():
+            logits = module(example_input)
+    except Exception as error:  # whatever the network raises
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise GraphError(
+            f"{kind} does not run on the example input of shape {tuple(example_input.shape)} and "
+            f"{example_input.dtype}: {reason}"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
+        raise GraphError(f"{kind} gives {type(logits).__name__}, not logits (N, classes).")
+    return logits.shape[1]

@@ -9,15 +9,72 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from zoo.errors import ZooError, unknown
+from zoo.data import DeviceLoader, ImageSet
+from zoo.errors import DataError, ZooError, unknown
 from zoo.groups import ChannelGroups, Group
 from zoo.pruning.surgery import evaluating, named_tensors
 
-__all__ = ["CRITERIA", "Criterion", "channel_scores", "random_scores", "taylor_features"]
+__all__ = [
+    "CRITERIA",
+    "Criterion",
+    "channel_scores",
+    "labelled_batches",
+    "random_scores",
+    "taylor_features",
+]
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 Scores = list[list[float]]
+
+
+def labelled_batches(
+    data: Dataset | DataLoader, device: torch.device | str, seed: int, count: int = 1024
+) -> Batches:
+    """At least `count` images of `data`, or all there are, in batches (images, labels) on `device`.
+
+    Those of a Dataset are drawn by `seed`, because many are sorted by class; of a DataLoader or an
+    IterableDataset they are the first.
+
+    Raises:
+        DataError: for anything but (image, label) with floating-point images and integer labels.
+    """
+    batches: Iterable
+    if isinstance(data, DataLoader):
+        batches = data
+    elif isinstance(data, ImageSet):
+        batches = DeviceLoader(data, 128, device=device, shuffle=True, seed=seed)
+    elif isinstance(data, Dataset):
+        shuffle = not isinstance(data, IterableDataset) and len(data) > 0  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(seed)
+        batches = DataLoader(data, 128, shuffle=shuffle, generator=generator)
+    else:
+        raise DataError(f"Expected a torch Dataset or DataLoader, got {type(data).__name__}.")
+    taken: list[tuple[Tensor, Tensor]] = []
+    for batch in batches:
+        images, labels = _checked(batch)
+        taken.append((images.to(device), labels.to(device)))
+        if sum(len(rows) for _, rows in taken) >= count:
+            break
+    return taken
+
+
+def _checked(batch: object) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        images, labels = batch
+        if (
+            isinstance(images, Tensor)
+            and isinstance(labels, Tensor)
+            and (images.ndim, labels.ndim) == (4, 1)
+            and images.is_floating_point()
+            and not labels.is_floating_point()
+        ):
+            return images, labels
+    raise DataError(
+        "Expected data of (image, label): images as floating-point tensors (C, H, W), labels as "
+        "integers."
+    )
 
 
 def random_scores(groups: ChannelGroups, seed: int) -> Scores:
