@@ -22,7 +22,8 @@ from zoo.errors import FactorError
 from zoo.profile import Evidence
 from zoo.pruning.policies import policy_solution
 from zoo.registry import folder_name, stored_groups, write_index
-from zoo.search.campaign import SearchConfig, evidence, load_tasks, search_profile
+from zoo.search.campaign import SearchConfig, load_tasks, search_profile
+from zoo.search.evidence import evidence
 from zoo.training import Recipe
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"

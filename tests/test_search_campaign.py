@@ -14,7 +14,8 @@ from zoo.models import build_model
 from zoo.profile import Profile
 from zoo.registry import stored_groups
 from zoo.search import campaign
-from zoo.search.campaign import SearchConfig, evidence, load_tasks, search_profile
+from zoo.search.campaign import SearchConfig, load_tasks, search_profile
+from zoo.search.evidence import evidence
 from zoo.search.ledger import Ledger
 from zoo.training import Recipe, finetune
 

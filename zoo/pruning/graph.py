@@ -23,12 +23,14 @@ from torch._subclasses import FakeTensorMode
 from zoo.cost import Cost
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups, Group, Slot
+from zoo.models import architecture, build_model
 from zoo.pruning.operators import Value
 from zoo.pruning.plan import Plan
 from zoo.pruning.program import Program, interpret
 from zoo.pruning.surgery import apply, named_tensors, resized
+from zoo.registry import stored_groups
 
-__all__ = ["channel_groups", "check_shapes"]
+__all__ = ["channel_groups", "check_shapes", "reference_groups"]
 
 
 def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
@@ -52,6 +54,16 @@ def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
         if failure is None:
             return groups
         _pin(program, failure)
+
+
+def reference_groups(arch: str) -> ChannelGroups:
+    """The channel groups of an architecture at its reference, traced where none are stored."""
+    stored = stored_groups(arch)
+    if stored is not None:
+        return stored
+    known = architecture(arch)
+    module = build_model(arch, known.num_classes)
+    return channel_groups(module, torch.zeros(1, 3, known.image_size, known.image_size))
 
 
 # --- groups ---------------------------------------------------------------------------------------

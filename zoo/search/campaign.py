@@ -8,9 +8,8 @@ import importlib.metadata
 import platform
 import shlex
 import statistics
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,31 +19,27 @@ import torch
 
 from zoo.checkpoints import load_dense
 from zoo.cost import cost_model
-from zoo.data import ImageSet, Splits, load_data
+from zoo.data import Splits, load_data
 from zoo.errors import ZooError
-from zoo.groups import ChannelGroups
-from zoo.models import architecture, build_model
-from zoo.profile import Evidence, Profile, Provenance, Reference
-from zoo.pruning.graph import channel_groups
+from zoo.models import architecture
+from zoo.profile import Profile, Provenance, Reference
+from zoo.pruning.graph import reference_groups
 from zoo.pruning.surgery import named_tensors
-from zoo.registry import stored_groups
 from zoo.search.evaluation import (
     SEARCH_SEEDS,
     Evaluator,
     Fidelity,
     Task,
-    cut,
     make_task,
-    recalibrate,
     recalibration,
-    sample,
+    say,
     short_finetune,
 )
 from zoo.search.ledger import Ledger
 from zoo.solver import scale_curve, solve
-from zoo.training import Recipe, evaluate, finetune
+from zoo.training import Recipe
 
-__all__ = ["SearchConfig", "evidence", "load_tasks", "search_profile"]
+__all__ = ["SearchConfig", "load_tasks", "search_profile"]
 
 Widths = tuple[int, ...]
 
@@ -110,7 +105,7 @@ class _Progress:
             recent = statistics.mean(episode["reward"] for episode in self.episodes[-8:])
             best = max(self.episodes, key=lambda episode: episode["reward"])
             rate = self.evaluator.measured / (time.perf_counter() - self.started) * 60
-            _say(
+            say(
                 f"episode {len(self.episodes)}/{self.total}  reward {recent:.3f} (mean of 8)  "
                 f"best {best['reward']:.3f} at {best['factor']:.2f}x {list(best['widths'])}  "
                 f"{rate:.0f} evaluations/min"
@@ -146,7 +141,7 @@ def _load_task(arch: str, path: str, splits: Splits) -> Task:
         )
     trained_beside = checkpoint.metadata.get("split_digest")
     if trained_beside is None:
-        _say(f"{path} does not say which validation split it was kept from; it is taken on trust.")
+        say(f"{path} does not say which validation split it was kept from; it is taken on trust.")
     elif trained_beside != splits.digest:
         raise ZooError(
             f"{path} was trained beside another validation split ({trained_beside[:12]}) than that "
@@ -154,20 +149,9 @@ def _load_task(arch: str, path: str, splits: Splits) -> Task:
             f"the search. Train a base network on this data."
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
-    groups = _reference_groups(arch).adapted(shapes, size)
+    groups = reference_groups(arch).adapted(shapes, size)
     digest = checkpoint.source.sha256
     return make_task(Path(path).name, module, groups, splits.train, splits.val, network=digest)
-
-
-def _reference_groups(arch: str) -> ChannelGroups:
-    """The channel groups at the architecture's reference, traced where none are stored."""
-    stored = stored_groups(arch)
-    if stored is not None:
-        return stored
-    known = architecture(arch)
-    size = known.image_size
-    module = build_model(arch, known.num_classes, image_size=size)
-    return channel_groups(module, torch.zeros(1, 3, size, size))
 
 
 def search_profile(config: SearchConfig) -> Profile:
@@ -189,10 +173,10 @@ def search_profile(config: SearchConfig) -> Profile:
     from zoo.search.agents.ppo import PPOSettings, train_ppo
 
     started = time.perf_counter()
-    groups = _reference_groups(config.arch)
+    groups = reference_groups(config.arch)
     tasks = load_tasks(config)
     for task in tasks:
-        _say(f"task {task.name}: base {task.base_accuracy:.2%} on the validation split")
+        say(f"task {task.name}: base {task.base_accuracy:.2%} on the validation split")
     evaluator = Evaluator(Ledger(config.out / "ledger.jsonl"))
     measure = partial(
         evaluator, fidelity=recalibration(config.calibration_images, config.val_images)
@@ -230,7 +214,7 @@ def _play(env: Any, policy: Callable, position: int) -> dict[str, Any]:
 def _meeting_the_factor(config: SearchConfig, episode: dict[str, Any]) -> Widths:
     if config.projection == "scale":
         return episode["widths"]
-    model = cost_model(_reference_groups(config.arch))
+    model = cost_model(reference_groups(config.arch))
     return solve(model, scale_curve(episode["keep_ratios"]), config.cf, config.metric).widths
 
 
@@ -263,7 +247,7 @@ def _rank(
             for task in tasks
             for seed in seeds
         )
-        _say(f"{fidelity.name}: {shares[widths]:.3f} of base  {list(widths)}")
+        say(f"{fidelity.name}: {shares[widths]:.3f} of base  {list(widths)}")
     return sorted(candidates, key=lambda widths: -shares[widths])
 
 
@@ -276,7 +260,7 @@ def _profile(
     episodes: int,
     started: float,
 ) -> Profile:
-    groups, known = _reference_groups(config.arch), architecture(config.arch)
+    groups, known = reference_groups(config.arch), architecture(config.arch)
     search = recalibration(config.calibration_images, config.val_images)
     return Profile(
         architecture=config.arch,
@@ -302,81 +286,6 @@ def _profile(
             date=datetime.date.today().isoformat(),
             versions=_versions(),
         ),
-    )
-
-
-def evidence(
-    arch: str,
-    policies: Mapping[str, Widths],
-    base: Task,
-    test: ImageSet,
-    recipe: Recipe,
-    seeds: Sequence[int],
-    train_images: int | None = None,
-) -> tuple[Evidence, ...]:
-    """Test accuracy of every policy after the same fine-tune, and of the dense network as it is.
-
-    Args:
-        arch: the architecture; costs are stated at its reference.
-        policies: name -> channels to keep, per group in order.
-        base: a base network that no search saw, and its data.
-        test: the split that accuracies are measured on.
-        recipe: of the fine-tune on `base.train`; the best epoch is chosen on `base.val`.
-        seeds: of the channels kept and of the training, the same for every policy.
-        train_images: of the fine-tune; all by default.
-
-    Returns:
-        `base` first, then the policies in order. Standard deviations divide by n - 1.
-    """
-    model = cost_model(_reference_groups(arch))
-    start = evaluate(base.module, test).accuracy
-    rows = [
-        _evidence("base", model.sizes, model, [start], [0], (), "dense, as trained", test),
-    ]
-    fidelity = (
-        f"fine-tuned {recipe.epochs} epochs of {train_images or len(base.train)} images "
-        f"({recipe.optimizer}, batch {recipe.batch_size}, lr {recipe.lr:g}), random channels"
-    )
-    train = sample(base.train, train_images)
-    for policy, widths in policies.items():
-        before, after = [], []
-        for seed in seeds:
-            module = cut(base, widths, seed).to(next(base.module.parameters()).device)
-            recalibrate(module, base.module, sample(base.train, 2048))
-            before.append(evaluate(module, test).accuracy)
-            module = cut(base, widths, seed)
-            if finetune(
-                module, train, base.val, recipe=recipe, seed=seed, progress=False
-            ).interrupted:
-                raise KeyboardInterrupt
-            after.append(evaluate(module, test).accuracy)
-            _say(f"{policy}, seed {seed}: {before[-1]:.2%} before, {after[-1]:.2%} after")
-        rows.append(_evidence(policy, widths, model, after, seeds, before, fidelity, test))
-    return tuple(rows)
-
-
-def _evidence(
-    policy: str,
-    widths: Widths,
-    model: Any,
-    accuracies: Sequence[float],
-    seeds: Sequence[int],
-    before: Sequence[float],
-    fidelity: str,
-    test: ImageSet,
-) -> Evidence:
-    cost = model(widths)
-    return Evidence(
-        policy=policy,
-        params=cost.params,
-        macs=cost.macs,
-        mean=statistics.mean(accuracies),
-        sd=statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0,
-        seeds=tuple(seeds),
-        accuracies=tuple(accuracies),
-        fidelity=fidelity,
-        data=f"{test.name}, test split",
-        before=tuple(before),
     )
 
 
@@ -410,8 +319,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "not installed as a package"
     return versions
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()

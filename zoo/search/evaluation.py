@@ -7,6 +7,7 @@ the kept sets of one seed are nested in the width.
 from __future__ import annotations
 
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ __all__ = [
     "recalibrated_accuracy",
     "recalibration",
     "sample",
+    "say",
     "short_finetune",
     "short_finetune_accuracy",
 ]
@@ -329,3 +331,9 @@ class Evaluator:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
