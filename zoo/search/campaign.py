@@ -70,7 +70,7 @@ class SearchConfig:
     """of the policy, the environment and the channels"""
     projection: Literal["scale", "none"] = "scale"
     """scale: every profile meets the factor; none: the reward alone asks for it"""
-    std: float = 0.2
+    std: float = 0.3
     """initial standard deviation of PPO's actions, on [-1, 1]"""
     calibration_images: int = 2048
     """training images for the recalibration of a candidate"""

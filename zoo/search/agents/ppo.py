@@ -43,7 +43,7 @@ class PPOSettings:
     """weight of the entropy bonus"""
     max_grad_norm: float = 0.5
     """largest gradient norm"""
-    std: float = 0.2
+    std: float = 0.3
     """initial standard deviation of the actions, on [-1, 1]"""
     hidden: int = 64
     """units of each of the two tanh layers, of policy and value network alike"""
