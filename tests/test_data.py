@@ -229,3 +229,14 @@ def test_a_loader_gives_the_same_batches_on_a_cuda_device():
         assert same.is_cuda
         assert torch.allclose(images, same.cpu(), atol=1e-6)
         assert torch.equal(labels, same_labels.cpu())
+
+
+@pytest.mark.parametrize("quality", [30, 75, 90])
+def test_a_lossy_copy_says_so(tmp_path, quality):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for n in range(3):
+                image = Image.new("RGB", (8, 8), (n, 100, 9))
+                image.save(tmp_path / split / name / f"{n}.jpg", quality=quality)
+    assert f"(JPEG q{quality})" in load_data(f"imagefolder:{tmp_path}", size=8).test.name

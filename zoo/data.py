@@ -267,7 +267,7 @@ def cache_folder() -> Path:
 def _image_folder(root: Path | None, size: int | None, name: str | None = None) -> Splits:
     if root is None:
         raise DataError(f"{name or 'imagefolder'} needs the folder that holds train/ and val/.")
-    for base in (root, root / (name or "")):
+    for base in (root, root / (name or "").lower().replace("-", "")):
         if (base / "train").is_dir():
             break
     else:
@@ -278,13 +278,29 @@ def _image_folder(root: Path | None, size: int | None, name: str | None = None) 
     whole, test = _folder_set(base / "train", size), _folder_set(held, size)
     if whole.classes != test.classes:
         raise DataError(f"{base}/train and {held} do not hold the same classes.")
-    title = f"{name or base.name} at {whole.image_size}x{whole.image_size}"
+    title = f"{name or base.name}{_encoding(base)} at {whole.image_size}x{whole.image_size}"
     whole, test = replace(whole, name=title), replace(test, name=title)
     return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
 
 
+def _encoding(base: Path) -> str:
+    """` (JPEG q<quality>)` when the first training image is a JPEG file: a lossy copy says so.
+
+    The quality is read back from the first luminance step, 16 at quality 50 in the standard tables.
+    """
+    from PIL import Image
+
+    first = next(p for p in sorted((base / "train").rglob("*")) if p.suffix.lower() in _EXTENSIONS)
+    with Image.open(first) as image:
+        tables = getattr(image, "quantization", None)
+    if not tables:
+        return ""
+    scale = 100 * tables[0][0] / 16
+    return f" (JPEG q{round(100 - scale / 2 if scale <= 100 else 5000 / scale)})"
+
+
 def _cifar10(root: Path | None, size: int) -> Splits:
-    splits = _image_folder(root, None if size == 32 else size, "cifar10")
+    splits = _image_folder(root, None if size == 32 else size, "CIFAR-10")
     if splits.num_classes != 10:
         raise DataError(f"{root} holds {splits.num_classes} classes; CIFAR-10 has 10.")
     mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
