@@ -286,7 +286,7 @@ def _image_folder(root: Path | None, size: int | None, name: str | None = None) 
 def _encoding(base: Path) -> str:
     """` (JPEG q<quality>)` when the first training image is a JPEG file: a lossy copy says so.
 
-    The quality is read back from the first luminance step, 16 at quality 50 in the standard tables.
+    The quality is read back from the coarsest luminance step, 121 at quality 50 in standard tables.
     """
     from PIL import Image
 
@@ -295,7 +295,7 @@ def _encoding(base: Path) -> str:
         tables = getattr(image, "quantization", None)
     if not tables:
         return ""
-    scale = 100 * tables[0][0] / 16
+    scale = 100 * max(tables[0]) / 121
     return f" (JPEG q{round(100 - scale / 2 if scale <= 100 else 5000 / scale)})"
 
 
