@@ -303,10 +303,10 @@ def test_taylor_keeps_the_channels_the_loss_depends_on(small: nn.Module) -> None
     with torch.no_grad():
         base.conv5.weight[::2] = 0  # these channels are zero: the loss does not depend on them
         base.conv5.bias[::2] = 0
-    model = zoo.load("cnet", 3, base, profile="equal", criterion="taylor", data=Sorted())
+    model = zoo.load("cnet", 6, base, profile="equal", criterion="taylor", data=Sorted())
     kept = model.pruning.plan.kept["conv5"]
-    assert 8 < len(kept) < 24
-    assert sum(channel % 2 for channel in kept) == min(16, len(kept))
+    assert 8 < len(kept) < 16
+    assert all(channel % 2 for channel in kept)
 
 
 def test_taylor_sees_all_classes_of_a_sorted_dataset_and_no_more_than_it_needs(
@@ -588,8 +588,8 @@ def test_weights_of_another_architecture_name_the_one_they_fit(dense: nn.Module)
         zoo.load("resnet20-64", 4, dense, profile="equal")
     with pytest.raises(CheckpointError, match=r"The checkpoint fits 'resnet20-16'"):
         zoo.create_model("cnet", 10, pretrained=dense)
-    with pytest.raises(CheckpointError, match="misshapen"):  # pruned already
-        pruned = zoo.load("resnet20-16", 2, dense, profile="equal")
+    pruned = zoo.load("resnet20-16", 2, dense, profile="equal")
+    with pytest.raises(CheckpointError, match="misshapen"):
         zoo.load("resnet20-16", 2, pruned, profile="equal")
     with pytest.raises(ZooError, match=r"has 10 classes; 7 were asked for"):
         zoo.create_model("resnet20-16", 7, pretrained=dense)

@@ -55,25 +55,28 @@ def random_policy(model: CostModel, cf: float, metric: str, seed: int) -> Soluti
 def greedy(model: CostModel, cf: float, metric: str, seed: int) -> Solution:
     """Removes units where the metric falls fastest per unit of the other metric lost.
 
-    No group goes below a keep ratio of 0.1. Of the widths on the way, those nearest to the factor.
+    Groups within a tenth of the fastest count as equal, as the layers of one resolution nearly are;
+    of those the one that is least pruned goes on, so that they shrink evenly. No group goes below a
+    keep ratio of 0.1. Of the widths on the way, those nearest to the factor are taken.
     """
     del seed
     other = "macs" if metric == "params" else "params"
     floor = round_widths(model.sizes, [FLOOR] * len(model.sizes))
     widths = list(model.sizes)
-    gain: dict[int, float] = {}
     best = tuple(widths)
     while model.factor(widths, metric) < cf:
-        open_groups = [n for n in range(len(widths)) if widths[n] > floor[n]]
-        if not open_groups:
+        gains = {}
+        for group, width in enumerate(widths):
+            if width > floor[group]:
+                saved = model.marginal(widths, group)
+                gains[group] = getattr(saved, metric) / max(1, getattr(saved, other))
+        if not gains:
             raise FactorError(
                 f"A {metric} factor of {cf:g} cannot be reached here: greedy reaches at most "
                 f"{model.factor(widths, metric):.3g}."
             )
-        for n in open_groups:
-            saved = model.marginal(widths, n)
-            gain[n] = getattr(saved, metric) / max(1, getattr(saved, other))
-        chosen = max(open_groups, key=lambda n: (gain[n], -n))
+        fast = [group for group, gain in gains.items() if gain >= 0.9 * max(gains.values())]
+        chosen = max(fast, key=lambda group: (widths[group] / model.sizes[group], -group))
         step = max(1, model.sizes[chosen] // 128)
         widths[chosen] = max(floor[chosen], widths[chosen] - step)
         if abs(model.factor(widths, metric) - cf) < abs(model.factor(best, metric) - cf):

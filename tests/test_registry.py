@@ -1,0 +1,288 @@
+"""The bundled profiles hold what the index and they themselves say; references find profiles."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import pytest
+
+import zoo
+import zoo.registry as registry
+from zoo.cost import cost_model
+from zoo.errors import DocumentError, FactorError, ZooError
+from zoo.groups import ChannelGroups
+from zoo.models import ARCHITECTURES
+from zoo.profile import Profile, Reference
+from zoo.registry import ProfileEntry, find_profile, stored_groups, write_index
+from zoo.solver import round_widths
+
+BUNDLED = zoo.list_profiles()
+FOLDER = registry.registry_folder()
+
+every_bundled = pytest.mark.parametrize("entry", BUNDLED, ids=lambda entry: entry.reference)
+
+
+def groups_of(entry: ProfileEntry) -> ChannelGroups:
+    groups = stored_groups(entry.architecture)
+    assert groups is not None
+    return groups
+
+
+def path_of(entry: ProfileEntry) -> Path:
+    name = entry.reference.removeprefix(f"bundled:{entry.architecture}/")
+    return FOLDER / entry.architecture.replace(":", "--") / f"{name}.json"
+
+
+# --- the bundled profiles -------------------------------------------------------------------------
+
+
+def test_there_are_bundled_profiles() -> None:
+    assert BUNDLED
+
+
+def test_the_index_is_what_the_files_make_it(tmp_path: Path) -> None:
+    copied = tmp_path / "registry"
+    shutil.copytree(FOLDER, copied)
+    (copied / "index.json").unlink()
+    write_index(copied)
+    assert (copied / "index.json").read_text() == (FOLDER / "index.json").read_text()
+    found = {path for path in FOLDER.glob("*/*.json") if path.name != "groups.json"}
+    assert {path_of(entry) for entry in BUNDLED} == found
+    keys = [(entry.architecture, entry.metric, entry.cf) for entry in BUNDLED]
+    assert len(set(keys)) == len(keys)
+
+
+@every_bundled
+def test_an_entry_agrees_with_its_file(entry: ProfileEntry) -> None:
+    profile = zoo.get_profile(entry.reference)
+    assert hashlib.sha256(path_of(entry).read_bytes()).hexdigest() == entry.sha256
+    for field in ("architecture", "metric", "cf", "got"):
+        assert getattr(profile, field) == getattr(entry, field)
+    assert entry.reference == f"bundled:{profile.architecture}/{profile.name}"
+    assert find_profile(profile.architecture, profile.cf, profile.metric) == (
+        entry.reference,
+        profile,
+    )
+    assert profile.policy == "searched"
+
+
+@every_bundled
+def test_the_factor_is_that_of_the_kept_counts_at_the_reference(entry: ProfileEntry) -> None:
+    profile, groups = zoo.get_profile(entry.reference), groups_of(entry)
+    known = ARCHITECTURES[profile.architecture]
+    assert profile.reference == Reference(known.num_classes, known.image_size)
+    assert groups.image_size == known.image_size
+    assert tuple(profile.kept) == groups.names
+    assert tuple(profile.keep_ratios) == groups.names
+    widths = [profile.kept[name] for name in groups.names]
+    assert all(1 <= width <= size for width, size in zip(widths, groups.sizes, strict=True))
+    ratios = [profile.keep_ratios[name] for name in groups.names]
+    assert round_widths(groups.sizes, ratios) == tuple(widths)
+    assert profile.got == cost_model(groups).factor(widths, profile.metric)
+    assert profile.got == pytest.approx(profile.cf, rel=0.02)
+
+
+@every_bundled
+def test_a_loaded_network_has_the_parameters_that_the_profile_states(entry: ProfileEntry) -> None:
+    profile = zoo.get_profile(entry.reference)
+    dense = zoo.create_model(entry.architecture, profile.reference.num_classes)
+    model = zoo.load(entry.architecture, entry.cf, dense, metric=entry.metric)
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (dense, model)]
+    plan = model.pruning.plan
+    assert plan.profile == entry.reference
+    assert plan.widths == profile.kept
+    assert plan.got == profile.got
+    if profile.metric == "params":
+        assert sizes[0] / sizes[1] == profile.got
+
+
+@every_bundled
+def test_provenance_is_complete(entry: ProfileEntry) -> None:
+    provenance = zoo.get_profile(entry.reference).provenance
+    assert provenance is not None
+    for field in ("command", "agent", "split_digest", "fidelity", "machine", "date"):
+        assert getattr(provenance, field).strip(), field
+    assert entry.architecture in provenance.command
+    assert provenance.tasks
+    assert provenance.episodes > 0
+    assert provenance.evaluations > 0
+    assert provenance.seconds > 0
+    assert "torch" in provenance.versions
+
+
+@every_bundled
+def test_evidence_sets_the_profile_beside_equal_and_greedy(entry: ProfileEntry) -> None:
+    profile, groups = zoo.get_profile(entry.reference), groups_of(entry)
+    rows = {row.policy: row for row in profile.evidence}
+    assert len(rows) == len(profile.evidence)
+    assert {"base", "searched", "equal", "greedy"} <= rows.keys()
+    model = cost_model(groups)
+    own = model([profile.kept[name] for name in groups.names])
+    assert (rows["searched"].params, rows["searched"].macs) == (own.params, own.macs)
+    assert (rows["base"].params, rows["base"].macs) == (model.dense.params, model.dense.macs)
+    for row in profile.evidence:
+        assert row.mean == pytest.approx(statistics.mean(row.accuracies), abs=1e-6)
+        assert len(row.seeds) == len(row.accuracies) == len(set(row.seeds))
+        assert all(0 <= accuracy <= 1 for accuracy in (*row.accuracies, *row.before))
+        assert row.fidelity.strip()
+        assert row.data.strip()
+    rivals = [row for row in profile.evidence if row.policy != "base"]
+    for row in rivals:  # the same factor, training, data and seeds for all, or it is no comparison
+        got = getattr(model.dense, profile.metric) / getattr(row, profile.metric)
+        assert got == pytest.approx(profile.cf, rel=0.02), row.policy
+        assert (row.fidelity, row.data, row.seeds) == (
+            rivals[0].fidelity,
+            rivals[0].data,
+            rivals[0].seeds,
+        )
+        assert len(row.seeds) >= 3
+        assert len(row.before) == len(row.seeds)
+        assert row.sd == pytest.approx(statistics.stdev(row.accuracies), abs=1e-6)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_registered_architecture_has_its_groups(arch: str) -> None:
+    groups = stored_groups(arch)
+    assert groups is not None
+    assert groups.image_size == ARCHITECTURES[arch].image_size
+    assert not groups.unprunable
+
+
+# --- references -----------------------------------------------------------------------------------
+
+
+def a_profile(cf: float = 4.0, metric: str = "params", arch: str = "resnet20-16") -> Profile:
+    return Profile(arch, metric, cf, cf, Reference(10, 32), {"conv1": 0.5}, {"conv1": 8})
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A registry of four profiles of two architectures, in place of the bundled one."""
+    folder = tmp_path / "registry"
+    for profile in (
+        a_profile(10.0),
+        a_profile(2.5),
+        a_profile(4.0, "macs"),
+        a_profile(4.0, arch="timm:resnet18"),
+    ):
+        name = profile.architecture.replace(":", "--")
+        profile.write(folder / name / f"{profile.name}.json")
+    write_index(folder)
+    monkeypatch.setattr(registry, "registry_folder", lambda: folder)
+    return folder
+
+
+def test_profiles_are_listed_by_architecture_metric_and_factor(own: Path) -> None:
+    assert [entry.reference for entry in zoo.list_profiles()] == [
+        "bundled:resnet20-16/macs-cf4",
+        "bundled:resnet20-16/params-cf2.5",
+        "bundled:resnet20-16/params-cf10",
+        "bundled:timm:resnet18/params-cf4",
+    ]
+    assert [entry.cf for entry in zoo.list_profiles(arch="resnet20-16", metric="params")] == [
+        2.5,
+        10,
+    ]
+    assert zoo.list_profiles(arch="timm:resnet18", metric="macs") == []
+    assert (own / "timm--resnet18").is_dir()
+
+
+@pytest.mark.usefixtures("own")
+def test_every_listed_reference_can_be_fetched() -> None:
+    for entry in zoo.list_profiles():
+        profile = zoo.get_profile(entry.reference)
+        assert (profile.architecture, profile.cf) == (entry.architecture, entry.cf)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"arch": "resnet20-61"}, r"'resnet20-61'\. Did you mean 'resnet20-16'\?"),
+        ({"arch": "vgg"}, r"'vgg'\..*resnet20-16, timm:resnet18"),
+        ({"metric": "parms"}, r"metric 'parms'\. Did you mean 'params'\?"),
+        ({"metric": "latency"}, r"metric 'latency'\..*params, macs"),
+        ({"source": "bundeld"}, r"source 'bundeld'\. Did you mean 'bundled'\?"),
+        ({"source": "hf:nobody"}, "not a Hub reference"),
+    ],
+)
+def test_a_list_of_what_there_is_not_says_what_there_is(options: dict, message: str) -> None:
+    with pytest.raises(ZooError, match=message):
+        zoo.list_profiles(**options)
+
+
+@pytest.mark.usefixtures("own")
+def test_a_factor_that_no_profile_has_names_those_there_are() -> None:
+    assert find_profile("resnet20-16", 10)[0] == "bundled:resnet20-16/params-cf10"
+    with pytest.raises(FactorError, match=r"at 4x params: it has 4x macs, 2\.5x params, 10x par"):
+        find_profile("resnet20-16", 4)
+    with pytest.raises(FactorError, match=r"cnet has none\. profile='equal'.*any factor"):
+        find_profile("cnet", 4)
+
+
+@pytest.mark.usefixtures("own")
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("resnet20-16/params-cf10", r"names no source.*'file:resnet20-16/params-cf10'"),
+        ("p.json", r"names no source: write 'bundled:.*'file:p\.json' or 'hf:"),
+        ("bundle:resnet20-16/params-cf10", "names no source"),
+        ("bundled:", "names no source"),
+        ("", "names no source"),
+        ("bundled:resnet20-16", r"Expected bundled:<architecture>/<metric>-cf<k>"),
+        ("bundled:resnet20-16/params-cf9", r"Did you mean 'bundled:resnet20-16/params-cf"),
+        ("bundled:resnet20-16/../../secret", "Expected bundled:"),
+        ("file:/nowhere/p.json", "/nowhere/p.json does not exist"),
+        ("hf:nobody", "not a Hub reference"),
+    ],
+)
+def test_a_reference_that_leads_nowhere_says_so(reference: str, message: str) -> None:
+    with pytest.raises(ZooError, match=message):
+        zoo.get_profile(reference)
+
+
+def test_file_references_know_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_profile().write(tmp_path / "p.json")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert zoo.get_profile("file:~/p.json") == a_profile()
+    (tmp_path / "half.json").write_text((tmp_path / "p.json").read_text()[:100])
+    with pytest.raises(DocumentError, match=r"half\.json is not valid JSON"):
+        zoo.get_profile("file:~/half.json")
+
+
+def test_a_broken_index_is_refused(own: Path) -> None:
+    body = json.loads((own / "index.json").read_text())
+    for change, message in (
+        ({"schema_version": 99}, "schema_version is 99"),
+        ({"profile": []}, r"'profile'\. Did you mean 'profiles'\?"),
+        ({"profiles": [{"reference": 3}]}, "expected a string, got 3"),
+    ):
+        (own / "index.json").write_text(json.dumps(body | change))
+        with pytest.raises(DocumentError, match=message):
+            zoo.list_profiles()
+
+
+def test_a_hub_repository_is_listed_by_its_index(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repository: str, name: str, revision: str | None) -> Path:
+        asked.append((repository, name, revision))
+        return own / ("index.json" if name == "index.json" else "resnet20-16/params-cf10.json")
+
+    monkeypatch.setattr(registry.hub, "download", download)
+    assert len(zoo.list_profiles(source="hf:someone/profiles@v2")) == 4
+    assert zoo.get_profile("hf:someone/profiles/a/b.json@v2") == a_profile(10.0)
+    assert zoo.get_profile("hf:someone/profiles") == a_profile(10.0)
+    assert asked == [
+        ("someone/profiles", "index.json", "v2"),
+        ("someone/profiles", "a/b.json", "v2"),
+        ("someone/profiles", "profile.json", None),
+    ]
