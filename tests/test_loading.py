@@ -778,6 +778,29 @@ def test_prune_sends_checkpoints_to_load(dense: nn.Module) -> None:
             zoo.prune(weights, torch.zeros(1, 3, 8, 8), cf=2)
 
 
+def test_a_compiled_network_is_refused_before_it_is_traced() -> None:
+    with pytest.raises(GraphError, match=r"compiled: prune the network inside \(its _orig_mod\)"):
+        zoo.prune(torch.compile(Net(), backend="eager"), torch.zeros(1, 3, 8, 8), cf=2)
+
+
+class Bare(Net):
+    """A convolution whose weight is a parameter of the network's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.rand(8, 8, 1, 1))
+
+    def middle(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(torch.conv2d(x, self.kernel))
+
+
+def test_taylor_names_a_parameter_that_has_no_layer() -> None:
+    module, x = Bare(), torch.rand(2, 3, 8, 8)
+    assert zoo.plan(module, x, cf=2, criterion="l1").widths["kernel"] < 8
+    with pytest.raises(ZooError, match="'kernel' is a parameter of no layer"):
+        zoo.plan(module, x, cf=2, criterion="taylor", data=Sorted(classes=4))
+
+
 def test_a_pruned_network_can_be_pruned_again(dense: nn.Module) -> None:
     x = torch.zeros(1, 3, 16, 16)
     once = zoo.prune(dense, x, cf=2)

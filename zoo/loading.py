@@ -368,6 +368,10 @@ def _classes(module: nn.Module, example_input: Tensor) -> int:
             f"checkpoints."
         )
     kind = type(module).__name__
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        raise GraphError(
+            f"This {kind} is compiled: prune the network inside (its _orig_mod), then compile that."
+        )
     if not isinstance(example_input, Tensor) or example_input.ndim != 4 or 0 in example_input.shape:
         got = tuple(getattr(example_input, "shape", ())) or type(example_input).__name__
         raise GraphError(f"The example input is a batch of images (N, C, H, W); got {got}.")

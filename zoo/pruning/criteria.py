@@ -114,15 +114,18 @@ def taylor_features(module: nn.Module, groups: ChannelGroups, batches: Batches) 
         One tensor (group size,) per group.
 
     Raises:
-        ZooError: when there are no batches.
+        ZooError: when there are no batches, or channels come from a parameter that is no layer's.
     """
     wanted = {f.removesuffix(".weight") for group in groups.groups for f in group.filters}
+    layers = {name: layer for name, layer in module.named_modules() if name in wanted}
+    if bare := sorted(wanted - layers.keys()):
+        raise ZooError(
+            f"Taylor features need the outputs of layers; {bare[0]!r} is a parameter of no layer."
+        )
     sums: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     handles = [
-        layer.register_forward_hook(_keep_output(name, outputs))
-        for name, layer in module.named_modules()
-        if name in wanted
+        layer.register_forward_hook(_keep_output(name, outputs)) for name, layer in layers.items()
     ]
     count = 0
     try:
