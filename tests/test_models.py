@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -88,10 +91,32 @@ def test_cnet_features_of_no_image_size_are_refused():
 def test_an_unknown_architecture_names_the_nearest_one():
     with pytest.raises(ZooError, match=r"'resnet20_16'. Did you mean 'resnet20-16'\?"):
         build_model("resnet20_16", 10)
-    with pytest.raises(ZooError, match=r"torchvision architecture 'resnet8'.*Did you mean"):
-        build_model("torchvision:resnet8", 10)
-    with pytest.raises(ZooError, match=r"timm architecture 'resnet19'.*Did you mean"):
-        build_model("timm:resnet19", 10)
+    for name, kind, near in (
+        ("torchvision:resnet8", "torchvision", "torchvision:resnet18"),
+        ("timm:resnet19", "timm", "timm:resnet18"),
+        ("timm:esnet18", "timm", "timm:resnet18"),
+        ("timm:resnet18.a1_in2k", "timm", "timm:resnet18.a1_in1k"),
+    ):
+        message = rf"Unknown {kind} architecture .* Did you mean '{near}'\?"
+        with pytest.raises(ZooError, match=message) as caught:
+            architecture(name)
+        assert len(str(caught.value)) < 200  # not the thousand names of the library
+        architecture(near)
+    with pytest.raises(ZooError, match=r"timm architecture 'zzzz'\. timm's list_models\(\)"):
+        architecture("timm:zzzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "spellings"),
+    [
+        ("resnet18", r"'torchvision:resnet18' or 'timm:resnet18'\."),
+        ("googlenet", r"'torchvision:googlenet'\."),
+        ("convnextv2_atto", r"'timm:convnextv2_atto'\."),
+    ],
+)
+def test_a_librarys_bare_name_is_answered_with_its_full_spellings(name, spellings):
+    with pytest.raises(ZooError, match=f"Unknown architecture '{name}': write {spellings}"):
+        build_model(name, 10)
 
 
 @pytest.mark.parametrize("arch", ["torchvision:", "timm:", "keras:resnet50", ""])
@@ -118,5 +143,27 @@ def test_library_architectures_know_their_classifier(arch, classifier):
 def test_impossible_sizes_are_refused():
     with pytest.raises(ZooError, match="divisible by 8: 20"):
         build_model("cnet", 10, image_size=20)
-    with pytest.raises(ZooError, match="num_classes must be at least 1, got 0"):
-        build_model("cnet", 0)
+
+
+@pytest.mark.parametrize("value", ["10", 2.5, 10.0, True, 0, -1, [10]])
+def test_a_number_of_classes_or_pixels_that_is_none_is_refused(value):
+    got = re.escape(f"must be an integer of at least 1, got {value!r}.")
+    for arch in ("cnet", "resnet20-16"):
+        with pytest.raises(ZooError, match=f"num_classes {got}"):
+            build_model(arch, value)
+        with pytest.raises(ZooError, match=f"image_size {got}"):
+            build_model(arch, 10, image_size=value)
+
+
+def test_numpys_integers_are_integers_and_no_size_is_the_references():
+    model = build_model("cnet", np.int64(7), image_size=np.int32(16))
+    assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 7)
+    with pytest.raises(ZooError, match="num_classes must be an integer of at least 1, got None"):
+        build_model("cnet", None)
+    assert shapes_of(build_model("cnet", 7, image_size=None)) == shapes_of(build_model("cnet", 7))
+
+
+@pytest.mark.parametrize("arch", [None, 18, ["cnet"], nn.ReLU()])
+def test_an_architecture_that_is_no_name_is_refused(arch):
+    with pytest.raises(ZooError, match=re.escape(f"such as 'cnet'; got {arch!r}")):
+        build_model(arch, 10)

@@ -188,6 +188,8 @@ def test_profiles_are_listed_by_architecture_metric_and_factor(own: Path) -> Non
         10,
     ]
     assert zoo.list_profiles(arch="timm:resnet18", metric="macs") == []
+    for known in ("cnet", "torchvision:resnet18", "timm:resnet34"):
+        assert zoo.list_profiles(arch=known) == []
     assert (own / "timm--resnet18").is_dir()
 
 
@@ -202,8 +204,10 @@ def test_every_listed_reference_can_be_fetched() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"arch": "resnet20-61"}, r"'resnet20-61'\. Did you mean 'resnet20-16'\?"),
-        ({"arch": "vgg"}, r"'vgg'\..*resnet20-16, timm:resnet18"),
+        ({"arch": "resnet20_16"}, r"'resnet20_16'\. Did you mean 'resnet20-16'\?"),
+        ({"arch": "vgg"}, r"Unknown architecture 'vgg'\. Known: .*resnet20-16"),
+        ({"arch": "timm:resnet81"}, r"timm architecture 'resnet81'\. Did you mean 'timm:resnet"),
+        ({"arch": "resnet18"}, "write 'torchvision:resnet18' or 'timm:resnet18'"),
         ({"metric": "parms"}, r"metric 'parms'\. Did you mean 'params'\?"),
         ({"metric": "latency"}, r"metric 'latency'\..*params, macs"),
         ({"source": "bundeld"}, r"source 'bundeld'\. Did you mean 'bundled'\?"),
@@ -236,6 +240,9 @@ def test_a_factor_that_no_profile_has_names_those_there_are() -> None:
         ("bundled:resnet20-16", r"Expected bundled:<architecture>/<metric>-cf<k>"),
         ("bundled:resnet20-16/params-cf9", r"Did you mean 'bundled:resnet20-16/params-cf"),
         ("bundled:resnet20-16/../../secret", "Expected bundled:"),
+        ("bundled:/resnet20-16/params-cf10", "Expected bundled:"),
+        ("bundled:resnet20-16\\params-cf10", "Expected bundled:"),
+        ("bundled:timm--resnet18/params-cf4", r"Did you mean 'bundled:timm:resnet18/params-cf4'"),
         ("file:/nowhere/p.json", "/nowhere/p.json does not exist"),
         ("hf:nobody", "not a Hub reference"),
     ],
@@ -243,6 +250,18 @@ def test_a_factor_that_no_profile_has_names_those_there_are() -> None:
 def test_a_reference_that_leads_nowhere_says_so(reference: str, message: str) -> None:
     with pytest.raises(ZooError, match=message):
         zoo.get_profile(reference)
+
+
+def test_only_what_the_index_names_is_a_bundled_profile(own: Path) -> None:
+    for path in (own.parent / "secret.json", own / "resnet20-16" / "params-cf8.json"):
+        a_profile(8.0).write(path)
+    for reference in (f"bundled:{own.parent}/secret", f"bundled:\\{own.parent}\\secret"):
+        with pytest.raises(ZooError, match="Expected bundled:<architecture>/<metric>-cf<k>"):
+            zoo.get_profile(reference)
+    for name in ("groups", "params-cf8"):
+        message = rf"Unknown profile 'bundled:resnet20-16/{name}'.*bundled:resnet20-16/params-cf10"
+        with pytest.raises(ZooError, match=message):
+            zoo.get_profile(f"bundled:resnet20-16/{name}")
 
 
 def test_file_references_know_the_home_folder(

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from zoo import training
-from zoo.data import ImageSet
+from zoo.data import ImageSet, check_labels
 from zoo.errors import DataError, ZooError
 from zoo.training import RECIPES, Recipe, evaluate, finetune
 
@@ -188,6 +188,15 @@ def test_a_wrong_label_in_a_later_batch_is_refused_too(toy_images):
     with pytest.raises(DataError, match="has 3 outputs"):
         finetune(model, DataLoader(tensors, 16), toy_images, recipe=QUICK)
     assert same(weights(model), before)
+
+
+def test_labels_are_checked_against_outputs():
+    check_labels(torch.tensor([0, 2]), torch.zeros(2, 3))
+    for labels in ([0, 3], [-1, 0]):
+        with pytest.raises(DataError, match=r"labels from .* to .*, but the network has 3 outputs"):
+            check_labels(torch.tensor(labels), torch.zeros(2, 3))
+    with pytest.raises(DataError, match=r"Expected logits \(N, classes\).*\(2, 3, 4, 4\)"):
+        check_labels(torch.tensor([0, 1]), torch.zeros(2, 3, 4, 4))
 
 
 def test_empty_data_and_odd_outputs_are_refused(toy_images):

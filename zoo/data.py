@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from zoo.errors import DataError, unknown
 
-__all__ = ["DATASETS", "DeviceLoader", "ImageSet", "Splits", "load_data"]
+__all__ = ["DATASETS", "DeviceLoader", "ImageSet", "Splits", "check_labels", "load_data"]
 
 VALIDATION_SHARE = 0.1
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
@@ -306,6 +306,22 @@ def _cifar10(root: Path | None, size: int) -> Splits:
     mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
     parts = (splits.train, splits.val, splits.test)
     return Splits(*(replace(part, mean=mean, std=std) for part in parts))
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Refuse labels (N,) that a network with these outputs (N, classes) cannot be asked for.
+
+    Raises:
+        DataError: for a label below 0 or beyond the outputs, or outputs of another shape.
+    """
+    if logits.ndim != 2:
+        raise DataError(f"Expected logits (N, classes), the network gives {tuple(logits.shape)}.")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= logits.shape[1]:
+        raise DataError(
+            f"The data has labels from {low} to {high}, but the network has {logits.shape[1]} "
+            f"outputs."
+        )
 
 
 DATASETS = {"digits": _digits, "cifar10": _cifar10}

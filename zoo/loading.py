@@ -36,7 +36,11 @@ __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
 Weights = str | Path | Mapping[str, Tensor] | nn.Module
 Init = Literal["pretrained", "random"]
 
+_ordinary_mode = torch.inference_mode(mode=False)
+"""What is made inside a caller's `torch.inference_mode()` can be trained outside it."""
 
+
+@_ordinary_mode
 def create_model(
     arch: str,
     num_classes: int,
@@ -66,6 +70,7 @@ def create_model(
     return module
 
 
+@_ordinary_mode
 def load(
     arch: str,
     cf: float,
@@ -122,6 +127,7 @@ def load(
     return _cut(module, groups, made, arch, classes, checkpoint.source, init)
 
 
+@_ordinary_mode
 def plan(
     module: nn.Module,
     example_input: Tensor,
@@ -136,9 +142,11 @@ def plan(
     """What `prune` with the same arguments would cut, to look at before anything is cut."""
     request = _request(profile, "", cf, metric, criterion, seed)
     _classes(module, example_input)
+    module, example_input = _ordinary(module, example_input)
     return _plan(module, _traced_groups(module, example_input), request, data)
 
 
+@_ordinary_mode
 def prune(
     module: nn.Module,
     example_input: Tensor,
@@ -166,6 +174,7 @@ def prune(
     """
     request = _request(profile, "", cf, metric, criterion, seed)
     classes = _classes(module, example_input)
+    module, example_input = _ordinary(module, example_input)
     groups = _traced_groups(module, example_input)
     made = _plan(module, groups, request, data)
     return _cut(module, groups, made, "", classes, Source("module"))
@@ -181,6 +190,7 @@ def save(model: nn.Module, folder: str | Path) -> Path:
     return Path(folder).expanduser()
 
 
+@_ordinary_mode
 def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
     """The pruned network that `save` wrote: no tracing, no pickle, and no network for a folder.
 
@@ -286,6 +296,13 @@ def _traced_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
     if not groups.groups:
         raise GraphError(f"{type(module).__name__} has no channel group that can be pruned.")
     return groups
+
+
+def _ordinary(module: nn.Module, example_input: Tensor) -> tuple[nn.Module, Tensor]:
+    """Both, copied where they were made in `torch.inference_mode()`, which autograd refuses."""
+    if any(tensor.is_inference() for tensor in named_tensors(module).values()):
+        module = surgery.resized(module, {})
+    return module, example_input.clone() if example_input.is_inference() else example_input
 
 
 def _plan(

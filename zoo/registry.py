@@ -69,15 +69,19 @@ def list_profiles(
         metric: `params` or `macs`.
         source: `bundled`, or `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
 
+    Returns:
+        The profiles in order; none for an architecture that is known but has no profile.
+
     Raises:
         ZooError: for an unknown architecture, metric or source.
     """
-    entries = _index(source)
     if metric is not None and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
-    known = sorted({entry.architecture for entry in entries})
-    if arch is not None and arch not in known:
-        raise unknown("architecture with profiles", arch, known)
+    entries = _index(source)
+    if arch is not None and arch not in {entry.architecture for entry in entries}:
+        from zoo.models import architecture  # imports torch, which no other list needs
+
+        architecture(arch)
     return [
         entry
         for entry in entries
@@ -111,15 +115,17 @@ def get_profile(ref: str) -> Profile:
         ref: `bundled:<architecture>/<name>`, `file:<path>`, or `hf:<org>/<repo>[/<path>][@<rev>]`.
 
     Raises:
-        ZooError: for a reference without a source, with the spellings.
+        ZooError: for a reference without a source, with the spellings; for a bundled one that the
+            index does not have, with those it has.
         DocumentError: for a malformed profile.
     """
     source, _, rest = ref.partition(":")
     if source == "bundled" and rest:
-        path = registry_folder() / _bundled_path(rest)
-        if not path.is_file():
-            raise unknown("profile", ref, [entry.reference for entry in list_profiles()])
-        return Profile.read(path)
+        path = _bundled_path(rest)
+        references = [entry.reference for entry in list_profiles()]
+        if ref not in references:
+            raise unknown("profile", ref, references)
+        return Profile.read(registry_folder() / path)
     if source == "file" and rest:
         return Profile.read(Path(rest).expanduser())
     if source == "hf" and rest:
@@ -133,7 +139,7 @@ def get_profile(ref: str) -> Profile:
 
 def _bundled_path(name: str) -> Path:
     architecture, _, file = name.rpartition("/")
-    if not architecture or ".." in name:
+    if not architecture or name.startswith("/") or ".." in name or "\\" in name:
         raise ZooError(f"Expected bundled:<architecture>/<metric>-cf<k>, got 'bundled:{name}'.")
     return Path(folder_name(architecture)) / f"{file}.json"
 

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data import DeviceLoader, ImageSet, load_data
+from zoo.data import DeviceLoader, ImageSet, check_labels, load_data
 from zoo.errors import DataError, ZooError, unknown
+from zoo.pruning.surgery import evaluating
 
 __all__ = ["RECIPES", "EpochRecord", "Evaluation", "Recipe", "TrainResult", "evaluate", "finetune"]
 
@@ -152,7 +153,7 @@ def finetune(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(warm, steps))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    teaching = nullcontext() if teacher is None else _evaluating(teacher.to(device))
+    teaching = nullcontext() if teacher is None else evaluating(teacher.to(device))
     initial = evaluate(model, held).accuracy
     best, best_epoch, best_state = initial, 0, _snapshot(model)
     history: list[EpochRecord] = []
@@ -163,7 +164,7 @@ def finetune(
                 tick = time.perf_counter()
                 loss = _train_epoch(
                     wrapped, batches, optimizer, scheduler, accelerator, settings, teacher, advance,
-                    check_labels=epoch == 1,
+                    check=epoch == 1,
                 )  # fmt: skip
                 if not math.isfinite(loss):
                     raise ZooError(
@@ -209,12 +210,12 @@ def evaluate(model: nn.Module, data: Data | Iterable, *, batch_size: int = 500) 
     elif isinstance(data, Dataset):
         batches = DataLoader(data, batch_size)
     correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         for images, labels in batches:
             images = images.to(device, memory_format=torch.channels_last)
             labels = labels.to(device)
             logits = model(images).float()
-            _check_labels(labels, logits)
+            check_labels(labels, logits)
             loss += functional.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
             count += len(labels)
@@ -233,11 +234,11 @@ def _train_epoch(
     teacher: nn.Module | None,
     advance: Callable[..., None],
     *,
-    check_labels: bool,
+    check: bool,
 ) -> float:
     """One pass over `batches`; the mean loss, which is not finite as soon as one step's is not.
 
-    `check_labels` waits for the device at every step, so only the first pass asks for it.
+    To `check` the labels waits for the device at every step, so only the first pass does.
     """
     model.train()
     total, count = torch.zeros((), device=accelerator.device), 0
@@ -245,8 +246,8 @@ def _train_epoch(
         images = images.to(accelerator.device, memory_format=torch.channels_last)
         labels = labels.to(accelerator.device)
         logits = model(images)
-        if check_labels:
-            _check_labels(labels, logits)
+        if check:
+            check_labels(labels, logits)
         loss = functional.cross_entropy(
             logits.float(), labels, label_smoothing=recipe.label_smoothing
         )
@@ -273,17 +274,6 @@ def _distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> T
     wanted = functional.log_softmax(target / temperature, dim=1)
     divergence = functional.kl_div(student, wanted, reduction="batchmean", log_target=True)
     return divergence * temperature**2
-
-
-def _check_labels(labels: Tensor, logits: Tensor) -> None:
-    if logits.ndim != 2:
-        raise DataError(f"Expected logits (N, classes), the network gives {tuple(logits.shape)}.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
-        raise DataError(
-            f"The data has labels from {low} to {high}, but the network has {logits.shape[1]} "
-            f"outputs."
-        )
 
 
 def _recipe(recipe: str | Recipe) -> Recipe:
@@ -363,18 +353,6 @@ def _warmup_cosine(warmup: int, steps: int) -> Callable[[int], float]:
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` is in eval mode inside; afterwards each of its layers is in its own mode again."""
-    modes = {layer: layer.training for layer in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for layer, training in modes.items():
-            layer.training = training
 
 
 @contextmanager

@@ -5,8 +5,10 @@ A name is one of the literal table `ARCHITECTURES`, or `torchvision:<name>` or `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import nn
@@ -80,17 +82,20 @@ def architecture(name: str) -> Architecture:
     """The `Architecture` called `name`.
 
     Raises:
-        ZooError: for an unknown name, with the nearest known one.
+        ZooError: for an unknown name, with the nearest known one; for anything but a name.
     """
+    if not isinstance(name, str):
+        raise ZooError(
+            f"An architecture is a name, such as {next(iter(ARCHITECTURES))!r}; got {name!r}."
+        )
     if name in ARCHITECTURES:
         return ARCHITECTURES[name]
     source, _, member = name.partition(":")
     if source == "torchvision" and member:
         import torchvision
 
-        if member not in torchvision.models.list_models(module=torchvision.models):
-            choices = torchvision.models.list_models(module=torchvision.models)
-            raise unknown("torchvision architecture", member, choices)
+        if member not in _torchvision_names():
+            raise _unknown_member(source, member, _torchvision_names())
         with torch.device("meta"):
             skeleton = torchvision.models.get_model(member, weights=None, num_classes=7)
         return Architecture(
@@ -106,9 +111,11 @@ def architecture(name: str) -> Architecture:
         import timm
 
         if not timm.is_model(member):
-            near = timm.list_models(f"*{member[:6]}*")[:20]
-            raise unknown("timm architecture", member, near)
-        size = timm.get_pretrained_cfg(member, allow_unregistered=True)
+            raise _unknown_member(source, member, timm.list_models())
+        try:
+            size = timm.get_pretrained_cfg(member, allow_unregistered=True)
+        except RuntimeError:  # the part after a dot names no weights
+            raise _unknown_member(source, member, timm.list_pretrained()) from None
         return Architecture(
             name,
             lambda classes, _: timm.create_model(member, num_classes=classes),
@@ -116,7 +123,33 @@ def architecture(name: str) -> Architecture:
             num_classes=1000,
             image_size=size.input_size[-1] if size else 224,
         )
-    raise unknown("architecture", name, [*ARCHITECTURES, "torchvision:<name>", "timm:<name>"])
+    raise _unknown_name(name)
+
+
+def _torchvision_names() -> list[str]:
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def _unknown_member(library: str, member: str, names: Iterable[str]) -> ZooError:
+    """As `unknown`, for lists too long to print."""
+    near = difflib.get_close_matches(member, names, n=1, cutoff=0.5)
+    hint = f"Did you mean '{library}:{near[0]}'? " if near else ""
+    return ZooError(
+        f"Unknown {library} architecture {member!r}. {hint}"
+        f"{library}'s list_models() names them all."
+    )
+
+
+def _unknown_name(name: str) -> ZooError:
+    import timm
+
+    libraries = {"torchvision": _torchvision_names(), "timm": timm.list_models()}
+    full = [f"{library}:{name}" for library, names in libraries.items() if name in names]
+    if full:
+        return ZooError(f"Unknown architecture {name!r}: write {' or '.join(map(repr, full))}.")
+    return unknown("architecture", name, [*ARCHITECTURES, "torchvision:<name>", "timm:<name>"])
 
 
 def _classifier_name(module: nn.Module, num_classes: int) -> str:
@@ -142,12 +175,17 @@ def build_model(
     Raises:
         ZooError: for an unknown name, a bad number of classes or an impossible image size.
     """
-    if num_classes < 1:
-        raise ZooError(f"num_classes must be at least 1, got {num_classes}.")
+    classes = _count("num_classes", num_classes)
     known = architecture(arch)
-    size = image_size or known.image_size
+    size = known.image_size if image_size is None else _count("image_size", image_size)
     if known.flatten_stride and (size < known.flatten_stride or size % known.flatten_stride):
         raise ZooError(f"{arch} needs an image size divisible by {known.flatten_stride}: {size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return known.build(num_classes, size)
+        return known.build(classes, size)
+
+
+def _count(name: str, value: object) -> int:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ZooError(f"{name} must be an integer of at least 1, got {value!r}.")
+    return int(value)

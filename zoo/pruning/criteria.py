@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from zoo.data import DeviceLoader, ImageSet
+from zoo.data import DeviceLoader, ImageSet, check_labels
 from zoo.errors import DataError, ZooError, unknown
 from zoo.groups import ChannelGroups, Group
 from zoo.pruning.surgery import evaluating, named_tensors
@@ -114,6 +114,7 @@ def taylor_features(module: nn.Module, groups: ChannelGroups, batches: Batches) 
         One tensor (group size,) per group.
 
     Raises:
+        DataError: when a label does not fit the network's outputs.
         ZooError: when there are no batches, or channels come from a parameter that is no layer's.
     """
     wanted = {f.removesuffix(".weight") for group in groups.groups for f in group.filters}
@@ -133,6 +134,7 @@ def taylor_features(module: nn.Module, groups: ChannelGroups, batches: Batches) 
             for images, labels in batches:
                 # gradients reach the layers of a frozen network through its input
                 logits = module(images.detach().requires_grad_())
+                check_labels(labels, logits)
                 loss = functional.cross_entropy(logits, labels)
                 names = list(outputs)
                 gradients = torch.autograd.grad(loss, [outputs[name] for name in names])

@@ -99,6 +99,7 @@ def make_task(
         feature_images: validation images for the features.
 
     Raises:
+        DataError: if a label does not fit the base network's outputs.
         ZooError: if the base network is near chance (below 1.5 / classes).
     """
     module = module.to(_device()).eval()
