@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Integral
 
 __all__ = [
     "CheckpointError",
@@ -13,6 +14,7 @@ __all__ = [
     "FactorError",
     "GraphError",
     "ZooError",
+    "integer",
     "unknown",
 ]
 
@@ -54,3 +56,16 @@ def unknown(
     hint = f" Did you mean {near[0]!r}?" if near else ""
     listing = ", ".join(names) if names else "none"
     return error(f"Unknown {kind} {str(value)!r}.{hint} Known: {listing}.")
+
+
+def integer(name: str, value: object, least: int | None = None) -> int:
+    """`value` as an int, NumPy's integers included.
+
+    Raises:
+        ZooError: naming the argument, for anything else, a bool, or less than `least`.
+    """
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or (least is not None and int(value) < least):  # type: ignore[call-overload]
+        bound = "" if least is None else f" of at least {least}"
+        raise ZooError(f"{name} must be an integer{bound}, got {value!r}.")
+    return int(value)  # type: ignore[call-overload]

@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,7 @@ from zoo import hub
 from zoo.artefacts import MODEL, read_model, write_model
 from zoo.checkpoints import RECORD, load_dense
 from zoo.cost import cost_model
-from zoo.errors import FactorError, GraphError, ZooError, unknown
+from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
 from zoo.profile import METRICS, Profile
@@ -114,9 +114,7 @@ def load(
     """
     architecture(arch)
     if image_size is not None:
-        if not _is_integer(image_size) or image_size < 1:
-            raise ZooError(f"The image size is a number of pixels, at least 1; got {image_size!r}.")
-        image_size = int(image_size)
+        image_size = integer("image_size", image_size, 1)
     if init not in ("pretrained", "random"):
         raise unknown("init", init, ("pretrained", "random"))
     # before the weights are read: a missing profile costs nothing
@@ -235,8 +233,7 @@ def _request(
         raise unknown("metric", metric, METRICS)
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
-    if not _is_integer(seed):
-        raise ZooError(f"The seed is an integer; got {seed!r}.")
+    seed = integer("seed", seed)
     if cf is not None:
         cf = _factor(cf)
     resolved: Profile | None = None
@@ -269,11 +266,7 @@ def _request(
             )
     if cf is None:
         raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
-    return _Request(name, resolved, cf, metric, criterion, int(seed), refit)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    return _Request(name, resolved, cf, metric, criterion, seed, refit)
 
 
 def _factor(cf: float) -> float:

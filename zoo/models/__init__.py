@@ -8,12 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 
 import torch
 from torch import nn
 
-from zoo.errors import CheckpointError, ZooError, unknown
+from zoo.errors import CheckpointError, ZooError, integer, unknown
 from zoo.models.cnet import CNet
 from zoo.models.resnet import ResNet
 
@@ -175,17 +174,11 @@ def build_model(
     Raises:
         ZooError: for an unknown name, a bad number of classes or an impossible image size.
     """
-    classes = _count("num_classes", num_classes)
+    classes = integer("num_classes", num_classes, 1)
     known = architecture(arch)
-    size = known.image_size if image_size is None else _count("image_size", image_size)
+    size = known.image_size if image_size is None else integer("image_size", image_size, 1)
     if known.flatten_stride and (size < known.flatten_stride or size % known.flatten_stride):
         raise ZooError(f"{arch} needs an image size divisible by {known.flatten_stride}: {size}.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return known.build(classes, size)
-
-
-def _count(name: str, value: object) -> int:
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-        raise ZooError(f"{name} must be an integer of at least 1, got {value!r}.")
-    return int(value)
