@@ -146,21 +146,11 @@ def _batch_norm(trace: Trace, shape: Shape, x: Value, *tensors: Any) -> Value:
 
 def _same(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
     """Position by position, or pooling over dimensions that carry no labels."""
-    del rest, options
+    del trace, rest, options
     for old, new, labels in zip(x.shape, shape, x.labels, strict=True):
-        if old != new and labels is not None and old > 1:
+        if labels is not None and old != new:
             raise GraphError("an operator that resizes a dimension with channels in it")
-    return Value(shape, _resized(trace, x.labels, shape))
-
-
-def _resized(
-    trace: Trace, labels: Sequence[Labels | None], shape: Shape
-) -> tuple[Labels | None, ...]:
-    del trace
-    return tuple(
-        row if row is not None and len(row) == n else None
-        for row, n in zip(labels, shape, strict=True)
-    )
+    return Value(shape, x.labels)
 
 
 def _broadcast(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
