@@ -102,7 +102,8 @@ def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
     for row in evidence:
         before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
         costs = f"{row.params:,}", f"{row.macs:,}"
-        accuracy = f"{row.mean:.2%} ± {row.sd:.2%}"
+        spread = f" ± {row.sd:.2%}" if len(row.seeds) > 1 else ""
+        accuracy = f"{row.mean:.2%}{spread}"
         table.add_row(row.policy, *costs, before, accuracy, str(len(row.seeds)))
     console.print(table)
     for text in dict.fromkeys(f"{row.data}; {row.fidelity}" for row in evidence):
