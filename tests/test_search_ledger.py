@@ -6,7 +6,7 @@ import json
 import pytest
 
 from zoo.errors import DocumentError
-from zoo.search.ledger import Key, Ledger, Row
+from zoo.search.ledger import Key, Ledger, Row, merge, read_parquet
 
 KEY = Key("base", "split", 10, 16, (3, 5), "random", 7, "recalibration")
 
@@ -76,3 +76,26 @@ def test_a_malformed_row_names_its_line(tmp_path):
     path.write_text(path.read_text().replace("not json\n", '{"schema_version": 1, "kee": 1}\n'))
     with pytest.raises(DocumentError, match="kee"):
         Ledger(path)
+
+
+def test_merged_ledgers_hold_every_row_once(tmp_path):
+    one, two = Ledger(), Ledger()
+    for row in rows(4):
+        one.add(row)
+    for row in rows(6)[2:]:
+        two.add(row)
+    path = tmp_path / "merged" / "all.parquet"
+    assert merge([one, two], path) == 6
+    assert sorted(read_parquet(path), key=lambda row: row.key.seed) == rows(6)
+    first = path.read_bytes()
+    merge([two, one], path)
+    assert path.read_bytes() == first
+
+
+def test_a_table_of_another_kind_is_refused(tmp_path):
+    import pyarrow.parquet
+
+    path = tmp_path / "odd.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"a": [1]}), path)
+    with pytest.raises(DocumentError, match="schema_version is none"):
+        read_parquet(path)

@@ -1,17 +1,21 @@
-"""The table of every profile evaluation: JSON lines, one flushed row per evaluation."""
+"""The table of every profile evaluation.
+
+A run's ledger is JSON lines, one flushed row per evaluation; merging compacts several to parquet.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from zoo.documents import SCHEMA_VERSION, decode, encode
-from zoo.errors import DocumentError
+from zoo.errors import DocumentError, ZooError
 
-__all__ = ["Key", "Ledger", "Row"]
+__all__ = ["Key", "Ledger", "Row", "merge", "read_parquet"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +104,52 @@ class Ledger:
                 )
             row = decode(Row, raw, where)
             self._rows[row.key] = row
+
+
+def merge(ledgers: Iterable[Iterable[Row]], path: Path) -> int:
+    """Write the rows of all `ledgers` to one parquet file, the last of equal keys; their count.
+
+    Raises:
+        ZooError: when the `search` extra is not installed.
+    """
+    rows = {row.key: row for ledger in ledgers for row in ledger}
+    flat = [{**encode(r.key), "accuracy": r.accuracy, "seconds": r.seconds} for r in rows.values()]
+    flat.sort(key=lambda row: tuple(map(str, row.values())))
+    pyarrow, parquet = _pyarrow()
+    table = pyarrow.Table.from_pylist(flat)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        parquet.write_table(
+            table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), temporary
+        )
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return len(flat)
+
+
+def read_parquet(path: Path) -> list[Row]:
+    """The rows of a merged ledger.
+
+    Raises:
+        DocumentError: for another schema version, or columns that are not a ledger's.
+    """
+    table = _pyarrow()[1].read_table(path)
+    version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
+    if version != str(SCHEMA_VERSION):
+        raise DocumentError(f"{path}: schema_version is {version}, not {SCHEMA_VERSION}.")
+    rows = []
+    for raw in table.to_pylist():
+        measured = {name: raw.pop(name, None) for name in ("accuracy", "seconds")}
+        rows.append(decode(Row, {"key": raw, **measured}, str(path)))
+    return rows
+
+
+def _pyarrow() -> tuple[Any, Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ZooError("Merged ledgers need pyarrow: pip install 'prunezoo[search]'.") from None
+    return pyarrow, pyarrow.parquet
