@@ -27,8 +27,8 @@ def table() -> str:
 
 def _cells(row: Evidence) -> str:
     if not row.before:
-        return f" | {row.mean:.1%} (dense)"
-    return f"{sum(row.before) / len(row.before):.1%} | {row.mean:.1%} ± {100 * row.sd:.1f}"
+        return f" | {row.mean:.2%} (dense)"
+    return f"{sum(row.before) / len(row.before):.2%} | {row.mean:.2%} ± {100 * row.sd:.2f}"
 
 
 if __name__ == "__main__":
