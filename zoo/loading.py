@@ -139,9 +139,7 @@ def plan(
 ) -> Plan:
     """What `prune` with the same arguments would cut, to look at before anything is cut."""
     request = _request(profile, "", cf, metric, criterion, seed)
-    _classes(module, example_input)
-    module, example_input = _ordinary(module, example_input)
-    return _plan(module, _traced_groups(module, example_input), request, data)
+    return _live(module, example_input, request, data).plan
 
 
 @_ordinary_mode
@@ -171,11 +169,8 @@ def prune(
         FactorError: when the factor is not the profile's, or out of the policy's reach.
     """
     request = _request(profile, "", cf, metric, criterion, seed)
-    classes = _classes(module, example_input)
-    module, example_input = _ordinary(module, example_input)
-    groups = _traced_groups(module, example_input)
-    made = _plan(module, groups, request, data)
-    return _cut(module, groups, made, "", classes, Source("module"))
+    live = _live(module, example_input, request, data)
+    return _cut(live.module, live.groups, live.plan, "", live.classes, Source("module"))
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -284,18 +279,32 @@ def _groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
     return stored.adapted(shapes, image_size)
 
 
-def _traced_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
+@dataclass(frozen=True)
+class _Live:
+    """A live network, traced and planned for."""
+
+    module: nn.Module
+    groups: ChannelGroups
+    plan: Plan
+    classes: int
+
+
+def _live(
+    module: nn.Module,
+    example_input: Tensor,
+    request: _Request,
+    data: Dataset | DataLoader | None,
+) -> _Live:
+    classes = _classes(module, example_input)
+    # what was made in torch.inference_mode() is copied, because autograd refuses it
+    if any(tensor.is_inference() for tensor in named_tensors(module).values()):
+        module = surgery.resized(module, {})
+    if example_input.is_inference():
+        example_input = example_input.clone()
     groups = channel_groups(module, example_input)
     if not groups.groups:
         raise GraphError(f"{type(module).__name__} has no channel group that can be pruned.")
-    return groups
-
-
-def _ordinary(module: nn.Module, example_input: Tensor) -> tuple[nn.Module, Tensor]:
-    """Both, copied where they were made in `torch.inference_mode()`, which autograd refuses."""
-    if any(tensor.is_inference() for tensor in named_tensors(module).values()):
-        module = surgery.resized(module, {})
-    return module, example_input.clone() if example_input.is_inference() else example_input
+    return _Live(module, groups, _plan(module, groups, request, data), classes)
 
 
 def _plan(
