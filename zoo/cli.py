@@ -149,6 +149,10 @@ class PruneCommand:
     """weights of the pruned network"""
     refit: bool = False
     """rescale the profile to meet the factor for this very network"""
+    align: int = 1
+    """widths are multiples of it, or whole; for a policy, or with --refit"""
+    keep: dict[str, float] = dataclasses.field(default_factory=dict)
+    """module name or prefix and its pinned keep ratio, as `layer3 1.0`; likewise"""
     seed: int = 0
     """of the random choices"""
     data: str | None = None
@@ -176,6 +180,8 @@ def prune(command: PruneCommand) -> None:
         criterion=command.criterion,
         init=command.init,
         seed=command.seed,
+        align=command.align,
+        keep=command.keep,
         refit=command.refit,
         data=images,
         image_size=command.size,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Literal
 
@@ -17,19 +15,16 @@ from torch.utils.data import DataLoader, Dataset
 from zoo import hub
 from zoo.artefacts import MODEL, read_model, write_model
 from zoo.checkpoints import RECORD, load_dense
-from zoo.cost import cost_model
-from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
+from zoo.errors import GraphError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
-from zoo.profile import METRICS, Profile
+from zoo.planning import Request, planned, request
+from zoo.profile import Profile
 from zoo.pruning import surgery
-from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
 from zoo.pruning.graph import channel_groups
-from zoo.pruning.plan import Plan, PruningRecord, Source, make_plan
-from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.pruning.plan import Plan, PruningRecord, Source
 from zoo.pruning.surgery import evaluating, named_tensors
-from zoo.registry import find_profile, get_profile, stored_groups
-from zoo.solver import scale_curve, solve
+from zoo.registry import stored_groups
 
 __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
 
@@ -81,6 +76,8 @@ def load(
     criterion: str = "random",
     init: Init = "pretrained",
     seed: int = 0,
+    align: int = 1,
+    keep: Mapping[str, float] | None = None,
     refit: bool = False,
     data: Dataset | DataLoader | None = None,
     image_size: int | None = None,
@@ -99,6 +96,8 @@ def load(
         criterion: which channels stay: `random`, `l1` or `taylor`.
         init: keep the `pretrained` weights, or start the pruned network from `random` ones.
         seed: of the random choice of channels, of the `random` policy and of `init="random"`.
+        align: widths are multiples of it, or whole: for a policy, or a profile with `refit`.
+        keep: module name or prefix -> keep ratio that its channel groups are pinned to, likewise.
         refit: rescale the profile's ratios by one common factor to meet `cf` for this network.
         data: labelled images for criteria that need them.
         image_size: pixels that MACs are counted at; by default the checkpoint's or the reference's.
@@ -118,10 +117,10 @@ def load(
     if init not in ("pretrained", "random"):
         raise unknown("init", init, ("pretrained", "random"))
     # before the weights are read: a missing profile costs nothing
-    request = _request(profile, arch, cf, metric, criterion, seed, refit)
+    asked = request(profile, arch, cf, metric, criterion, seed, align, keep, refit)
     module, checkpoint, classes, size = load_dense(arch, weights, image_size=image_size)
     groups = _groups_of(arch, module, size)
-    made = _plan(module, groups, request, data)
+    made = planned(module, groups, asked, data)
     return _cut(module, groups, made, arch, classes, checkpoint.source, init)
 
 
@@ -135,11 +134,13 @@ def plan(
     metric: str = "params",
     criterion: str = "random",
     seed: int = 0,
+    align: int = 1,
+    keep: Mapping[str, float] | None = None,
     data: Dataset | DataLoader | None = None,
 ) -> Plan:
     """What `prune` with the same arguments would cut, to look at before anything is cut."""
-    request = _request(profile, "", cf, metric, criterion, seed)
-    return _live(module, example_input, request, data).plan
+    asked = request(profile, "", cf, metric, criterion, seed, align, keep)
+    return _live(module, example_input, asked, data).plan
 
 
 @_ordinary_mode
@@ -152,6 +153,8 @@ def prune(
     metric: str = "params",
     criterion: str = "random",
     seed: int = 0,
+    align: int = 1,
+    keep: Mapping[str, float] | None = None,
     data: Dataset | DataLoader | None = None,
 ) -> nn.Module:
     """A pruned copy of any live network that can be traced; `module` is left as it is.
@@ -161,15 +164,15 @@ def prune(
         example_input: one batch (N, C, H, W), of the size that MACs are counted at.
         cf: compression factor; may be left out when `profile` is a `Profile` or a reference.
         profile: a policy's name, a reference, or a `Profile`.
-        metric, criterion, seed, data: as in `load`.
+        metric, criterion, seed, align, keep, data: as in `load`.
 
     Raises:
         GraphError: when the network does not run on the input, cannot be traced, or has nothing
             that can be cut.
         FactorError: when the factor is not the profile's, or out of the policy's reach.
     """
-    request = _request(profile, "", cf, metric, criterion, seed)
-    live = _live(module, example_input, request, data)
+    asked = request(profile, "", cf, metric, criterion, seed, align, keep)
+    live = _live(module, example_input, asked, data)
     return _cut(live.module, live.groups, live.plan, "", live.classes, Source("module"))
 
 
@@ -201,75 +204,6 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
     return read_model(Path(folder).expanduser(), skeleton=skeleton)
 
 
-@dataclass(frozen=True)
-class _Request:
-    """What to keep, as asked: `name` of the profile or policy, and the profile if it is one."""
-
-    name: str
-    profile: Profile | None
-    cf: float
-    metric: str
-    criterion: str
-    seed: int
-    refit: bool
-
-
-def _request(
-    profile: str | Profile,
-    arch: str,
-    cf: float | None,
-    metric: str,
-    criterion: str,
-    seed: int,
-    refit: bool = False,
-) -> _Request:
-    """Check the words of a request and resolve its profile, without reading any weights."""
-    if metric not in METRICS:
-        raise unknown("metric", metric, METRICS)
-    if criterion not in CRITERIA:
-        raise unknown("criterion", criterion, CRITERIA)
-    seed = integer("seed", seed)
-    if cf is not None:
-        cf = _factor(cf)
-    resolved: Profile | None = None
-    if isinstance(profile, Profile):
-        name, resolved = f"{profile.architecture}/{profile.name}", profile
-    elif not isinstance(profile, str):
-        raise ZooError(
-            f"A profile is a name, a reference such as 'file:<path>', or a Profile; "
-            f"got {profile!r}."
-        )
-    elif profile == "searched" and arch and cf is not None:
-        name, resolved = find_profile(arch, cf, metric)
-    elif profile in POLICIES:
-        name = profile
-    elif ":" in profile or "/" in profile or profile.endswith(".json"):
-        name, resolved = profile, get_profile(profile)
-    else:
-        choices = [*(["searched"] if arch else []), *POLICIES, "bundled:...", "file:...", "hf:..."]
-        raise unknown("profile", profile, choices)
-    if resolved is not None:
-        if arch and resolved.architecture != arch:
-            raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
-        if cf is None:
-            cf, metric = resolved.cf, resolved.metric
-        if not refit and (cf, metric) != (resolved.cf, resolved.metric):
-            rescale = ", or refit=True to rescale it" if arch else ""
-            raise FactorError(
-                f"The profile {name} is for {resolved.cf:g}x {resolved.metric}, not {cf:g}x "
-                f"{metric}: pass cf={resolved.cf:g}, metric={resolved.metric!r}{rescale}."
-            )
-    if cf is None:
-        raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
-    return _Request(name, resolved, cf, metric, criterion, seed, refit)
-
-
-def _factor(cf: float) -> float:
-    if isinstance(cf, bool) or not isinstance(cf, Real) or not math.isfinite(cf) or cf < 1:
-        raise FactorError(f"A compression factor is a finite number of at least 1, got {cf!r}.")
-    return float(cf)
-
-
 def _groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
     """The stored groups of an architecture for this network; traced where none are stored."""
     stored = stored_groups(arch)
@@ -292,7 +226,7 @@ class _Live:
 def _live(
     module: nn.Module,
     example_input: Tensor,
-    request: _Request,
+    asked: Request,
     data: Dataset | DataLoader | None,
 ) -> _Live:
     classes = _classes(module, example_input)
@@ -304,39 +238,7 @@ def _live(
     groups = channel_groups(module, example_input)
     if not groups.groups:
         raise GraphError(f"{type(module).__name__} has no channel group that can be pruned.")
-    return _Live(module, groups, _plan(module, groups, request, data), classes)
-
-
-def _plan(
-    module: nn.Module,
-    groups: ChannelGroups,
-    request: _Request,
-    data: Dataset | DataLoader | None,
-) -> Plan:
-    """The request carried out on these groups: widths, then channels."""
-    model = cost_model(groups)
-    if request.profile is None:
-        solved = policy_solution(request.name, model, request.cf, request.metric, request.seed)
-        widths = dict(zip(groups.names, solved.widths, strict=True))
-    elif request.refit and set(request.profile.kept) == set(groups.names):
-        ratios = [request.profile.keep_ratios[name] for name in groups.names]
-        solved = solve(model, scale_curve(ratios, floor=1e-3), request.cf, request.metric)
-        widths = dict(zip(groups.names, solved.widths, strict=True))
-    else:
-        widths = request.profile.kept
-    device = next(module.parameters()).device
-    batches = None if data is None else labelled_batches(data, device, request.seed)
-    scores = channel_scores(request.criterion, module, groups, request.seed, batches)
-    return make_plan(
-        groups,
-        widths,
-        scores,
-        profile=request.name,
-        metric=request.metric,
-        asked=request.cf,
-        criterion=request.criterion,
-        seed=request.seed,
-    )
+    return _Live(module, groups, planned(module, groups, asked, data), classes)
 
 
 def _cut(

@@ -9,18 +9,34 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from zoo.cost import CostModel
 from zoo.errors import FactorError
 
-__all__ = ["FLOOR", "Solution", "round_widths", "scale_curve", "solve"]
+__all__ = ["FLOOR", "FREE", "Limits", "Solution", "round_widths", "scale_curve", "solve"]
 
 FLOOR = 0.1
 """Smallest keep ratio of a search's action (paper, section 8.2)."""
 
 Curve = Callable[[float], Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What widths may be.
+
+    Attributes:
+        align: widths are multiples of it, or whole; never zero.
+        pinned: group index -> the one width it may have.
+    """
+
+    align: int = 1
+    pinned: Mapping[int, int] = field(default_factory=dict)
+
+
+FREE = Limits()
 
 
 @dataclass(frozen=True)
@@ -33,10 +49,15 @@ class Solution:
     got: float
 
 
-def round_widths(sizes: Sequence[int], keep_ratios: Sequence[float]) -> tuple[int, ...]:
-    """β · size rounded half up, at least one and at most all."""
-    pairs = zip(sizes, keep_ratios, strict=True)
-    return tuple(min(size, max(1, math.floor(ratio * size + 0.5))) for size, ratio in pairs)
+def round_widths(
+    sizes: Sequence[int], keep_ratios: Sequence[float], limits: Limits = FREE
+) -> tuple[int, ...]:
+    """β · size to the nearest allowed width, half up, at least one (or `align`) and at most all."""
+    widths = []
+    for group, (size, ratio) in enumerate(zip(sizes, keep_ratios, strict=True)):
+        steps = max(1, math.floor(ratio * size / limits.align + 0.5))
+        widths.append(limits.pinned.get(group, min(size, steps * limits.align)))
+    return tuple(widths)
 
 
 def scale_curve(actions: Sequence[float], floor: float = FLOOR) -> Curve:
@@ -45,7 +66,13 @@ def scale_curve(actions: Sequence[float], floor: float = FLOOR) -> Curve:
     return lambda t: [min(1.0, max(floor, t * largest * action)) for action in actions]
 
 
-def solve(model: CostModel, curve: Curve, cf: float, metric: str = "params") -> Solution:
+def solve(
+    model: CostModel,
+    curve: Curve,
+    cf: float,
+    metric: str = "params",
+    limits: Limits = FREE,
+) -> Solution:
     """The widths along `curve` whose factor of `metric` is nearest to `cf`.
 
     Args:
@@ -53,12 +80,17 @@ def solve(model: CostModel, curve: Curve, cf: float, metric: str = "params") -> 
         curve: t in [0, 1] -> keep ratios, monotone.
         cf: the asked compression factor, at least 1.
         metric: `params` or `macs`.
+        limits: what widths may be.
 
     Raises:
         FactorError: if `cf` lies outside what the curve reaches, naming that range.
     """
     sizes = model.sizes
-    smallest, largest = round_widths(sizes, curve(0.0)), round_widths(sizes, curve(1.0))
+
+    def widths_at(t: float) -> tuple[int, ...]:
+        return round_widths(sizes, curve(t), limits)
+
+    smallest, largest = widths_at(0.0), widths_at(1.0)
     low_cf, high_cf = model.factor(largest, metric), model.factor(smallest, metric)
     if not low_cf * 0.98 <= cf <= high_cf * 1.02:
         raise FactorError(
@@ -68,11 +100,11 @@ def solve(model: CostModel, curve: Curve, cf: float, metric: str = "params") -> 
     low, high = 0.0, 1.0
     for _ in range(60):
         middle = (low + high) / 2
-        if model.factor(round_widths(sizes, curve(middle)), metric) > cf:
+        if model.factor(widths_at(middle), metric) > cf:
             low = middle
         else:
             high = middle
-    below, above = round_widths(sizes, curve(low)), round_widths(sizes, curve(high))
+    below, above = widths_at(low), widths_at(high)
     best = min(_between(below, above), key=lambda widths: _distance(model, widths, cf, metric))
     got = model.factor(best, metric)
     # β is stated so that rounding it gives exactly these widths again.

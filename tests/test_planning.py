@@ -1,0 +1,111 @@
+"""What a request becomes: aligned widths, pinned groups, and clear words where both conflict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import zoo
+from zoo.cost import cost_model
+from zoo.errors import FactorError, ZooError
+from zoo.models import build_model
+from zoo.pruning.policies import policy_solution
+from zoo.registry import stored_groups
+from zoo.solver import Limits
+
+IMAGES = torch.zeros(1, 3, 32, 32)
+
+
+def model_of(name: str):
+    groups = stored_groups(name)
+    assert groups is not None
+    return cost_model(groups)
+
+
+@given(
+    name=st.sampled_from(["cnet", "resnet20-16", "resnet20-64"]),
+    policy=st.sampled_from(["equal", "random", "greedy"]),
+    metric=st.sampled_from(["params", "macs"]),
+    align=st.sampled_from([1, 4, 8, 16]),
+    seed=st.integers(0, 99),
+    factors=st.tuples(st.floats(1.2, 3.5), st.floats(1.2, 3.5)).map(sorted),
+)
+def test_aligned_widths_are_multiples_and_shrink_with_the_factor(
+    name, policy, metric, align, seed, factors
+):
+    model = model_of(name)
+    costs = []
+    for cf in factors:
+        try:
+            solution = policy_solution(policy, model, cf, metric, seed, Limits(align))
+        except FactorError:  # out of reach at this alignment; another test is about the message
+            return
+        for width, size in zip(solution.widths, model.sizes, strict=True):
+            assert 1 <= width <= size
+            assert width % align == 0 or width == size
+        assert solution.got == model.factor(solution.widths, metric)
+        costs.append(getattr(model(solution.widths), metric))
+    assert costs[0] >= costs[1]
+
+
+def test_a_layer_that_can_only_stay_whole_is_listed():
+    plan = zoo.plan(build_model("resnet20-16", 10), IMAGES, cf=2, align=16)
+    whole = {name for name, why in plan.unprunable.items() if "align=16" in why}
+    assert whole == {
+        "conv1",
+        *(f"layer1.{n}" for n in ("0.conv1", "0.conv2", "1.conv1", "2.conv1")),
+    }
+    assert all(plan.widths[name] == 16 for name in whole)
+    assert all(width % 16 == 0 for width in plan.widths.values())
+
+
+def test_pinned_groups_keep_their_ratio_and_the_others_pay():
+    module = build_model("resnet20-16", 10)
+    pruned = zoo.prune(module, IMAGES, cf=2, metric="macs", keep={"layer1": 1.0, "conv1": 0.5})
+    widths = pruned.pruning.plan.widths
+    assert {widths[n] for n in widths if n.startswith("layer1")} == {16}
+    assert widths["conv1"] == 8
+    assert pruned.conv1.out_channels == 8
+    assert pruned.pruning.plan.got == pytest.approx(2, rel=0.02)
+    free = zoo.plan(module, IMAGES, cf=2, metric="macs").widths
+    assert widths["layer3.0.conv1"] < free["layer3.0.conv1"]
+
+
+@pytest.mark.parametrize("policy", ["equal", "greedy"])
+def test_a_factor_that_the_pins_forbid_names_the_range(policy):
+    module = build_model("cnet", 10)
+    with pytest.raises(FactorError, match="reach"):
+        zoo.plan(module, IMAGES, cf=3, profile=policy, keep={f"conv{n}": 1 for n in range(1, 7)})
+    with pytest.raises(FactorError, match="reach"):
+        zoo.plan(
+            module, IMAGES, cf=1.1, profile=policy, keep={f"conv{n}": 0.3 for n in range(1, 7)}
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"keep": {"layer9": 1.0}}, "channel group to keep 'layer9'"),
+        ({"keep": {"layer3": 0.0}}, r"in \(0, 1\]"),
+        ({"keep": {"layer3": "all"}}, r"in \(0, 1\]"),
+        ({"keep": {"layer3": 1.0, "layer3.0.conv1": 0.5}}, "pins 'layer3.0.conv1' twice"),
+        ({"align": 0}, "align must be an integer of at least 1, got 0"),
+        ({"align": 2.5}, "align must be an integer of at least 1, got 2.5"),
+    ],
+)
+def test_limits_that_cannot_be_meant(options, message):
+    with pytest.raises(ZooError, match=message):
+        zoo.plan(build_model("resnet20-16", 10), IMAGES, cf=2, **options)
+
+
+def test_a_profile_is_verbatim_unless_it_is_refit():
+    dense = build_model("resnet20-16", 10)
+    with pytest.raises(ZooError, match="applied verbatim"):
+        zoo.load("resnet20-16", 4, dense, align=8)
+    refit = zoo.load("resnet20-16", 4, dense, align=8, refit=True)
+    widths = refit.pruning.plan.widths
+    assert all(width % 8 == 0 for width in widths.values())
+    assert refit.pruning.plan.got == pytest.approx(4, rel=0.1)
+    assert refit(torch.zeros(2, 3, 32, 32)).shape == (2, 10)

@@ -1,0 +1,176 @@
+"""What to keep, as asked: the words of a request become a plan for a network's channel groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.cost import cost_model
+from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
+from zoo.groups import ChannelGroups
+from zoo.profile import METRICS, Profile
+from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
+from zoo.pruning.plan import Plan, make_plan
+from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.registry import find_profile, get_profile
+from zoo.solver import Limits, round_widths, scale_curve, solve
+
+__all__ = ["Request", "planned", "request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to keep, as asked: `name` of the profile or policy, and the profile if it is one."""
+
+    name: str
+    profile: Profile | None
+    cf: float
+    metric: str
+    criterion: str
+    seed: int
+    align: int
+    keep: Mapping[str, float]
+    refit: bool
+
+
+def request(
+    profile: str | Profile,
+    arch: str,
+    cf: float | None,
+    metric: str,
+    criterion: str,
+    seed: int,
+    align: int,
+    keep: Mapping[str, float] | None,
+    refit: bool = False,
+) -> Request:
+    """Check the words of a request and resolve its profile, without reading any weights.
+
+    The arguments are those of `zoo.load`; `arch` is "" for a network that has no name.
+
+    Raises:
+        ZooError: for a word or number that cannot be meant, with the valid ones.
+        FactorError: for a factor without a profile, or another than the given profile's.
+    """
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    seed = integer("seed", seed)
+    if cf is not None:
+        cf = _factor(cf)
+    resolved: Profile | None = None
+    if isinstance(profile, Profile):
+        name, resolved = f"{profile.architecture}/{profile.name}", profile
+    elif not isinstance(profile, str):
+        raise ZooError(
+            f"A profile is a name, a reference such as 'file:<path>', or a Profile; "
+            f"got {profile!r}."
+        )
+    elif profile == "searched" and arch and cf is not None:
+        name, resolved = find_profile(arch, cf, metric)
+    elif profile in POLICIES:
+        name = profile
+    elif ":" in profile or "/" in profile or profile.endswith(".json"):
+        name, resolved = profile, get_profile(profile)
+    else:
+        choices = [*(["searched"] if arch else []), *POLICIES, "bundled:...", "file:...", "hf:..."]
+        raise unknown("profile", profile, choices)
+    if resolved is not None:
+        if arch and resolved.architecture != arch:
+            raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
+        if cf is None:
+            cf, metric = resolved.cf, resolved.metric
+        if not refit and (cf, metric) != (resolved.cf, resolved.metric):
+            rescale = ", or refit=True to rescale it" if arch else ""
+            raise FactorError(
+                f"The profile {name} is for {resolved.cf:g}x {resolved.metric}, not {cf:g}x "
+                f"{metric}: pass cf={resolved.cf:g}, metric={resolved.metric!r}{rescale}."
+            )
+    if cf is None:
+        raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
+    if resolved is not None and not refit and (align != 1 or keep):
+        raise ZooError(
+            f"The profile {name} is applied verbatim; align= and keep= need a policy"
+            f"{', or refit=True' if arch else ''}."
+        )
+    align = integer("align", align, 1)
+    return Request(name, resolved, cf, metric, criterion, seed, align, dict(keep or {}), refit)
+
+
+def _factor(cf: float) -> float:
+    if isinstance(cf, bool) or not isinstance(cf, Real) or not math.isfinite(cf) or cf < 1:
+        raise FactorError(f"A compression factor is a finite number of at least 1, got {cf!r}.")
+    return float(cf)
+
+
+def planned(
+    module: nn.Module,
+    groups: ChannelGroups,
+    request: Request,
+    data: Dataset | DataLoader | None,
+) -> Plan:
+    """The request carried out on these groups of `module`: widths, then channels.
+
+    Raises:
+        FactorError: when the factor is out of reach.
+        GraphError: when the profile's groups, or those to keep, are not the network's.
+    """
+    model = cost_model(groups)
+    limits, whole = _limits(groups, request)
+    if request.profile is None:
+        solved = policy_solution(
+            request.name, model, request.cf, request.metric, request.seed, limits
+        )
+        widths = dict(zip(groups.names, solved.widths, strict=True))
+    elif request.refit and set(request.profile.kept) == set(groups.names):
+        ratios = [request.profile.keep_ratios[name] for name in groups.names]
+        curve = scale_curve(ratios, floor=1e-3)
+        solved = solve(model, curve, request.cf, request.metric, limits)
+        widths = dict(zip(groups.names, solved.widths, strict=True))
+    else:
+        widths = request.profile.kept
+    device = next(module.parameters()).device
+    batches = None if data is None else labelled_batches(data, device, request.seed)
+    scores = channel_scores(request.criterion, module, groups, request.seed, batches)
+    groups = replace(groups, unprunable={**groups.unprunable, **whole})
+    return make_plan(
+        groups,
+        widths,
+        scores,
+        profile=request.name,
+        metric=request.metric,
+        asked=request.cf,
+        criterion=request.criterion,
+        seed=request.seed,
+    )
+
+
+def _limits(groups: ChannelGroups, request: Request) -> tuple[Limits, dict[str, str]]:
+    """What widths may be, and the groups that can only stay whole for it, with the reason."""
+    pinned: dict[int, int] = {}
+    by: dict[int, str] = {}
+    for name, ratio in request.keep.items():
+        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+            raise ZooError(f"keep={{{name!r}: {ratio!r}}}: a keep ratio is in (0, 1].")
+        found = [n for n, group in enumerate(groups.names) if (group + ".").startswith(name + ".")]
+        if not found:
+            raise unknown("channel group to keep", name, groups.names, GraphError)
+        for index in found:
+            (width,) = round_widths([groups.sizes[index]], [float(ratio)])
+            if pinned.setdefault(index, width) != width:
+                raise ZooError(
+                    f"keep= pins {groups.names[index]!r} twice, by {by[index]!r} and {name!r}."
+                )
+            by[index] = name
+    whole = {
+        group.name: f"has {group.size} channels, no more than align={request.align}"
+        for index, group in enumerate(groups.groups)
+        if request.align > 1 and group.size <= request.align and index not in pinned
+    }
+    return Limits(request.align, pinned), whole
