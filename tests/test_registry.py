@@ -305,3 +305,16 @@ def test_a_hub_repository_is_listed_by_its_index(
         ("someone/profiles", "a/b.json", "v2"),
         ("someone/profiles", "profile.json", None),
     ]
+
+
+def test_what_a_hub_repository_lists_is_fetched_from_it(
+    own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(repository: str, name: str, revision: str | None) -> Path:
+        assert (repository, revision) == ("someone/profiles", "v2")
+        return own / name
+
+    monkeypatch.setattr(registry.hub, "download", download)
+    for entry in zoo.list_profiles(source="hf:someone/profiles@v2"):
+        profile = zoo.get_profile(entry.reference)
+        assert (profile.architecture, profile.cf) == (entry.architecture, entry.cf)

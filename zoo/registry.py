@@ -7,7 +7,7 @@ A reference names its source: `bundled:<architecture>/<metric>-cf<k>`, `file:<pa
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zoo import hub
@@ -179,9 +179,14 @@ def write_index(folder: Path) -> None:
 def _index(source: str) -> tuple[ProfileEntry, ...]:
     if source == "bundled":
         path = registry_folder() / "index.json"
-    elif source.startswith("hf:"):
-        repository, _, revision = hub.parse_hub_reference(source.removeprefix("hf:"))
-        path = hub.download(repository, "index.json", revision)
-    else:
+        return decode_document(_Index, read_json(path), str(path)).profiles
+    if not source.startswith("hf:"):
         raise unknown("profile source", source, ["bundled", "hf:<org>/<repo>"])
-    return decode_document(_Index, read_json(path), str(path)).profiles
+    repository, _, revision = hub.parse_hub_reference(source.removeprefix("hf:"))
+    path = hub.download(repository, "index.json", revision)
+    at = f"@{revision}" if revision else ""
+    return tuple(
+        replace(entry, reference=f"hf:{repository}/{_bundled_path(name).as_posix()}{at}")
+        for entry in decode_document(_Index, read_json(path), str(path)).profiles
+        for name in [entry.reference.removeprefix("bundled:")]
+    )

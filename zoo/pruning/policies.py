@@ -26,14 +26,7 @@ def increasing(
 ) -> Solution:
     """Pruning grows with depth: β falls linearly from 1 in the first group to b in the last."""
     del seed
-    last = max(1, len(model.sizes) - 1)
-    return solve(
-        model,
-        lambda t: [max(_TINY, 1 - (1 - t) * n / last) for n in range(len(model.sizes))],
-        cf,
-        metric,
-        limits,
-    )
+    return solve(model, lambda t: _line(len(model.sizes), t), cf, metric, limits)
 
 
 def decreasing(
@@ -41,14 +34,12 @@ def decreasing(
 ) -> Solution:
     """The mirror of `increasing`: β rises linearly from b in the first group to 1 in the last."""
     del seed
-    last = max(1, len(model.sizes) - 1)
-    return solve(
-        model,
-        lambda t: [max(_TINY, t + (1 - t) * n / last) for n in range(len(model.sizes))],
-        cf,
-        metric,
-        limits,
-    )
+    return solve(model, lambda t: _line(len(model.sizes), t)[::-1], cf, metric, limits)
+
+
+def _line(count: int, last: float) -> list[float]:
+    """`count` keep ratios on a line from 1 to `last`."""
+    return [max(_TINY, 1 - (1 - last) * n / max(1, count - 1)) for n in range(count)]
 
 
 def random_policy(
