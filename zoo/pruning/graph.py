@@ -30,7 +30,7 @@ from zoo.pruning.program import Program, interpret
 from zoo.pruning.surgery import apply, named_tensors, resized
 from zoo.registry import stored_groups
 
-__all__ = ["channel_groups", "check_shapes", "reference_groups"]
+__all__ = ["channel_groups", "reference_groups"]
 
 
 def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
@@ -50,7 +50,7 @@ def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
         groups = _assemble(program, buffers)
         if not groups.groups:
             return groups
-        failure = check_shapes(module, groups, program, example_input)
+        failure = _check_shapes(module, groups, program, example_input)
         if failure is None:
             return groups
         _pin(program, failure)
@@ -161,26 +161,18 @@ class Failure:
     message: str
 
 
-def check_shapes(
-    module: nn.Module,
-    groups: ChannelGroups,
-    program: Program,
-    example_input: Tensor,
-    plan: Plan | None = None,
+def _check_shapes(
+    module: nn.Module, groups: ChannelGroups, program: Program, example_input: Tensor
 ) -> Failure | None:
-    """Run the pruned network under fake tensors; compare every layer's output shape.
+    """Prune by a trial plan under fake tensors; the first layer whose output shape is not as said.
 
     Args:
         module: the dense network.
         groups: its groups.
         program: its interpretation.
         example_input: as it was traced with.
-        plan: what to keep; by default a trial that gives neighbouring groups different widths.
-
-    Returns:
-        None when every shape is as predicted, else the first place where one is not.
     """
-    plan = plan or _trial_plan(groups)
+    plan = _trial_plan(groups)
     removed = _removed_roots(program, groups, plan)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = _fake_copy(module, mode)
@@ -212,7 +204,7 @@ def check_shapes(
 
 
 def _trial_plan(groups: ChannelGroups) -> Plan:
-    """About half of every group, neighbours different, spread over the parts of the group."""
+    """The last half or so of every group, with neighbouring groups of different widths."""
     kept = {}
     for number, group in enumerate(groups.groups):
         width = max(1, group.size // 2 - number % 3)

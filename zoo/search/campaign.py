@@ -21,6 +21,7 @@ from zoo.checkpoints import load_dense
 from zoo.cost import cost_model
 from zoo.data import Splits, load_data
 from zoo.errors import ZooError
+from zoo.groups import ChannelGroups
 from zoo.models import architecture
 from zoo.profile import Profile, Provenance, Reference
 from zoo.pruning.graph import reference_groups
@@ -129,10 +130,11 @@ def load_tasks(config: SearchConfig) -> tuple[Task, ...]:
     if not config.tasks:
         raise ZooError("A search needs at least one task: name base checkpoints in tasks.")
     splits = load_data(config.data, config.data_dir, size=config.size)
-    return tuple(_load_task(config.arch, path, splits) for path in config.tasks)
+    groups = reference_groups(config.arch)
+    return tuple(_load_task(config.arch, groups, path, splits) for path in config.tasks)
 
 
-def _load_task(arch: str, path: str, splits: Splits) -> Task:
+def _load_task(arch: str, groups: ChannelGroups, path: str, splits: Splits) -> Task:
     size = splits.val.image_size
     module, checkpoint, classes, _ = load_dense(arch, path, image_size=size)
     if classes != splits.num_classes:
@@ -149,9 +151,8 @@ def _load_task(arch: str, path: str, splits: Splits) -> Task:
             f"the search. Train a base network on this data."
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
-    groups = reference_groups(arch).adapted(shapes, size)
-    digest = checkpoint.source.sha256
-    return make_task(Path(path).name, module, groups, splits.train, splits.val, network=digest)
+    digest, own = checkpoint.source.sha256, groups.adapted(shapes, size)
+    return make_task(Path(path).name, module, own, splits.train, splits.val, network=digest)
 
 
 def search_profile(config: SearchConfig) -> Profile:
@@ -195,9 +196,11 @@ def search_profile(config: SearchConfig) -> Profile:
     played = len(progress.episodes)
     found = progress.best(config.candidates)
     found += [_play(make_env(), policy, position) for position in range(len(tasks))]
-    candidates = list(dict.fromkeys(_meeting_the_factor(config, episode) for episode in found))
+    candidates = list(
+        dict.fromkeys(_meeting_the_factor(config, groups, episode) for episode in found)
+    )
     winner, fidelity = _choose(config, tasks, candidates, evaluator)
-    profile = _profile(config, winner, tasks, fidelity, evaluator, played, started)
+    profile = _profile(config, groups, winner, tasks, fidelity, evaluator, played, started)
     profile.write(config.out / f"{profile.name}.json")
     return profile
 
@@ -211,10 +214,12 @@ def _play(env: Any, policy: Callable, position: int) -> dict[str, Any]:
     return info
 
 
-def _meeting_the_factor(config: SearchConfig, episode: dict[str, Any]) -> Widths:
+def _meeting_the_factor(
+    config: SearchConfig, groups: ChannelGroups, episode: dict[str, Any]
+) -> Widths:
     if config.projection == "scale":
         return episode["widths"]
-    model = cost_model(reference_groups(config.arch))
+    model = cost_model(groups)
     return solve(model, scale_curve(episode["keep_ratios"]), config.cf, config.metric).widths
 
 
@@ -253,6 +258,7 @@ def _rank(
 
 def _profile(
     config: SearchConfig,
+    groups: ChannelGroups,
     widths: Widths,
     tasks: Sequence[Task],
     fidelity: Fidelity,
@@ -260,7 +266,7 @@ def _profile(
     episodes: int,
     started: float,
 ) -> Profile:
-    groups, known = reference_groups(config.arch), architecture(config.arch)
+    known = architecture(config.arch)
     search = recalibration(config.calibration_images, config.val_images)
     return Profile(
         architecture=config.arch,
