@@ -1,21 +1,25 @@
-"""Write registry/<architecture>/groups.json for every registered architecture, and the index.
+"""Write registry/<architecture>/groups.json for registered architectures, and the index.
 
-python scripts/store_groups.py
+python scripts/store_groups.py [ARCHITECTURE ...]     without names, for all of them
 """
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from zoo.models import ARCHITECTURES, build_model
+from zoo.models import ARCHITECTURES, STORED, architecture, build_model
+from zoo.pruning.fingerprint import fingerprint
 from zoo.pruning.graph import channel_groups
 from zoo.registry import store_groups, write_index
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
 
-for name, known in ARCHITECTURES.items():
-    example = torch.zeros(1, 3, known.image_size, known.image_size)
-    groups = channel_groups(build_model(name, known.num_classes), example)
-    store_groups(name, groups, REGISTRY)
+for name in sys.argv[1:] or (*ARCHITECTURES, *STORED):
+    known = architecture(name)
+    module = build_model(name, known.num_classes)
+    groups = channel_groups(module, torch.zeros(1, 3, known.image_size, known.image_size))
+    store_groups(name, replace(groups, fingerprint=fingerprint(module)), REGISTRY)
     print(f"{name}: {len(groups.groups)} channel groups")
 write_index(REGISTRY)

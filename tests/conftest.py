@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from zoo.data import ImageSet
 from zoo.models import build_model
 
 # Shared machines stall now and then: only the values count, never the time. No example database:
-# a test run leaves nothing behind in the working tree.
-hypothesis.settings.register_profile("zoo", deadline=None, database=None, max_examples=50)
+# a test run leaves nothing behind in the working tree. $ZOO_EXAMPLES asks for more examples.
+examples = int(os.environ.get("ZOO_EXAMPLES", "50"))
+hypothesis.settings.register_profile("zoo", deadline=None, database=None, max_examples=examples)
 hypothesis.settings.load_profile("zoo")
 
 

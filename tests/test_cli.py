@@ -3,19 +3,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import same_state
 from safetensors import safe_open
 
 import zoo
 from zoo import cli, training
+from zoo.artefacts import save_checkpoint
 from zoo.cli import COMMANDS, main
 from zoo.models import build_model
 from zoo.profile import Evidence, Profile, Reference
+from zoo.pruning.criteria import CRITERIA
 
 TINY = ["--data", "digits", "--size", "8", "--epochs", "2", "--lr", "0.05"]
 
@@ -126,6 +130,26 @@ def test_prune_writes_what_load_makes(base, pruned, capsys):
     with torch.inference_mode():
         assert torch.equal(model(images), expected(images))
     assert capsys.readouterr().err == ""
+
+
+def test_prune_rewinds_as_load_does(base, tmp_path):
+    early = tmp_path / "early.safetensors"
+    save_checkpoint(build_model("cnet", 10, image_size=8, seed=8), early, {})
+    flags = ["--weights", str(base), "--profile", "equal", "--criterion", "l1"]
+    back = ["--init", "rewound", "--rewind", str(early), "--out", str(tmp_path / "out")]
+    assert main(["prune", "cnet", "--cf", "2", *flags, *back]) == 0
+    expected = zoo.load(
+        "cnet", 2, str(base), profile="equal", criterion="l1", init="rewound", rewind=str(early)
+    )
+    assert same_state(zoo.load_pruned(tmp_path / "out"), expected.state_dict())
+
+
+def test_the_help_of_prune_names_every_criterion(capsys):
+    with pytest.raises(SystemExit):
+        main(["prune", "--help"])
+    shown = capsys.readouterr().out
+    words = set(re.findall(r"\w+", shown[shown.index("--criterion") : shown.index("--init")]))
+    assert words >= set(CRITERIA)
 
 
 def test_a_pruned_folder_is_finetuned_evaluated_and_exported(pruned, base, tmp_path, capsys):

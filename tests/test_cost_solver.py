@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from zoo.cost import CostModel, CostTerm, cost_model
+from zoo.cost import CostModel, CostTerm, Extent, LayerTimes, TimedLayer, cost_model
 from zoo.errors import FactorError, GraphError, ZooError
 from zoo.groups import ChannelGroups, Group, Slot
-from zoo.solver import round_widths, scale_curve, solve
+from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.registry import stored_groups
+from zoo.solver import Limits, round_widths, scale_curve, solve
 
 SIZE = 8
 
@@ -141,11 +144,11 @@ def test_the_scale_curve_keeps_the_proportions_of_the_actions():
 @pytest.mark.parametrize("metric", ["params", "macs"])
 @pytest.mark.parametrize("cf", [1.0, 1.3, 2.0, 4.0, 6.0])
 @pytest.mark.parametrize("actions", [(1, 1, 1), (0.2, 0.9, 0.5), (1, 0.1, 0.1)])
-def test_the_factor_is_met_within_two_percent_where_widths_are_fine(metric, cf, actions):
+def test_the_factor_is_met_within_one_percent_where_widths_are_fine(metric, cf, actions):
     solution = solve(WIDE, scale_curve(actions), cf, metric)
     assert solution.asked == cf
     assert solution.got == WIDE.factor(solution.widths, metric)
-    assert solution.got == pytest.approx(cf, rel=0.02)
+    assert solution.got == pytest.approx(cf, rel=0.01)
 
 
 @pytest.mark.parametrize("cf", [1.1, 2.0, 3.0, 5.0, 7.5])
@@ -155,21 +158,7 @@ def test_where_widths_are_coarse_no_neighbour_on_the_curve_is_nearer(cf):
     reachable = {
         MODEL.factor(round_widths(MODEL.sizes, curve(t / 1e4)), "params") for t in range(10_001)
     }
-    assert abs(got / cf - 1) <= min(abs(factor / cf - 1) for factor in reachable) * 1.02 + 1e-9
-
-
-@given(
-    st.lists(st.floats(0.05, 1), min_size=3, max_size=3),
-    st.floats(1, 8),
-    st.floats(1, 8),
-    st.sampled_from(["params", "macs"]),
-)
-def test_a_larger_factor_never_gives_a_larger_network(actions, one, other, metric):
-    curve = scale_curve(actions)
-    smaller, larger = sorted((one, other))
-    little = solve(MODEL, curve, smaller, metric)
-    much = solve(MODEL, curve, larger, metric)
-    assert getattr(MODEL(little.widths), metric) >= getattr(MODEL(much.widths), metric)
+    assert abs(got / cf - 1) <= min(abs(factor / cf - 1) for factor in reachable) * 1.02 + 0.01
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=3, max_size=3), st.floats(1, 8))
@@ -185,7 +174,139 @@ def test_a_factor_of_one_keeps_everything():
 
 def test_an_unreachable_factor_names_the_range():
     model = CostModel((10,), (CostTerm((0,), 10, 10), CostTerm((), 100, 0)))
-    with pytest.raises(FactorError, match=r"factor of 3 cannot be reached.*1 to 1\.82"):
+    with pytest.raises(FactorError, match=r"factor of 3 cannot be reached.*1 to 1\.818"):
         solve(model, scale_curve([1.0]), 3.0)
     with pytest.raises(FactorError, match=r"factor of 0\.5 cannot be reached"):
         solve(model, scale_curve([1.0]), 0.5)
+
+
+# --- any network, any limits ----------------------------------------------------------------------
+
+
+@st.composite
+def models(draw, metric: str, most: int = 8) -> CostModel:
+    """A chain of layers between few groups, coarse ones among them, some sharing a layer."""
+    sizes = tuple(
+        draw(st.lists(st.sampled_from([2, 3, 4, 6, 16, 20, 48]), min_size=1, max_size=most))
+    )
+    last = len(sizes) - 1
+    coefficient = st.sampled_from([1, 3, 9, 64])
+    terms = [CostTerm((g,), draw(coefficient), draw(coefficient)) for g in range(last + 1)]
+    for g in range(last):
+        other = draw(st.integers(g, last))
+        terms.append(CostTerm((g, other), draw(coefficient), draw(coefficient)))
+    timed = tuple(
+        TimedLayer(Extent(0, ((g, 1),)), Extent(1, ((max(0, g - 1), 2),)), draw(times(size)))
+        for g, size in enumerate(sizes)
+    )
+    return CostModel(sizes, tuple(terms), timed if metric == "latency" else None, 1.0)
+
+
+@st.composite
+def times(draw, size: int) -> LayerTimes:
+    """Rising in both widths, with plateaus, as on hardware that computes in blocks."""
+    outputs, inputs = sorted({1, size // 2, size}), (1, 30, 97)
+    steps = st.sampled_from([0.0, 0.0, 0.5, 2.0])
+    rows: list[list[float]] = []
+    for n in range(len(outputs)):
+        row: list[float] = []
+        for m in range(len(inputs)):
+            least = max([0.5, *row[-1:], *(rows[-1][m : m + 1] if n else [])])
+            row.append(least + draw(steps))
+        rows.append(row)
+    return LayerTimes("", tuple(outputs), inputs, tuple(map(tuple, rows)))
+
+
+@st.composite
+def limits_of(draw, sizes: tuple[int, ...]) -> Limits:
+    pinned = {
+        g: draw(st.integers(1, size))
+        for g, size in enumerate(sizes)
+        if draw(st.integers(0, 5)) == 0
+    }
+    return Limits(
+        draw(st.sampled_from([1, 4, 8, 16])), pinned, draw(st.sampled_from([0.0, 0.1, 0.5]))
+    )
+
+
+def allowed(size: int, group: int, limits: Limits) -> list[int]:
+    """Every width that the limits allow, said as plainly as possible."""
+    if group in limits.pinned:
+        return [limits.pinned[group]]
+    return [
+        width
+        for width in range(1, size + 1)
+        if (width % limits.align == 0 or width == size) and width >= limits.floor * size - 1e-9
+    ]
+
+
+factors = st.lists(st.floats(1, 12), min_size=2, max_size=6).map(sorted)
+metrics = st.sampled_from(["params", "macs", "latency"])
+
+
+@given(st.data(), metrics, factors, st.sampled_from([*POLICIES]), st.integers(0, 99))
+def test_any_policy_meets_any_factor_that_integers_allow(data, metric, asked, policy, seed):
+    """Within the limits, ever smaller, and as near as the best of all widths if those are few."""
+    model = data.draw(models(metric))
+    limits = data.draw(limits_of(model.sizes))
+    choices = [allowed(size, g, limits) for g, size in enumerate(model.sizes)]
+    costs = []
+    for cf in asked:
+        try:
+            solution = policy_solution(policy, model, cf, metric, seed, limits)
+        except FactorError:
+            continue
+        assert all(width in of for width, of in zip(solution.widths, choices, strict=True))
+        assert solution.got == model.factor(solution.widths, metric)
+        costs.append(model.total(solution.widths, metric))
+        if policy == "equal" and math.prod(map(len, choices)) <= 4096:
+            every = (model.factor(widths, metric) for widths in itertools.product(*choices))
+            best = min(abs(factor / cf - 1) for factor in every)
+            assert abs(solution.got / cf - 1) <= max(0.01, best * 1.03)
+    assert costs == sorted(costs, reverse=True)
+
+
+@given(st.data(), metrics, st.floats(1, 20))
+def test_the_range_that_an_error_names_is_exact(data, metric, cf):
+    model = data.draw(models(metric))
+    limits = data.draw(limits_of(model.sizes))
+    choices = [allowed(size, g, limits) for g, size in enumerate(model.sizes)]
+    ends = [model.factor([of[at] for of in choices], metric) for at in (-1, 0)]
+    if ends[0] <= cf <= ends[1]:
+        policy_solution("equal", model, cf, metric, 0, limits)
+    elif not ends[0] * 0.99 <= cf <= ends[1] * 1.01:
+        with pytest.raises(FactorError, match=f"reaches {ends[0]:.4g} to {ends[1]:.4g}"):
+            policy_solution("equal", model, cf, metric, 0, limits)
+
+
+@given(
+    name=st.sampled_from(["cnet", "resnet20-16", "resnet20-64"]),
+    policy=st.sampled_from([*POLICIES]),
+    metric=st.sampled_from(["params", "macs"]),
+    align=st.sampled_from([1, 4, 8, 16]),
+    seed=st.integers(0, 99),
+    cf=st.floats(1.05, 8),
+)
+def test_real_networks_meet_the_factor_within_one_percent(name, policy, metric, align, seed, cf):
+    groups = stored_groups(name)
+    assert groups is not None
+    try:
+        solution = policy_solution(policy, cost_model(groups), cf, metric, seed, Limits(align))
+    except FactorError:
+        return
+    coarse = name == "cnet" and align >= 8  # six groups of at most four widths each
+    assert solution.got == pytest.approx(cf, rel=0.1 if coarse else 0.01)
+
+
+def test_two_coarse_groups_trade_places_to_meet_a_factor():
+    """Along the curve one step of a group is a tenth of the cost; off it, 2x can be met exactly."""
+    terms = (CostTerm((0,), 30, 0), CostTerm((1,), 25, 0), CostTerm((2,), 5, 0))
+    model = CostModel((4, 4, 8), terms)
+    solution = solve(model, lambda t: [max(t, 1e-3)] * 3, 2.0)
+    assert model.dense.params == 260
+    assert solution.got == 2.0
+
+
+def test_the_latency_that_nobody_measured_is_no_metric():
+    with pytest.raises(ZooError, match=r"latency of this network was not measured.*params or macs"):
+        policy_solution("equal", MODEL, 2.0, "latency")

@@ -344,7 +344,8 @@ def test_registered_architectures_are_never_traced(
         raise AssertionError("traced")
 
     monkeypatch.setattr(torch.export, "export", refuse)
-    for name in ARCHITECTURES:
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    for name in (*list(ARCHITECTURES)[::4], "torchvision:resnet18", "timm:resnet18"):
         base = zoo.create_model(name, 3)
         model = zoo.load(name, 4, base, profile="equal", criterion="l1")
         zoo.save(model, tmp_path / name)

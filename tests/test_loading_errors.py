@@ -54,10 +54,9 @@ def test_a_factor_that_is_none_is_refused(small: nn.Module, cf) -> None:
 
 
 def test_a_factor_out_of_reach_names_the_range(small: nn.Module) -> None:
-    with pytest.raises(FactorError, match=r"factor of 1e\+09 cannot be reached.*reaches 1 to"):
-        zoo.load("cnet", 1e9, small, profile="equal")
-    with pytest.raises(FactorError, match="cannot be reached here: greedy reaches at most"):
-        zoo.load("cnet", 1e9, small, profile="greedy")
+    for policy in ("equal", "greedy"):
+        with pytest.raises(FactorError, match=r"factor of 1e\+09 cannot .*reaches 1 to \d+"):
+            zoo.load("cnet", 1e9, small, profile=policy)
 
 
 @pytest.mark.parametrize(

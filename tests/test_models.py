@@ -7,20 +7,112 @@ import pytest
 import torch
 from torch import nn
 
+from zoo.checkpoints import Uninitialised
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import ARCHITECTURES, architecture, build_model
+from zoo.models.resnet import PaddedShortcut
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-@pytest.mark.parametrize(
-    ("arch", "count"), [("resnet20-16", 847_738), ("resnet20-64", 13_513_162), ("cnet", 52_266)]
-)
-def test_parameter_counts_at_ten_classes(arch, count):
+COUNTS = {
     # cnet: 896 + 5 · 9,248 for the convolutions, 512 · 10 + 10 for the dense layer.
-    assert sum(p.numel() for p in build_model(arch, 10).parameters()) == count
+    "cnet": 52_266,
+    # of the source paper
+    "resnet20-16": 847_738,
+    "resnet20-64": 13_513_162,
+    # He et al., table 6: 0.27, 0.46, 0.66, 0.85 and 1.7 million
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    # as is known of their repositories' networks
+    "resnet20-b": 272_474,
+    "resnet56-b": 855_770,
+    "resnet110-b": 1_730_714,
+    "resnet18-cifar": 11_173_962,
+    "resnet50-cifar": 23_520_842,
+    "vgg16_bn-cifar": 14_728_266,
+    "vgg16_bn-cifar-512": 15_253_578,
+    "mobilenet_v2-cifar": 2_236_682,
+    "mobilenet_v2-cifar-projected": 2_296_922,
+}
+
+
+def count_of(arch: str) -> int:
+    return sum(p.numel() for p in build_model(arch, 10).parameters())
+
+
+@pytest.mark.parametrize("arch", COUNTS)
+def test_parameter_counts_at_ten_classes(arch):
+    assert count_of(arch) == COUNTS[arch]
+
+
+@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+def test_projections_cost_what_their_weights_and_norms_do(depth):
+    stages = {"-b": (16 * 32 + 2 * 32) + (32 * 64 + 2 * 64), "-b1": 16 * 16 + 2 * 16}
+    padded, b, b1 = (count_of(f"resnet{depth}{suffix}") for suffix in ("", *stages))
+    assert (b - padded, b1 - b) == tuple(stages.values())
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_has_the_name_it_is_found_by_and_gives_logits(arch):
+    assert architecture(arch).name == arch
+    with Uninitialised():
+        model = build_model(arch, 3).eval()
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_option_a_pads_the_new_channels_on_both_sides_and_takes_every_other_pixel():
+    model = build_model("resnet20", 10)
+    assert not [name for name in model.state_dict() if "downsample" in name]
+    for stage, old in ((model.layer2, 16), (model.layer3, 32)):
+        shortcut = stage[0].downsample
+        assert (shortcut.before, shortcut.after, shortcut.stride) == (old // 2, old // 2, 2)
+    image = torch.rand(2, 3, 5, 5)
+    out = PaddedShortcut(before=1, after=2, stride=2)(image)
+    assert out.shape == (2, 6, 3, 3)
+    assert torch.equal(out[:, 1:4], image[:, :, [0, 2, 4]][..., [0, 2, 4]])
+    assert not out[:, [0, 4, 5]].any()
+
+
+@pytest.mark.parametrize(
+    ("arch", "stages"),
+    [
+        ("resnet18-cifar", {"layer1": 32, "layer2": 16, "layer4": 4}),
+        ("resnet18-cifar-maxpool", {"layer1": 16, "layer2": 8, "layer4": 2}),
+        ("mobilenet_v2-cifar", {"features.0": 32, "features.3": 32, "features.18": 4}),
+        ("mobilenet_v2-cifar-projected", {"layers.0": 32, "layers.2": 32, "layers.16": 4}),
+    ],
+)
+def test_small_stems_keep_the_resolution(arch, stages):
+    model, sizes = build_model(arch, 10).eval(), {}
+    for name in stages:
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, _i, out, name=name: sizes.update({name: out.shape[-1]})
+        )
+    model(torch.zeros(1, 3, 32, 32))
+    assert sizes == stages
+
+
+@pytest.mark.parametrize(
+    ("arch", "theirs"),
+    [
+        ("resnet18-cifar", "torchvision:resnet18"),
+        ("resnet50-cifar", "torchvision:resnet50"),
+        ("vgg16_bn-cifar-4096", "torchvision:vgg16_bn"),
+        ("mobilenet_v2-cifar", "torchvision:mobilenet_v2"),
+    ],
+)
+def test_small_stems_leave_torchvisions_key_names(arch, theirs):
+    with torch.device("meta"):
+        ours, standard = (shapes_of(build_model(name, 10)) for name in (arch, theirs))
+    assert list(ours) == list(standard)
+    differ = {name for name in ours if ours[name] != standard[name]}
+    assert differ <= {"conv1.weight", "classifier.0.weight"}
 
 
 def test_resnet20_has_torchvisions_key_names():
@@ -69,7 +161,8 @@ def test_building_leaves_the_callers_random_state_alone():
 @pytest.mark.parametrize("arch", list(ARCHITECTURES))
 @pytest.mark.parametrize(("classes", "size"), [(10, 32), (7, 16), (100, 64)])
 def test_classes_and_image_size_are_inferred_from_a_checkpoint(arch, classes, size):
-    model = build_model(arch, classes, image_size=size)
+    with torch.device("meta"):
+        model = build_model(arch, classes, image_size=size)
     known = architecture(arch)
     expected = size if known.flatten_stride else known.image_size
     assert known.infer(shapes_of(model)) == (classes, expected)
@@ -109,7 +202,8 @@ def test_an_unknown_architecture_names_the_nearest_one():
 @pytest.mark.parametrize(
     ("name", "spellings"),
     [
-        ("resnet18", r"'torchvision:resnet18' or 'timm:resnet18'\."),
+        ("resnet18", r"'torchvision:resnet18' or 'timm:resnet18' or 'resnet18-cifar'\."),
+        ("vgg16_bn", r"'torchvision:vgg16_bn' or 'timm:vgg16_bn' or 'vgg16_bn-cifar'\."),
         ("googlenet", r"'torchvision:googlenet'\."),
         ("convnextv2_atto", r"'timm:convnextv2_atto'\."),
     ],

@@ -17,10 +17,10 @@ from zoo.errors import FactorError, GraphError, ZooError
 from zoo.groups import ChannelGroups
 from zoo.models import build_model
 from zoo.pruning import surgery
-from zoo.pruning.criteria import CRITERIA, channel_scores, random_scores, taylor_features
+from zoo.pruning.criteria import channel_scores, random_scores, taylor_features
 from zoo.pruning.graph import channel_groups
 from zoo.pruning.masking import masked
-from zoo.pruning.plan import Plan, make_plan
+from zoo.pruning.plan import Plan, kept_positions, make_plan
 from zoo.pruning.policies import POLICIES, policy_solution
 from zoo.pruning.surgery import named_tensors
 from zoo.registry import stored_groups
@@ -108,10 +108,10 @@ def assert_contract(module: nn.Module, groups: ChannelGroups, plan: Plan, x: tor
     assert outputs[1].abs().max() > 0
     assert (outputs[0] - outputs[1]).abs().max() <= 1e-9 * scale
     assert (inputs[0] - inputs[1]).abs().max() <= 1e-9 * max(1.0, inputs[1].abs().max().item())
-    kept = surgery.kept_positions(groups, plan)
+    kept = kept_positions(groups, plan.kept)
     for name, gradient in gradients[1].items():
         for dim, index in kept.get(name, {}).items():
-            gradient = gradient.index_select(dim, torch.tensor(index))
+            gradient = gradient.index_select(dim, torch.from_numpy(index))
         bound = 1e-9 * max(1.0, gradient.abs().max().item())
         assert (gradients[0][name] - gradient).abs().max() <= bound, name
 
@@ -127,7 +127,7 @@ def test_surgery_computes_what_masking_computes(name: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*OWN, *OTHERS])
-@pytest.mark.parametrize("criterion", [name for name in CRITERIA if name != "random"])
+@pytest.mark.parametrize("criterion", ["l1", "taylor"])
 def test_surgery_by_every_criterion(name: str, criterion: str) -> None:
     module, x, groups = traced(name)
     for policy in POLICIES:

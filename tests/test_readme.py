@@ -14,12 +14,13 @@ from zoo.models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_example_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_images: ImageSet
 ) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    example = EXAMPLES[0]
     monkeypatch.chdir(tmp_path)
     torch.save(build_model("resnet20-16", 3).state_dict(), "my_ckpt.pt")
     names = {"train_set": toy_images, "val_set": toy_images}
@@ -28,6 +29,22 @@ def test_the_example_runs(
     again = zoo.load_pruned("pruned")
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(again(x), names["model"](x))
+
+
+def test_the_example_for_any_network_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(build_model("timm:resnet50", 3).state_dict(), "my_ckpt.pth")
+    network = build_model("torchvision:resnet18", 3)
+    names = {"my_network": network, "images": torch.zeros(1, 3, 64, 64)}
+    exec(EXAMPLES[1], names)
+    small = names["small"]
+    assert small.layer1[0].conv1.out_channels == 64
+    assert small.layer4[0].conv1.out_channels % 8 == 0
+    assert small.pruning.plan.got == pytest.approx(2, rel=0.1)
+    assert capsys.readouterr().out == "{}\n"
+    assert len(EXAMPLES) == 2
 
 
 def test_the_table_is_the_registrys() -> None:

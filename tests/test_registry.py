@@ -209,7 +209,7 @@ def test_every_listed_reference_can_be_fetched() -> None:
         ({"arch": "timm:resnet81"}, r"timm architecture 'resnet81'\. Did you mean 'timm:resnet"),
         ({"arch": "resnet18"}, "write 'torchvision:resnet18' or 'timm:resnet18'"),
         ({"metric": "parms"}, r"metric 'parms'\. Did you mean 'params'\?"),
-        ({"metric": "latency"}, r"metric 'latency'\..*params, macs"),
+        ({"metric": "flops"}, r"metric 'flops'\..*params, macs, latency"),
         ({"source": "bundeld"}, r"source 'bundeld'\. Did you mean 'bundled'\?"),
         ({"source": "hf:nobody"}, "not a Hub reference"),
     ],

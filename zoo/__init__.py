@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zoo.data import load_data
     from zoo.errors import ZooError
+    from zoo.iterative import Schedule, prune_iteratively
     from zoo.loading import create_model, load, load_pruned, plan, prune, save
     from zoo.onnx_export import export
     from zoo.profile import Profile
@@ -29,6 +30,7 @@ __all__ = [
     "InferenceSession",
     "Profile",
     "Recipe",
+    "Schedule",
     "ZooError",
     "create_model",
     "evaluate",
@@ -41,6 +43,7 @@ __all__ = [
     "load_pruned",
     "plan",
     "prune",
+    "prune_iteratively",
     "save",
     "search_profile",
 ]
@@ -48,6 +51,7 @@ __all__ = [
 _HOMES = {
     "zoo.data": ("load_data",),
     "zoo.errors": ("ZooError",),
+    "zoo.iterative": ("Schedule", "prune_iteratively"),
     "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
     "zoo.onnx_export": ("export",),
     "zoo.profile": ("Profile",),

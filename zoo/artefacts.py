@@ -21,9 +21,9 @@ from zoo.checkpoints import RECORD, Uninitialised, read_safetensors
 from zoo.documents import decode_document, encode_document, read_json, write_json, write_text
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import build_model
-from zoo.pruning.plan import PruningRecord
-from zoo.pruning.surgery import kept_positions, named_tensors, resized
-from zoo.registry import stored_groups
+from zoo.pruning.known_groups import matching_groups
+from zoo.pruning.plan import PruningRecord, kept_positions
+from zoo.pruning.surgery import named_tensors, resize, resized
 
 __all__ = ["MODEL", "read_model", "save_checkpoint", "write_model"]
 
@@ -193,7 +193,10 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
             "it was pruned from as skeleton=."
         )
     _check(tensors, skeleton, record, folder)
-    model = resized(skeleton, tensors)
+    if record.architecture:  # no one else holds this skeleton
+        resize(model := skeleton, tensors, record.plan.attributes)
+    else:
+        model = resized(skeleton, tensors, record.plan.attributes)
     if metadata.get("memory_format") == "channels_last":
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.pruning = record  # type: ignore[assignment]
@@ -210,13 +213,14 @@ def _check(
     if odd:
         kind = "missing" if odd[0] in shapes else "unexpected"
         raise CheckpointError(f"{where} {len(odd)} tensors differ; {odd[0]} is {kind}.")
-    groups = stored_groups(record.architecture) if record.architecture else None
+    groups = matching_groups(record.architecture, skeleton) if record.architecture else None
     if groups is not None:
         if set(groups.names) != set(record.plan.kept):
             raise CheckpointError(f"{where} its channel groups are not {record.architecture}'s.")
-        for name, dims in kept_positions(groups.adapted(shapes), record.plan).items():
-            lengths = {dim: len(positions) for dim, positions in dims.items()}
-            shapes[name] = tuple(lengths.get(dim, n) for dim, n in enumerate(shapes[name]))
+        for name, dims in kept_positions(groups.adapted(shapes), record.plan.kept).items():
+            if name in shapes:
+                lengths = {dim: len(positions) for dim, positions in dims.items()}
+                shapes[name] = tuple(lengths.get(dim, n) for dim, n in enumerate(shapes[name]))
         for name, shape in shapes.items():
             got = tuple(tensors[name].shape)
             if got != shape:

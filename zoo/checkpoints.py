@@ -11,7 +11,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 from zoo import hub
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
+from zoo.models.adapters import adapted_names
 from zoo.pruning.plan import Source
 
 __all__ = [
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "net")
-PREFIXES = ("module.", "_orig_mod.")
+PREFIXES = ("module.", "_orig_mod.", "model.")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
 INERT = (
@@ -137,8 +139,14 @@ def _choose(files: list[str], repo: str) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
+    with _reading(path):
         return path.read_bytes()
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -152,23 +160,34 @@ def _read_bytes(path: Path) -> bytes:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
 
 
+@contextmanager
+def _parsing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere in the parser
+        raise CheckpointError(
+            f"{path} is truncated or not a safetensors file: {error}. Copy or download it again."
+        ) from None
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file by name, just as they are stored, and its metadata.
 
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
-    return _parse_safetensors(_read_bytes(path), path)
+    with _reading(path), _parsing(path), safetensors.safe_open(path, framework="pt") as file:
+        # copied, because what is read is the file itself, mapped into memory
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
 
 
 def _parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
+    with _parsing(path):
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except Exception as error:  # a damaged file can fail anywhere in the parser
-        raise CheckpointError(
-            f"{path} is truncated or not a safetensors file: {error}. Copy or download it again."
-        ) from None
     return tensors, header.get("__metadata__", {})
 
 
@@ -265,7 +284,7 @@ def load_dense(
         raise CheckpointError(f"The checkpoint's metadata give the image size as {stated!r}.")
     try:
         preferred = image_size or (int(stated) if stated else None)
-        module, classes, size = _fitting(known, checkpoint.shapes, preferred)
+        module, names, classes, size = _adapted(known, checkpoint.shapes, preferred)
     except CheckpointError as error:
         raise CheckpointError(
             f"{checkpoint.source.reference} does not fit {arch!r}. {error}"
@@ -276,8 +295,38 @@ def load_dense(
             f"The classifier in {checkpoint.source.reference} is for images of {size} pixels, "
             f"not {image_size}."
         )
-    module.load_state_dict(checkpoint.state, strict=False)
+    state = {names[name]: tensor for name, tensor in checkpoint.state.items()}
+    module.load_state_dict(state, strict=False)
     return module.eval(), checkpoint, classes, size
+
+
+class _Misfit(CheckpointError):
+    """A checkpoint that does not fit, by `count` of its tensors or the network's."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
+def _adapted(
+    known: Architecture, shapes: Mapping[str, tuple[int, ...]], image_size: int | None
+) -> tuple[nn.Module, dict[str, str], int, int]:
+    """As `_fitting`, with each stored name's name in the network, by the first adapter that fits.
+
+    Raises:
+        _Misfit: that of the adapter that comes nearest.
+    """
+    misfits = []
+    for adapter, names in adapted_names(shapes):
+        renamed = {names[name]: shape for name, shape in shapes.items()}
+        try:
+            module, classes, size = _fitting(known, renamed, image_size)
+        except _Misfit as misfit:
+            read_as = f" (Its key names were read as those of {adapter}.)" if adapter else ""
+            misfits.append(_Misfit(f"{misfit}{read_as}", misfit.count))
+        else:
+            return module, names, classes, size
+    raise min(misfits, key=lambda misfit: misfit.count)
 
 
 def _fitting(
@@ -313,19 +362,27 @@ def _fitting(
             more = ", ..." if len(names) > 3 else ""
             problems.append(f"{len(names)} {kind}: {', '.join(names[:3])}{more}.")
     if problems:
-        raise CheckpointError(" ".join(problems))
+        raise _Misfit(" ".join(problems), sum(map(len, wrong.values())))
     return module, classes, size
 
 
 def _suggestion(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    for name, other in ARCHITECTURES.items():
-        if name != arch:
-            try:
-                _fitting(other, shapes, None)
-            except ZooError:
-                continue
-            return f" The checkpoint fits {name!r}."
-    return ""
+    readings = [
+        {names[name]: shape for name, shape in shapes.items()} for _, names in adapted_names(shapes)
+    ]
+    others = [other for name, other in ARCHITECTURES.items() if name != arch]
+    fitting = [repr(other.name) for other in others if any(_fits(other, r) for r in readings)]
+    return f" The checkpoint fits {' or '.join(fitting)}." if fitting else ""
+
+
+def _fits(known: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    try:
+        known.infer(shapes)  # first, because it builds no network
+        with torch.device("meta"):
+            _fitting(known, shapes, None)
+    except ZooError:
+        return False
+    return True
 
 
 class Uninitialised(TorchFunctionMode):
@@ -334,7 +391,6 @@ class Uninitialised(TorchFunctionMode):
     Unlike on the meta device, buffers that no checkpoint holds are as their module computes them.
     """
 
-    # Not the tensor methods of these names: torch draws a truncated normal again until it fits.
     RANDOM = frozenset(
         getattr(nn.init, name)
         for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
@@ -344,4 +400,6 @@ class Uninitialised(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in self.RANDOM:
             return args[0] if args else kwargs["tensor"]
+        if func is Tensor.normal_:  # zeros, because torch draws a truncated normal until it fits
+            return args[0].zero_()
         return func(*args, **kwargs)

@@ -31,7 +31,7 @@ __all__ = ["COMMANDS", "main"]
 INTERRUPTED = 130
 USER_ERROR = 2
 
-Metric = Literal["params", "macs"]
+Metric = Literal["params", "macs", "latency"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,8 @@ class ListCommand:
 def list_profiles(command: ListCommand) -> None:
     from zoo.rendering import print_profiles
 
-    print_profiles(
-        zoo.list_profiles(arch=command.arch, metric=command.metric, source=command.source)
-    )
+    entries = zoo.list_profiles(arch=command.arch, metric=command.metric, source=command.source)
+    print_profiles(entries, command.arch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,20 +62,22 @@ class ShowCommand:
     cf: float | None = None
     """compression factor, with an architecture"""
     metric: Metric = "params"
-    """what the factor counts, with an architecture"""
+    """what the factor counts, with an architecture; latency is of one device"""
 
 
 def show(command: ShowCommand) -> None:
     from zoo.registry import find_profile
     from zoo.rendering import print_profile
 
+    arch = None
     if command.cf is not None:
-        reference, profile = find_profile(command.profile, command.cf, command.metric)
+        arch = command.profile
+        reference, profile = find_profile(arch, command.cf, command.metric)
     elif ":" in command.profile:
         reference, profile = command.profile, zoo.get_profile(command.profile)
     else:
         raise ZooError(f"Which factor of {command.profile!r}? Add --cf, or give a reference.")
-    print_profile(reference, profile)
+    print_profile(reference, profile, arch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,11 +143,14 @@ class PruneCommand:
     profile: str = "searched"
     """searched, a policy (equal, increasing, decreasing, random, greedy), or a reference"""
     metric: Metric = "params"
-    """what the factor counts"""
+    """what the factor counts; latency is measured once, on this machine's CPU at batch 1"""
     criterion: str = "random"
-    """which channels stay: random, l1 or taylor (which needs --data)"""
-    init: Literal["pretrained", "random"] = "pretrained"
-    """weights of the pruned network"""
+    """which channels stay: random, l1, l2, fpgm, bn_scale, synflow; or, with --data, taylor,
+    taylor_weight, fisher, obd, snip, apoz"""
+    init: Literal["pretrained", "random", "rewound"] = "pretrained"
+    """weights of the pruned network: the checkpoint's, new ones, or those of --rewind"""
+    rewind: str | None = None
+    """checkpoint of the same network to go back to, early in training or untrained"""
     refit: bool = False
     """rescale the profile to meet the factor for this very network"""
     align: int = 1
@@ -179,6 +183,7 @@ def prune(command: PruneCommand) -> None:
         metric=command.metric,
         criterion=command.criterion,
         init=command.init,
+        rewind=command.rewind,
         seed=command.seed,
         align=command.align,
         keep=command.keep,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import tempfile
@@ -34,15 +35,22 @@ SCHEMA_VERSION = 1
 T = TypeVar("T")
 
 
-def encode(value: Any) -> Any:
-    """A dataclass, or containers of them, as plain JSON values. `None` fields are left out."""
+def encode(value: Any, *, terse: bool = False) -> Any:
+    """A dataclass, or containers of them, as plain JSON values.
+
+    `None` fields are left out; from a `terse` value also those that have their default.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {name: encode(item) for name, item in fields if item is not None}
+        fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {
+            field.name: encode(item, terse=terse)
+            for field, item in fields
+            if item is not None and not (terse and item == field.default)
+        }
     if isinstance(value, Mapping):
-        return {str(key): encode(item) for key, item in value.items()}
+        return {str(key): encode(item, terse=terse) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [encode(item) for item in value]
+        return [encode(item, terse=terse) for item in value]
     return value
 
 
@@ -56,9 +64,9 @@ def decode(cls: type[T], raw: Any, where: str) -> T:
     return typing.cast(T, _decode(cls, raw, where))
 
 
-def encode_document(value: Any) -> dict[str, Any]:
+def encode_document(value: Any, *, terse: bool = False) -> dict[str, Any]:
     """A dataclass as a whole document: what `encode` gives, with the schema version."""
-    return {"schema_version": SCHEMA_VERSION, **encode(value)}
+    return {"schema_version": SCHEMA_VERSION, **encode(value, terse=terse)}
 
 
 def decode_document(cls: type[T], raw: Any, where: str) -> T:
@@ -85,6 +93,8 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
         return None if raw is None and len(inner) < len(args) else _decode(inner[0], raw, where)
     if origin is tuple:
         items = _expect(raw, list, where)
+        if args == (int, ...) and all(type(item) is int for item in items):
+            return tuple(items)
         if args[-1] is not Ellipsis and len(items) != len(args):
             raise DocumentError(f"{where}: expected {len(args)} items, got {len(items)}.")
         item_kinds = [args[0]] * len(items) if args[-1] is Ellipsis else args
@@ -104,10 +114,15 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
     return _expect(raw, kind, where)
 
 
+@functools.cache
+def _layout(cls: type) -> tuple[dict[str, Any], dict[str, dataclasses.Field]]:
+    """The types and the fields of a dataclass, by name."""
+    return typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
+
+
 def _decode_dataclass(cls: type, raw: Any, where: str) -> Any:
     items = _expect(raw, dict, where)
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    hints, fields = _layout(cls)
     for key in items:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
@@ -141,9 +156,11 @@ def read_json(path: Path) -> Any:
         raise DocumentError(f"{path} is not valid JSON: {error}.") from None
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` (dataclasses allowed) to `path` as indented JSON, atomically."""
-    write_text(path, json.dumps(encode(value), indent=1, ensure_ascii=False) + "\n")
+def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:
+    """Write `value` (dataclasses allowed) to `path` as JSON, atomically; unindented on one line."""
+    separators = (",", ": ") if indent else (",", ":")
+    text = json.dumps(encode(value), indent=indent, separators=separators, ensure_ascii=False)
+    write_text(path, text + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,7 +1,7 @@
 """Channel groups: what is cut together. Plain frozen data, no torch.
 
-A *unit* is one channel and everything that must go with it: the same position of every `Slot` of
-its `Group`. `ChannelGroups` is all that is known of an architecture for pruning it; it is derived
+A *unit* is one channel and everything that must go with it: its positions in every `Slot` of its
+`Group`. `ChannelGroups` is all that is known of an architecture for pruning it; it is derived
 once by `zoo.pruning.graph` and stored in the registry as `groups.json`.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from zoo.errors import GraphError
 
@@ -18,10 +19,11 @@ __all__ = ["ChannelGroups", "Group", "Slot"]
 
 @dataclass(frozen=True)
 class Slot:
-    """One dimension, or a strided part of it, of one parameter or buffer.
+    """One dimension, or a part of it, of one parameter, buffer or width attribute.
 
     Unit j owns the positions start + stride · j … start + stride · j + block - 1: `block` is more
-    than one where a map was flattened, `start` where tensors were concatenated.
+    than one where a map was flattened, `start` where tensors were concatenated. Where the units lie
+    irregularly (beside the zero channels of a padded shortcut), `at` gives each one's first.
     """
 
     tensor: str
@@ -29,10 +31,11 @@ class Slot:
     start: int = 0
     stride: int = 1
     block: int = 1
+    at: tuple[int, ...] = ()
 
     def positions(self, unit: int) -> range:
         """The positions along `dim` that belong to `unit`."""
-        first = self.start + self.stride * unit
+        first = self.at[unit] if self.at else self.start + self.stride * unit
         return range(first, first + self.block)
 
 
@@ -61,7 +64,13 @@ class ChannelGroups:
         positions: of every convolution and dense weight, the output positions of one image; the
             MACs of the operator are the weight's elements times this.
         image_size: pixels per side that `positions` was counted at.
+        fixed_macs: multiply-accumulates of one image between activations (attention), which no
+            width changes.
         unprunable: module name -> why its channels stay whole.
+        attributes: `<module>:<attribute>` -> value, of every integer of a module that repeats a
+            width no tensor of its own has. Slots treat it as a tensor of that length.
+        fingerprint: of the structure they were derived from, where they are stored; they hold for
+            no other.
     """
 
     groups: tuple[Group, ...]
@@ -70,14 +79,21 @@ class ChannelGroups:
     positions: dict[str, int]
     image_size: int
     unprunable: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = field(default="", compare=False)
+    fixed_macs: int = 0
 
-    @property
+    @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(group.name for group in self.groups)
 
-    @property
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         return tuple(group.size for group in self.groups)
+
+    def length(self, tensor: str, dim: int) -> int:
+        """Of one dimension of a tensor, or the value of an attribute."""
+        return self.attributes[tensor] if tensor in self.attributes else self.shapes[tensor][dim]
 
     def adapted(
         self, shapes: Mapping[str, tuple[int, ...]], image_size: int | None = None
@@ -104,7 +120,8 @@ class ChannelGroups:
     def _adapt_group(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> Group:
         slots = []
         for slot in group.slots:
-            old, new = self.shapes[slot.tensor][slot.dim], shapes[slot.tensor][slot.dim]
+            old = self.length(slot.tensor, slot.dim)
+            new = old if slot.tensor in self.attributes else shapes[slot.tensor][slot.dim]
             if old == new:
                 slots.append(slot)
             elif slot.block * group.size == old and new % group.size == 0:

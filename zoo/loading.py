@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,15 @@ from zoo.models import architecture, build_model
 from zoo.planning import Request, planned, request
 from zoo.profile import Profile
 from zoo.pruning import surgery
-from zoo.pruning.graph import channel_groups
+from zoo.pruning.known_groups import groups_of, traced_groups
 from zoo.pruning.plan import Plan, PruningRecord, Source
+from zoo.pruning.program import check_prunable
 from zoo.pruning.surgery import evaluating, named_tensors
-from zoo.registry import stored_groups
 
 __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
 
 Weights = str | Path | Mapping[str, Tensor] | nn.Module
-Init = Literal["pretrained", "random"]
+Init = Literal["pretrained", "random", "rewound"]
 
 _ordinary_mode = torch.inference_mode(mode=False)
 """What is made inside a caller's `torch.inference_mode()` can be trained outside it."""
@@ -75,6 +75,7 @@ def load(
     metric: str = "params",
     criterion: str = "random",
     init: Init = "pretrained",
+    rewind: Weights | None = None,
     seed: int = 0,
     align: int = 1,
     keep: Mapping[str, float] | None = None,
@@ -92,9 +93,12 @@ def load(
         cf: compression factor, dense / pruned.
         weights: a checkpoint's path, a state dict, a module, or `hf:<org>/<repo>[/<file>][@<rev>]`.
         profile: `searched` (the bundled one), a policy's name, a reference, or a `Profile`.
-        metric: what `cf` counts, `params` or `macs`.
-        criterion: which channels stay: `random`, `l1` or `taylor`.
-        init: keep the `pretrained` weights, or start the pruned network from `random` ones.
+        metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on the
+            device that the weights are on, at batch 1 (64 on CUDA), and cached.
+        criterion: which channels stay: `random`, `l1`, or another name of `CRITERIA`.
+        init: keep the `pretrained` weights, start the pruned network from `random` ones, or from
+            `rewound` ones: the channels are chosen on `weights` (Frankle and Carbin, 2019).
+        rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
         seed: of the random choice of channels, of the `random` policy and of `init="random"`.
         align: widths are multiples of it, or whole: for a policy, or a profile with `refit`.
         keep: module name or prefix -> keep ratio that its channel groups are pinned to, likewise.
@@ -114,13 +118,20 @@ def load(
     architecture(arch)
     if image_size is not None:
         image_size = integer("image_size", image_size, 1)
-    if init not in ("pretrained", "random"):
-        raise unknown("init", init, ("pretrained", "random"))
+    if init not in get_args(Init):
+        raise unknown("init", init, get_args(Init))
+    if (init == "rewound") != (rewind is not None):
+        raise ZooError(
+            f"init='rewound' and rewind=, the checkpoint to go back to, need each other; got "
+            f"init={init!r} {'without' if rewind is None else 'with'} rewind=."
+        )
     # before the weights are read: a missing profile costs nothing
     asked = request(profile, arch, cf, metric, criterion, seed, align, keep, refit)
     module, checkpoint, classes, size = load_dense(arch, weights, image_size=image_size)
-    groups = _groups_of(arch, module, size)
+    groups = groups_of(arch, module, size)
     made = planned(module, groups, asked, data)
+    if rewind is not None:
+        module = create_model(arch, classes, pretrained=rewind, image_size=size)
     return _cut(module, groups, made, arch, classes, checkpoint.source, init)
 
 
@@ -204,15 +215,6 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
     return read_model(Path(folder).expanduser(), skeleton=skeleton)
 
 
-def _groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
-    """The stored groups of an architecture for this network; traced where none are stored."""
-    stored = stored_groups(arch)
-    if stored is None:
-        return channel_groups(module, torch.zeros(1, 3, image_size, image_size))
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
-    return stored.adapted(shapes, image_size)
-
-
 @dataclass(frozen=True)
 class _Live:
     """A live network, traced and planned for."""
@@ -235,7 +237,7 @@ def _live(
         module = surgery.resized(module, {})
     if example_input.is_inference():
         example_input = example_input.clone()
-    groups = channel_groups(module, example_input)
+    groups = traced_groups(module, example_input)
     if not groups.groups:
         raise GraphError(f"{type(module).__name__} has no channel group that can be pruned.")
     return _Live(module, groups, planned(module, groups, asked, data), classes)
@@ -289,10 +291,7 @@ def _classes(module: nn.Module, example_input: Tensor) -> int:
             f"checkpoints."
         )
     kind = type(module).__name__
-    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
-        raise GraphError(
-            f"This {kind} is compiled: prune the network inside (its _orig_mod), then compile that."
-        )
+    check_prunable(module)
     if not isinstance(example_input, Tensor) or example_input.ndim != 4 or 0 in example_input.shape:
         got = tuple(getattr(example_input, "shape", ())) or type(example_input).__name__
         raise GraphError(f"The example input is a batch of images (N, C, H, W); got {got}.")

@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 from zoo.cost import cost_model
 from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups
+from zoo.latency import latency_table
+from zoo.models import architecture
 from zoo.profile import METRICS, Profile
 from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
 from zoo.pruning.plan import Plan, make_plan
@@ -82,7 +84,7 @@ def request(
         choices = [*(["searched"] if arch else []), *POLICIES, "bundled:...", "file:...", "hf:..."]
         raise unknown("profile", profile, choices)
     if resolved is not None:
-        if arch and resolved.architecture != arch:
+        if arch and resolved.architecture not in (arch, architecture(arch).profiles_from):
             raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
         if cf is None:
             cf, metric = resolved.cf, resolved.metric
@@ -117,11 +119,14 @@ def planned(
 ) -> Plan:
     """The request carried out on these groups of `module`: widths, then channels.
 
+    A `latency` is measured on the device that `module` is on, or remembered from before.
+
     Raises:
         FactorError: when the factor is out of reach.
         GraphError: when the profile's groups, or those to keep, are not the network's.
     """
-    model = cost_model(groups)
+    latency = latency_table(module, groups) if request.metric == "latency" else None
+    model = cost_model(groups, latency)
     limits, whole = _limits(groups, request)
     if request.profile is None:
         solved = policy_solution(
@@ -148,6 +153,7 @@ def planned(
         asked=request.cf,
         criterion=request.criterion,
         seed=request.seed,
+        latency=latency,
     )
 
 

@@ -11,7 +11,7 @@ from zoo.errors import DocumentError, unknown
 
 __all__ = ["METRICS", "Evidence", "Profile", "Provenance", "Reference"]
 
-METRICS = ("params", "macs")
+METRICS = ("params", "macs", "latency")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ A reference names its source: `bundled:<architecture>/<metric>-cf<k>`, `file:<pa
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -66,11 +67,12 @@ def list_profiles(
 
     Args:
         arch: an architecture's name.
-        metric: `params` or `macs`.
+        metric: `params`, `macs` or `latency`.
         source: `bundled`, or `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
 
     Returns:
-        The profiles in order; none for an architecture that is known but has no profile.
+        The profiles in order. For an architecture that has none, those of the one it takes its
+        `profiles_from`: provisional, because they were searched and measured there.
 
     Raises:
         ZooError: for an unknown architecture, metric or source.
@@ -81,7 +83,7 @@ def list_profiles(
     if arch is not None and arch not in {entry.architecture for entry in entries}:
         from zoo.models import architecture  # imports torch, which no other list needs
 
-        architecture(arch)
+        arch = architecture(arch).profiles_from or arch
     return [
         entry
         for entry in entries
@@ -93,14 +95,17 @@ def list_profiles(
 def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Profile]:
     """(reference, profile): the bundled one of an architecture at a factor.
 
+    It is provisional when its architecture is not `arch`, as in `list_profiles`.
+
     Raises:
         FactorError: when there is none, naming those that exist and the way round.
+        ZooError: for an unknown architecture.
     """
-    entries = list_profiles()
+    entries = list_profiles(arch=arch)
     for entry in entries:
-        if (entry.architecture, entry.metric, entry.cf) == (arch, metric, float(cf)):
+        if (entry.metric, entry.cf) == (metric, float(cf)):
             return entry.reference, get_profile(entry.reference)
-    own = [f"{e.cf:g}x {e.metric}" for e in entries if e.architecture == arch]
+    own = [f"{e.cf:g}x {e.metric}" for e in entries]
     listing = f"it has {', '.join(own)}" if own else f"{arch} has none"
     raise FactorError(
         f"No searched profile of {arch} at {cf:g}x {metric}: {listing}. "
@@ -145,16 +150,32 @@ def _bundled_path(name: str) -> Path:
 
 
 def stored_groups(arch: str) -> ChannelGroups | None:
-    """The channel groups of a registered architecture at its reference; None if not stored."""
-    path = registry_folder() / folder_name(arch) / "groups.json"
+    """The channel groups of a registered architecture at its reference; None if not stored.
+
+    The weights that a timm name may have after a dot make no difference.
+    """
+    path = registry_folder() / folder_name(arch.partition(".")[0]) / "groups.json"
     if not path.is_file():
         return None
+    groups = _read_groups(path, path.stat().st_mtime_ns)
+    return replace(  # the dictionaries, because all callers share what was read
+        groups,
+        shapes=dict(groups.shapes),
+        positions=dict(groups.positions),
+        unprunable=dict(groups.unprunable),
+        attributes=dict(groups.attributes),
+    )
+
+
+@functools.cache
+def _read_groups(path: Path, _: int) -> ChannelGroups:
     return decode_document(ChannelGroups, read_json(path), str(path))
 
 
 def store_groups(arch: str, groups: ChannelGroups, folder: Path) -> None:
     """Write an architecture's groups into the registry at `folder`."""
-    write_json(folder / folder_name(arch) / "groups.json", encode_document(groups))
+    path = folder / folder_name(arch) / "groups.json"
+    write_json(path, encode_document(groups, terse=True), indent=None)
 
 
 def write_index(folder: Path) -> None:

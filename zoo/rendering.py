@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -22,21 +22,38 @@ BAR = 32
 """characters of a whole keep ratio"""
 
 
-def print_profiles(entries: Iterable[ProfileEntry]) -> None:
-    """One line per profile of an index: its reference, and the factors asked for and met."""
+def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> None:
+    """One line per profile of an index: its reference, and the factors asked for and met.
+
+    Args:
+        entries: of the index.
+        arch: the architecture they were listed for; those of another serve it provisionally.
+    """
     table = Table("reference", "architecture", "metric", box=None)
     table.add_column("asked", justify="right")
     table.add_column("got", justify="right")
     for entry in entries:
         factors = f"{entry.cf:g}x", f"{entry.got:.2f}x"
         table.add_row(entry.reference, entry.architecture, entry.metric, *factors)
-    _console().print(table)
+    console = _console()
+    console.print(table)
+    for other in dict.fromkeys(entry.architecture for entry in entries):
+        if arch and arch != other:
+            console.print(_provisional(arch, other), highlight=False)
 
 
-def print_profile(reference: str, profile: Profile) -> None:
-    """A bar per channel group, the accuracies measured, and the command that found the profile."""
+def print_profile(reference: str, profile: Profile, arch: str | None = None) -> None:
+    """A bar per channel group, the accuracies measured, and the command that found the profile.
+
+    Args:
+        reference: of the profile.
+        profile: what it names.
+        arch: the architecture it was looked up for, if any.
+    """
     console = _console()
     console.print(f"{reference}: {headline(profile)}\n", highlight=False)
+    if arch and arch != profile.architecture:
+        console.print(f"{_provisional(arch, profile.architecture)}\n", highlight=False)
     console.print(_bars(profile))
     _print_evidence(profile.evidence, console)
     if profile.provenance is not None:
@@ -54,20 +71,27 @@ def headline(profile: Profile) -> str:
 
 
 def pruning_summary(record: PruningRecord) -> str:
-    """The factor asked for and met, and both costs before and after: three lines."""
+    """The factor asked for and met, and both costs before and after, a line each."""
     plan = record.plan
+    source, _, name = plan.profile.partition(":")
+    borrowed = source == "bundled" and name.rpartition("/")[0] != record.architecture
     costs = (
         ("parameters", plan.dense.params, plan.pruned.params),
         ("MACs", plan.dense.macs, plan.pruned.macs),
     )
-    return "\n".join(
-        [
-            f"{record.architecture} by {plan.profile}: asked {plan.asked:g}x {plan.metric}, got "
-            f"{plan.got:.3f}x at {record.num_classes} classes, "
-            f"{plan.image_size}x{plan.image_size}",
-            *(f"{name}: {old:,} -> {new:,} ({old / new:.2f}x)" for name, old, new in costs),
-        ]
-    )
+    lines = [
+        f"{record.architecture} by {plan.profile}{' (provisional)' if borrowed else ''}: "
+        f"asked {plan.asked:g}x {plan.metric}, got {plan.got:.3f}x at "
+        f"{record.num_classes} classes, {plan.image_size}x{plan.image_size}",
+        *(f"{name}: {old:,} -> {new:,} ({old / new:.2f}x)" for name, old, new in costs),
+    ]
+    on, old, new = plan.latency, plan.dense.latency, plan.pruned.latency
+    if on is not None and old and new:
+        lines.append(
+            f"predicted latency: {old:.3g} -> {new:.3g} ms ({old / new:.2f}x), batch {on.batch}, "
+            f"{on.dtype}, {on.threads} thread(s) of {on.device}"
+        )
+    return "\n".join(lines)
 
 
 def training_summary(result: TrainResult, test: float, epochs: int) -> str:
@@ -77,6 +101,12 @@ def training_summary(result: TrainResult, test: float, epochs: int) -> str:
         f"{early if result.interrupted else ''}"
         f"validation {result.initial:.2%} -> {result.accuracy:.2%} (epoch {result.epoch} of "
         f"{epochs}), test {test:.2%}, {result.seconds:.0f} s on {result.device}"
+    )
+
+
+def _provisional(arch: str, other: str) -> str:
+    return (
+        f"Provisional for {arch}, which has the same channel groups: found and measured on {other}."
     )
 
 

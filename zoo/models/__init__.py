@@ -6,6 +6,7 @@ A name is one of the literal table `ARCHITECTURES`, or `torchvision:<name>` or `
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ from torch import nn
 
 from zoo.errors import CheckpointError, ZooError, integer, unknown
 from zoo.models.cnet import CNet
-from zoo.models.resnet import ResNet
+from zoo.models.mobilenet import ProjectedMobileNetV2, small_stem_mobilenet_v2
+from zoo.models.resnet import ResNet, Shortcut, small_stem_resnet
+from zoo.models.vgg import VGG
 
-__all__ = ["ARCHITECTURES", "Architecture", "architecture", "build_model"]
+__all__ = ["ARCHITECTURES", "STORED", "Architecture", "architecture", "build_model"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Architecture:
         num_classes: of the reference.
         image_size: of the reference, in pixels; images are 3 x image_size x image_size.
         flatten_stride: for architectures whose classifier sees a flattened map, the total stride.
+        profiles_from: the architecture, of the same channel groups, whose profiles serve this one
+            too where it has none of its own; provisionally, because they were measured there.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Architecture:
     num_classes: int = 10
     image_size: int = 32
     flatten_stride: int | None = None
+    profiles_from: str = ""
 
     def infer(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """(num_classes, image_size) of the checkpoint whose tensors have these `shapes`.
@@ -66,15 +72,116 @@ class Architecture:
         return classes, side * self.flatten_stride
 
 
-def _resnet20(name: str, widths: tuple[int, int, int]) -> Architecture:
-    return Architecture(name, lambda classes, _: ResNet(classes, widths), "fc")
+def _resnet(
+    name: str, blocks: int, shortcut: Shortcut, widths: tuple[int, int, int] = (16, 32, 64)
+) -> Architecture:
+    return Architecture(name, lambda classes, _: ResNet(classes, widths, blocks, shortcut), "fc")
+
+
+def _small_stem(name: str, member: str, maxpool: bool = False) -> Architecture:
+    return Architecture(
+        name,
+        lambda classes, _: small_stem_resnet(member, classes, maxpool=maxpool),
+        "fc",
+        profiles_from=f"{member}-cifar" if maxpool else "",
+    )
+
+
+def _vgg16(name: str, classifier: str, hidden: int | None = None) -> Architecture:
+    return Architecture(name, lambda classes, _: VGG(classes, hidden), classifier)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "cnet": Architecture("cnet", CNet, "fc", flatten_stride=8),
-    "resnet20-16": _resnet20("resnet20-16", (16, 32, 128)),
-    "resnet20-64": _resnet20("resnet20-64", (64, 128, 512)),
+    known.name: known
+    for known in (
+        Architecture("cnet", CNet, "fc", flatten_stride=8),
+        _resnet("resnet20-16", 3, "B1", (16, 32, 128)),
+        _resnet("resnet20-64", 3, "B1", (64, 128, 512)),
+        _resnet("resnet20", 3, "A"),
+        _resnet("resnet32", 5, "A"),
+        _resnet("resnet44", 7, "A"),
+        _resnet("resnet56", 9, "A"),
+        _resnet("resnet110", 18, "A"),
+        _resnet("resnet20-b", 3, "B"),
+        _resnet("resnet32-b", 5, "B"),
+        _resnet("resnet44-b", 7, "B"),
+        _resnet("resnet56-b", 9, "B"),
+        _resnet("resnet110-b", 18, "B"),
+        _resnet("resnet20-b1", 3, "B1"),
+        _resnet("resnet32-b1", 5, "B1"),
+        _resnet("resnet44-b1", 7, "B1"),
+        _resnet("resnet56-b1", 9, "B1"),
+        _resnet("resnet110-b1", 18, "B1"),
+        _small_stem("resnet18-cifar", "resnet18"),
+        _small_stem("resnet50-cifar", "resnet50"),
+        _small_stem("resnet18-cifar-maxpool", "resnet18", maxpool=True),
+        _small_stem("resnet50-cifar-maxpool", "resnet50", maxpool=True),
+        _vgg16("vgg16_bn-cifar", "classifier"),
+        _vgg16("vgg16_bn-cifar-512", "classifier.6", 512),
+        _vgg16("vgg16_bn-cifar-4096", "classifier.6", 4096),
+        Architecture(
+            "mobilenet_v2-cifar",
+            lambda classes, _: small_stem_mobilenet_v2(classes),
+            "classifier.1",
+        ),
+        Architecture(
+            "mobilenet_v2-cifar-projected",
+            lambda classes, _: ProjectedMobileNetV2(classes),
+            "linear",
+        ),
+    )
 }
+"""The registered architectures, by name.
+
+`resnet<depth>` has He et al.'s parameter-free shortcuts (option A: akamaster), `-b` projects where
+the shape changes (chenyaofo, bearpaw), `-b1` in the first stage too, as the source paper does.
+The small-stem networks are those of kuangliu, weiaicunzai and timm's users; `-maxpool` keeps the
+stem's pooling (huyvnphan), which no checkpoint shows. `vgg16_bn-cifar` has one dense layer
+(kuangliu, bearpaw), the others two hidden ones of 512 (chenyaofo) or 4096 (weiaicunzai).
+`mobilenet_v2-cifar` is chenyaofo's and huyvnphan's, `-projected` kuangliu's."""
+
+TWINS = {
+    "torchvision:resnet18": "resnet18-cifar",
+    "torchvision:resnet50": "resnet50-cifar",
+    "torchvision:vgg16_bn": "vgg16_bn-cifar-4096",
+    "torchvision:mobilenet_v2": "mobilenet_v2-cifar",
+    "timm:resnet18": "resnet18-cifar",
+    "timm:resnet50": "resnet50-cifar",
+}
+"""Standard-stem architecture -> the one with the same channel groups behind a stem for 32 pixels:
+`profiles_from`."""
+
+
+CLASSIFIERS = {
+    "alexnet": "classifier.6",
+    "convnext": "classifier.2",
+    "densenet": "classifier",
+    "efficientnet": "classifier.1",
+    "maxvit": "classifier.5",
+    "mnasnet": "classifier.1",
+    "mobilenet_v2": "classifier.1",
+    "mobilenet_v3": "classifier.3",
+    "squeezenet": "classifier.1",
+    "swin": "head",
+    "vgg": "classifier.6",
+    "vit": "heads.head",
+}
+"""torchvision family -> its classifier, where that is not `fc`."""
+
+STORED = (
+    "torchvision:resnet18",
+    "torchvision:resnet34",
+    "torchvision:resnet50",
+    "torchvision:resnet101",
+    "torchvision:vgg16_bn",
+    "torchvision:mobilenet_v2",
+    "torchvision:mobilenet_v3_small",
+    "torchvision:densenet121",
+    "torchvision:efficientnet_b0",
+    "timm:resnet18",
+    "timm:resnet50",
+)
+"""The libraries' architectures whose groups are bundled, as those of `ARCHITECTURES` are."""
 
 
 def architecture(name: str) -> Architecture:
@@ -95,16 +202,15 @@ def architecture(name: str) -> Architecture:
 
         if member not in _torchvision_names():
             raise _unknown_member(source, member, _torchvision_names())
-        with torch.device("meta"):
-            skeleton = torchvision.models.get_model(member, weights=None, num_classes=7)
         return Architecture(
             name,
             lambda classes, _: torchvision.models.get_model(
                 member, weights=None, num_classes=classes
             ),
-            _classifier_name(skeleton, 7),
+            next((c for family, c in CLASSIFIERS.items() if member.startswith(family)), "fc"),
             num_classes=1000,
             image_size=224,
+            profiles_from=TWINS.get(name, ""),
         )
     if source == "timm" and member:
         import timm
@@ -121,10 +227,12 @@ def architecture(name: str) -> Architecture:
             size.classifier if size and isinstance(size.classifier, str) else "fc",
             num_classes=1000,
             image_size=size.input_size[-1] if size else 224,
+            profiles_from=TWINS.get(name.partition(".")[0], ""),  # a dot begins the weights' tag
         )
     raise _unknown_name(name)
 
 
+@functools.cache
 def _torchvision_names() -> list[str]:
     import torchvision
 
@@ -146,18 +254,10 @@ def _unknown_name(name: str) -> ZooError:
 
     libraries = {"torchvision": _torchvision_names(), "timm": timm.list_models()}
     full = [f"{library}:{name}" for library, names in libraries.items() if name in names]
+    full += [known for known in [f"{name}-cifar"] if known in ARCHITECTURES]
     if full:
         return ZooError(f"Unknown architecture {name!r}: write {' or '.join(map(repr, full))}.")
     return unknown("architecture", name, [*ARCHITECTURES, "torchvision:<name>", "timm:<name>"])
-
-
-def _classifier_name(module: nn.Module, num_classes: int) -> str:
-    names = [
-        name
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear) and layer.out_features == num_classes
-    ]
-    return names[-1] if names else "fc"
 
 
 def build_model(

@@ -10,27 +10,23 @@ attribute rule repairs it, the groups that produce it are kept whole and listed 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
-from zoo.cost import Cost
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups, Group, Slot
 from zoo.models import architecture, build_model
-from zoo.pruning.operators import Value
-from zoo.pruning.plan import Plan
-from zoo.pruning.program import Program, interpret
-from zoo.pruning.surgery import apply, named_tensors, resized
+from zoo.pruning.attributes import attribute_labels
+from zoo.pruning.check import Failure, first_failure
+from zoo.pruning.labels import Labels, Value
+from zoo.pruning.program import Program, integers, interpret, locate, module_path
+from zoo.pruning.surgery import REPAIRS
 from zoo.registry import stored_groups
 
-__all__ = ["channel_groups", "reference_groups"]
+__all__ = ["analyse", "channel_groups", "reference_groups"]
 
 
 def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
@@ -44,16 +40,23 @@ def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
         GraphError: if the network cannot be traced, an operator has no rule (naming the node and
             its source line), or surgery would give a wrong shape for no reason that can be pinned.
     """
+    return analyse(module, example_input)[1]
+
+
+def analyse(module: nn.Module, example_input: Tensor) -> tuple[Program, ChannelGroups]:
+    """As `channel_groups`, with the interpreted program that they come from."""
     program = interpret(module, example_input)
     buffers = tuple(name for name, _ in module.named_buffers(remove_duplicate=False))
+    for name, row in attribute_labels(module, program).items():
+        program.tensors[name] = Value((len(row),), (row,), name)
     while True:
         groups = _assemble(program, buffers)
         if not groups.groups:
-            return groups
-        failure = _check_shapes(module, groups, program, example_input)
+            return program, groups
+        failure = first_failure(module, groups, program, example_input)
         if failure is None:
-            return groups
-        _pin(program, failure)
+            return program, groups
+        _pin(module, program, failure)
 
 
 def reference_groups(arch: str) -> ChannelGroups:
@@ -101,21 +104,31 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
     groups: list[Group] = []
     for signature, roots in units.items():
         name = _unique(first_filter[signature].removesuffix(".weight"), groups)
-        slots = _slots([members[root] for root in roots])
-        if slots is None:
-            unprunable[name] = "its channels lie irregularly in a tensor"
+        if len(roots) == 1:
+            unprunable[name] = "its channels are one unit"
             continue
+        slots = _slots([members[root] for root in roots])
         filters = tuple(
             w for w in trace.producers if any(s.tensor == w and s.dim == 0 for s in slots)
         )
+        if not filters:
+            unprunable[name] = "no filter computes its channels, only columns of a weight"
+            continue
         groups.append(Group(name, len(roots), slots, filters))
     return ChannelGroups(
         groups=tuple(groups),
-        shapes={name: value.shape for name, value in program.tensors.items()},
+        shapes={name: value.shape for name, value in program.tensors.items() if ":" not in name},
         buffers=tuple(name for name in buffers if name in program.tensors),
         positions=dict(trace.positions),
         image_size=program.image_size,
         unprunable=unprunable,
+        attributes={
+            slot.tensor: program.tensors[slot.tensor].shape[0]
+            for group in groups
+            for slot in group.slots
+            if ":" in slot.tensor
+        },
+        fixed_macs=trace.fixed_macs,
     )
 
 
@@ -125,8 +138,8 @@ def _unique(name: str, groups: Sequence[Group]) -> str:
     return next(candidate for candidate in candidates if candidate not in taken)
 
 
-def _slots(units: list[list[tuple[str, int, int]]]) -> tuple[Slot, ...] | None:
-    """The slots that give unit j the positions `units[j]`, or None if no strided slot does."""
+def _slots(units: list[list[tuple[str, int, int]]]) -> tuple[Slot, ...]:
+    """The slots that give unit j the positions `units[j]`."""
     tables: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
     for unit in units:
         own: dict[tuple[str, int], list[int]] = defaultdict(list)
@@ -137,150 +150,63 @@ def _slots(units: list[list[tuple[str, int, int]]]) -> tuple[Slot, ...] | None:
     slots: list[Slot] = []
     for (name, dim), rows in tables.items():
         table = np.array(rows)
-        steps = np.diff(table[:, 0])
-        stride = int(steps[0]) if len(steps) else table.shape[1]
-        block = table.shape[1]
-        affine = (np.diff(table, axis=0) == stride).all()
-        if not affine or stride < 1:
-            return None
-        if (np.diff(table, axis=1) == 1).all():
-            slots.append(Slot(name, dim, int(table[0, 0]), stride, block))
+        steps = np.diff(table, axis=0)
+        stride, block = int(steps[0, 0]), table.shape[1]
+        solid = (np.diff(table, axis=1) == 1).all()
+        columns, block = ([table[:, 0]], block) if solid else (list(table.T), 1)
+        if stride >= 1 and (steps == stride).all():
+            slots += [Slot(name, dim, int(column[0]), stride, block) for column in columns]
         else:
-            slots += [Slot(name, dim, int(start), stride, 1) for start in table[0]]
+            slots += [Slot(name, dim, block=block, at=tuple(column.tolist())) for column in columns]
     return tuple(slots)
 
 
-# --- the check ------------------------------------------------------------------------------------
+# --- what stays whole ---------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Where a trial surgery went wrong: the module's path, and what was seen."""
-
-    path: str
-    message: str
-
-
-def _check_shapes(
-    module: nn.Module, groups: ChannelGroups, program: Program, example_input: Tensor
-) -> Failure | None:
-    """Prune by a trial plan under fake tensors; the first layer whose output shape is not as said.
-
-    Args:
-        module: the dense network.
-        groups: its groups.
-        program: its interpretation.
-        example_input: as it was traced with.
-    """
-    plan = _trial_plan(groups)
-    removed = _removed_roots(program, groups, plan)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = _fake_copy(module, mode)
-        pruned = apply(fake, groups, plan).eval()
-        seen: list[tuple[str, tuple[int, ...]]] = []
-        active: list[str] = []
-        with _watched(pruned, seen, active):
-            try:
-                result = pruned(mode.from_tensor(example_input))
-            except Exception as error:
-                where = active[-1] if active else ""
-                return Failure(where, (str(error).strip().splitlines() or [""])[0])
-    by_path: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for path, shape in seen:
-        by_path[path].append(shape)
-    taken: Counter[str] = Counter()
-    for call in program.calls:
-        shapes = by_path.get(call.path, [])
-        if taken[call.path] >= len(shapes):
-            return Failure(call.path, "was called less often than in the traced program")
-        got, expected = shapes[taken[call.path]], _predicted(program, call.value, removed)
-        taken[call.path] += 1
-        if got != expected:
-            return Failure(call.path, f"gives shape {got}, expected {expected}")
-    expected = _predicted(program, program.output, removed)
-    if not isinstance(result, torch.Tensor) or tuple(result.shape) != expected:
-        return Failure("", f"the output has shape {getattr(result, 'shape', None)}, not {expected}")
-    return None
-
-
-def _trial_plan(groups: ChannelGroups) -> Plan:
-    """The last half or so of every group, with neighbouring groups of different widths."""
-    kept = {}
-    for number, group in enumerate(groups.groups):
-        width = max(1, group.size // 2 - number % 3)
-        kept[group.name] = tuple(range(group.size - width, group.size))
-    nothing = Cost(0, 0)
-    return Plan("", "params", 1, 1, {}, kept, "", 0, nothing, nothing, groups.image_size)
-
-
-def _fake_copy(module: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    return resized(module, {n: mode.from_tensor(t) for n, t in named_tensors(module).items()})
-
-
-@contextmanager
-def _watched(
-    module: nn.Module, seen: list[tuple[str, tuple[int, ...]]], active: list[str]
-) -> Iterator[None]:
-    """Note the output shape of every leaf call, and the modules that have not returned yet."""
-
-    def before(path: str) -> Callable:
-        return lambda *_: active.append(path)
-
-    def after(path: str, leaf: bool) -> Callable:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            active.pop()
-            if leaf and isinstance(output, torch.Tensor):
-                seen.append((path, tuple(output.shape)))
-
-        return hook
-
-    handles = []
-    for path, layer in module.named_modules():
-        leaf = not list(layer.children())
-        handles.append(layer.register_forward_pre_hook(before(path)))
-        handles.append(layer.register_forward_hook(after(path, leaf)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _removed_roots(program: Program, groups: ChannelGroups, plan: Plan) -> set[int]:
-    """The representatives of all labels that `plan` removes."""
-    removed: set[int] = set()
-    for group in groups.groups:
-        slot = group.slots[0]
-        labels = program.tensors[slot.tensor].labels[slot.dim]
-        assert labels is not None
-        for unit in set(range(group.size)) - set(plan.kept[group.name]):
-            removed.add(program.trace.find(int(labels[slot.positions(unit)[0]])))
-    return removed
-
-
-def _predicted(program: Program, value: Value, removed: set[int]) -> tuple[int, ...]:
-    """The shape of `value` once the channels with the `removed` labels are gone."""
-    find = program.trace.find
-    return tuple(
-        size if row is None else sum(find(label) not in removed for label in row.tolist())
-        for size, row in zip(value.shape, value.labels, strict=True)
-    )
-
-
-def _pin(program: Program, failure: Failure) -> None:
+def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
     """Fix the groups whose width is a constant where the failure is; without one, raise."""
     path = failure.path
     suspects = [
         constant
         for constant in program.constants
-        if path.startswith(constant.path) or constant.path.startswith(path)
+        if constant.literal
+        and (_is_within(path, constant.path) or _is_within(constant.path, path))
+        and not _is_repaired(module.get_submodule(constant.path))
     ]
     find = program.trace.find
     fixed = {find(label) for label in program.trace.fixed}
-    fresh = [c for c in suspects if not fixed.issuperset(map(find, c.labels.tolist()))]
+
+    def free(rows: Iterable[tuple[Labels, str]]) -> list[tuple[Labels, str]]:
+        return [(r, where) for r, where in rows if not fixed.issuperset(map(find, r.tolist()))]
+
+    if failure.row is not None:
+        fresh = free([(failure.row, failure.where)])
+    else:
+        fresh = free((constant.labels, constant.where) for constant in suspects)
+    if not fresh:
+        fresh = free(_rows_of_stated_widths(program, path))[:1]
     if not fresh:
         raise GraphError(f"Surgery would break module {path!r}: {failure.message}.")
-    for constant in fresh:
-        program.trace.fix(
-            constant.labels, f"its width {constant.value} is a constant at {constant.where}"
-        )
+    for row, where in fresh:
+        program.trace.fix(row, f"its width {len(row)} is a constant at {where}")
+
+
+def _rows_of_stated_widths(program: Program, path: str) -> Iterator[tuple[Labels, str]]:
+    """Channels as many as a number around the failure says, whatever tensor it says it of."""
+    for node in program.exported.graph.nodes:
+        module = module_path(node)
+        if _is_within(path, module) or _is_within(module, path):
+            stated = set(integers((*node.args, *node.kwargs.values())))
+            for row in program.trace.producers.values():
+                if len(row) in stated:
+                    yield row, locate(node)
+
+
+def _is_repaired(layer: nn.Module) -> bool:
+    """Whether the layer's integers follow from its tensors."""
+    return isinstance(layer, tuple(REPAIRS)) and any(True for _ in layer.parameters())
+
+
+def _is_within(path: str, module: str) -> bool:
+    return not module or f"{path}.".startswith(f"{module}.")

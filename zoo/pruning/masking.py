@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 
 from zoo.groups import ChannelGroups
-from zoo.pruning.plan import Plan
-from zoo.pruning.surgery import kept_positions, named_tensors
+from zoo.pruning.plan import Plan, kept_positions
+from zoo.pruning.surgery import named_tensors
 
 __all__ = ["masked"]
 
@@ -19,9 +20,9 @@ def masked(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
     result = copy.deepcopy(module)
     tensors = named_tensors(result)
     with torch.no_grad():
-        for name, dims in kept_positions(groups, plan).items():
-            for dim, index in dims.items():
+        for name, dims in kept_positions(groups, plan.kept).items():
+            for dim, index in dims.items() if name in tensors else ():
                 tensor = tensors[name]
-                gone = sorted(set(range(tensor.shape[dim])) - set(index))
-                tensor.index_fill_(dim, torch.tensor(gone, device=tensor.device), 0)
+                gone = np.setdiff1d(np.arange(tensor.shape[dim]), index)
+                tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
     return result

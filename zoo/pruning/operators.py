@@ -1,86 +1,24 @@
 """How channel labels pass through operators: one small function per ATen operator.
 
-A `Value` is an abstract tensor: per dimension one integer label per position, or None where nothing
-prunable lives (batch, image height, ...). Rules move labels, tie those that must be cut together,
-fix those that cannot be cut, and note which weights produce channels. Adding an operator is adding
-a function, or a name to a list, in `RULES`.
+Rules move labels, tie those that must be cut together, fix those that cannot be cut, and note
+which weights produce channels. Adding an operator is adding a function, or a name to a list, in
+`RULES`.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from zoo.errors import GraphError
+from zoo.pruning import shape_rules
+from zoo.pruning.labels import Labels, Trace, Value, is_channels
 
-__all__ = ["RULES", "Labels", "Trace", "Value"]
-
-Labels = np.ndarray
-"""int64, one label per position of one dimension."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """An abstract tensor; `name` is set for parameters and buffers."""
-
-    shape: tuple[int, ...]
-    labels: tuple[Labels | None, ...]
-    name: str = ""
-
-
-class Trace:
-    """The labels of one interpreted program: a union-find, and what the rules noted."""
-
-    def __init__(self) -> None:
-        self._parent: list[int] = []
-        self.fixed: dict[int, str] = {}
-        self.positions: dict[str, int] = defaultdict(int)
-        self.producers: dict[str, Labels] = {}
-
-    def fresh(self, count: int) -> Labels:
-        """`count` new labels."""
-        first = len(self._parent)
-        self._parent.extend(range(first, first + count))
-        return np.arange(first, first + count)
-
-    def find(self, label: int) -> int:
-        """The representative of the set that `label` belongs to."""
-        parent = self._parent
-        while parent[label] != label:
-            parent[label] = parent[parent[label]]
-            label = parent[label]
-        return label
-
-    def tie(self, left: Labels | None, right: Labels | None) -> Labels | None:
-        """Cut these positions together, pairwise; labels met by none are fixed."""
-        if left is None or right is None:
-            known = left if right is None else right
-            if known is not None and len(known) > 1:
-                self.fix(known, "is combined with a tensor that no channel group owns")
-            return known
-        for a, b in zip(left.tolist(), right.tolist(), strict=True):
-            root_a, root_b = self.find(a), self.find(b)
-            if root_a != root_b:
-                self._parent[max(root_a, root_b)] = min(root_a, root_b)
-        return left
-
-    def fix(self, labels: Labels | None, reason: str) -> None:
-        """These positions cannot be cut."""
-        if labels is not None:
-            self.fixed.update(dict.fromkeys(labels.tolist(), reason))
-
-    def produce(self, weight: Value, labels: Labels) -> None:
-        """`weight` computes the channels with these labels, from nothing that has them."""
-        if not weight.name:
-            self.fix(labels, "is produced by a weight that is computed, not stored")
-        elif weight.name not in self.producers:
-            self.producers[weight.name] = labels
-
+__all__ = ["CHANNEL_WISE", "RULES", "Rule"]
 
 Shape = tuple[int, ...]
 Rule = Callable[..., "Value | tuple[Value, ...]"]
@@ -98,8 +36,7 @@ def _convolution(
     groups: int = 1,
 ) -> Value:
     del stride, padding, dilation
-    if weight.name:
-        trace.positions[weight.name] += math.prod(shape[2:])
+    trace.count(weight, shape[0] * math.prod(shape[2:]))
     outputs, fan_in = weight.labels[0], weight.labels[1]
     if outputs is None or fan_in is None:
         raise GraphError("a convolution whose weight has no labels")
@@ -113,17 +50,59 @@ def _convolution(
         else:
             trace.tie(channels, np.tile(fan_in, groups))
         trace.tie(outputs, np.tile(outputs[: len(outputs) // groups], groups))
-        trace.produce(weight, outputs)
+        trace.produce(outputs)
     if bias is not None:
         trace.tie(outputs, bias.labels[0])
-    return Value(shape, (None, outputs, *[None] * (len(shape) - 2)))
+    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
+
+
+def _transposed_convolution(
+    trace: Trace,
+    shape: Shape,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    output_padding: object = 0,
+    groups: int = 1,
+    dilation: object = 1,
+) -> Value:
+    """Depthwise ones pass channels on; the outputs of others are cut with those they meet."""
+    del stride, padding, output_padding, dilation
+    trace.count(weight, x.shape[0] * math.prod(x.shape[2:]))
+    fan_in, outputs = weight.labels[0], weight.labels[1]
+    if weight.shape[1] == 1 and groups > 1:
+        outputs = trace.tie(x.labels[1], fan_in)
+    else:
+        if groups > 1:
+            trace.fix(x.labels[1], "is the input of a grouped transposed convolution")
+            trace.fix(outputs, "is produced by a grouped transposed convolution")
+        trace.tie(x.labels[1], fan_in)
+        if outputs is None:
+            raise GraphError("a transposed convolution whose weight has no labels")
+        trace.produce(outputs)
+        outputs = np.tile(outputs, groups)
+    if bias is not None:
+        trace.tie(outputs, bias.labels[0])
+    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
+
+
+def _image_rows(trace: Trace, shape: Shape, x: Value) -> list[Labels | None]:
+    """A convolution along channels (efficient channel attention) leaves them in their places."""
+    rows: list[Labels | None] = []
+    for old, new, row in zip(x.shape[2:], shape[2:], x.labels[2:], strict=True):
+        if is_channels(row) and old != new:
+            trace.fix(row, "is convolved over, to another length")
+            row = None
+        rows.append(row)
+    return rows
 
 
 def _linear(
     trace: Trace, shape: Shape, x: Value, weight: Value, bias: Value | None = None
 ) -> Value:
-    if weight.name:
-        trace.positions[weight.name] += math.prod(x.shape[1:-1])
+    trace.count(weight, math.prod(x.shape[:-1]))
     outputs, fan_in = weight.labels
     if outputs is None or fan_in is None:
         raise GraphError("a dense layer whose weight has no labels")
@@ -131,26 +110,67 @@ def _linear(
         trace.fix(fan_in, "")
     else:
         trace.tie(x.labels[-1], fan_in)
-    trace.produce(weight, outputs)
+    trace.produce(outputs)
     if bias is not None:
         trace.tie(outputs, bias.labels[0])
     return Value(shape, (*x.labels[:-1], outputs))
 
 
-def _batch_norm(trace: Trace, shape: Shape, x: Value, *tensors: Any) -> Value:
-    for tensor in tensors:
+def _addmm(trace: Trace, shape: Shape, bias: Value, x: Value, weight: Value) -> Value:
+    return _linear(trace, shape, x, _transposed(trace, weight), bias)
+
+
+def _transposed(trace: Trace, matrix: Value) -> Value:
+    return shape_rules.transpose(trace, matrix.shape[::-1], matrix, 0, 1)
+
+
+def _batch_norm(trace: Trace, shape: Shape, x: Value, *tensors: Any, **options: Any) -> Value:
+    for tensor in (*tensors, *options.values()):
         if isinstance(tensor, Value):
             trace.tie(x.labels[1], tensor.labels[0])
     return Value(shape, x.labels)
 
 
-def _same(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
-    """Position by position, or pooling over dimensions that carry no labels."""
-    del trace, rest, options
-    for old, new, labels in zip(x.shape, shape, x.labels, strict=True):
-        if labels is not None and old != new:
-            raise GraphError("an operator that resizes a dimension with channels in it")
+def _prelu(trace: Trace, shape: Shape, x: Value, weight: Value) -> Value:
+    return _batch_norm(trace, shape, x, *([weight] if weight.shape[0] > 1 else []))
+
+
+def _layer_norm(
+    trace: Trace, shape: Shape, x: Value, normalized: list[int], *tensors: Any, **options: Any
+) -> Value:
+    for tensor in (*tensors, *options.values()):
+        if isinstance(tensor, Value):
+            for d in range(-len(normalized), 0):
+                trace.tie(x.labels[d], tensor.labels[d])
     return Value(shape, x.labels)
+
+
+def _group_norm(
+    trace: Trace, shape: Shape, x: Value, groups: int, *tensors: Any, **options: Any
+) -> Value:
+    row = x.labels[1]
+    if groups > 1 and row is not None and len(row):
+        trace.tie(row, np.tile(row[: len(row) // groups], groups))
+    return _batch_norm(trace, shape, x, *tensors, **options)
+
+
+def _same(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
+    """Position by position."""
+    del trace, rest, options
+    return Value(shape, x.labels)
+
+
+def _windowed(
+    dims: int, trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any
+) -> Value | tuple[Value, ...]:
+    """Pooling and resizing over the last `dims` dimensions, with or without their positions."""
+    del rest, options
+    for row in x.labels[-dims:]:
+        trace.fix(row, "is pooled over")
+    rows = (*x.labels[:-dims], *[None] * dims)
+    if isinstance(shapes, list):
+        return tuple(Value(shape, rows) for shape in shapes)
+    return Value(shapes, rows)
 
 
 def _broadcast(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
@@ -169,158 +189,91 @@ def _broadcast(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Va
     return Value(shape, tuple(result))
 
 
-def _cat(trace: Trace, shape: Shape, tensors: Sequence[Value], dim: int = 0) -> Value:
-    dim %= len(shape)
-    result: list[Labels | None] = []
-    for d in range(len(shape)):
-        rows = [tensor.labels[d] for tensor in tensors]
-        if d == dim:
-            if all(row is None for row in rows):
-                result.append(None)
-                continue
-            parts = []
-            for tensor, row in zip(tensors, rows, strict=True):
-                if row is None:
-                    row = trace.fresh(tensor.shape[d])
-                    trace.fix(row, "is concatenated with a tensor that no channel group owns")
-                parts.append(row)
-            result.append(np.concatenate(parts))
-        else:
-            merged = rows[0]
-            for row in rows[1:]:
-                merged = trace.tie(merged, row)
-            result.append(merged)
-    return Value(shape, tuple(result))
-
-
-def _reshape(trace: Trace, shape: Shape, x: Value, *rest: Any) -> Value:
-    """Any change of shape that keeps the order of the elements.
-
-    The dimensions are matched in blocks of equal products. A block that merges repeats or
-    interleaves labels; one that splits ties the j-th position of every part and keeps the parts.
-    """
-    del rest
-    result: list[Labels | None] = []
-    i = j = 0
-    while i < len(x.shape) or j < len(shape):
-        old: list[int] = []
-        new: list[int] = []
-        size_old = size_new = 1
-        while not old or not new or size_old != size_new:
-            if (size_old <= size_new and i < len(x.shape)) or j >= len(shape):
-                if i >= len(x.shape):
-                    break
-                old.append(i)
-                size_old *= x.shape[i]
-                i += 1
-            else:
-                new.append(j)
-                size_new *= shape[j]
-                j += 1
-        merged = _merge(trace, [x.labels[d] for d in old], [x.shape[d] for d in old])
-        result += _split(trace, merged, [shape[d] for d in new])
-    return Value(shape, tuple(result))
-
-
-def _merge(trace: Trace, labels: Sequence[Labels | None], sizes: Sequence[int]) -> Labels | None:
-    """The labels of several dimensions flattened into one."""
-    wide = [n for n, row in enumerate(labels) if row is not None and sizes[n] > 1]
-    if not wide:
-        return next((row for row in labels if row is not None), None)
-    if len(wide) > 1:
-        for n in wide:
-            trace.fix(labels[n], "is flattened together with another channel dimension")
-        return None
-    at = wide[0]
-    row = labels[at]
-    assert row is not None
-    before, after = math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
-    return np.tile(np.repeat(row, after), before)
-
-
-def _split(trace: Trace, labels: Labels | None, sizes: Sequence[int]) -> list[Labels | None]:
-    """One dimension's labels spread over dimensions of these sizes."""
-    if labels is None:
-        return [None] * len(sizes)
-    if math.prod(sizes) == 1:
-        return [labels, *[None] * (len(sizes) - 1)][: len(sizes)]
-    wide = [n for n, size in enumerate(sizes) if size > 1]
-    if len(wide) == 1:
-        return [labels if n == wide[0] else None for n in range(len(sizes))]
-    table = labels.reshape(*[sizes[n] for n in wide])
-    roots = np.vectorize(trace.find)(table)
-    # A dimension along which the labels do not change only repeats them: undo a flattening.
-    varying = [axis for axis in range(len(wide)) if (roots != np.take(roots, [0], axis=axis)).any()]
-    inner = varying[-1] if varying else len(wide) - 1
-    if len(varying) <= 1:
-        index = tuple(slice(None) if axis == inner else 0 for axis in range(len(wide)))
-        return [table[index] if n == wide[inner] else None for n in range(len(sizes))]
-    if inner != len(wide) - 1:
-        trace.fix(labels, "is split into a shape that no rule covers")
-        return [None] * len(sizes)
-    flat = table.reshape(-1, sizes[wide[inner]])
-    for part in flat[1:]:
-        trace.tie(flat[0], part)
-    return [flat[0] if n == wide[inner] else None for n in range(len(sizes))]
-
-
-def _permute(trace: Trace, shape: Shape, x: Value, dims: Sequence[int]) -> Value:
-    del trace
-    return Value(shape, tuple(x.labels[d] for d in dims))
-
-
-def _transpose(trace: Trace, shape: Shape, x: Value, a: int, b: int) -> Value:
-    dims = list(range(len(shape)))
-    dims[a], dims[b] = dims[b], dims[a]
-    return _permute(trace, shape, x, dims)
-
-
-def _slice(
-    trace: Trace,
-    shape: Shape,
-    x: Value,
-    dim: int = 0,
-    start: int | None = None,
-    end: int | None = None,
-    step: int = 1,
-) -> Value:
-    del trace
-    labels = list(x.labels)
-    row = labels[dim]
-    labels[dim] = None if row is None else row[slice(start, end, step)]
-    return Value(shape, tuple(labels))
-
-
-def _parts(trace: Trace, shapes: Sequence[Shape], x: Value, _: Any, dim: int = 0) -> Any:
-    """chunk and split: equal parts tie their j-th channels, unequal ones are plain slices."""
-    row = x.labels[dim]
-    sizes = [shape[dim] for shape in shapes]
-    parts, first = [], 0
-    for shape, size in zip(shapes, sizes, strict=True):
-        labels = list(x.labels)
-        labels[dim] = None if row is None else row[first : first + size]
-        if row is not None and len(set(sizes)) == 1:
-            trace.tie(row[:size], labels[dim])
-        parts.append(Value(shape, tuple(labels)))
-        first += size
-    return tuple(parts)
-
-
 def _reduce(
     trace: Trace, shape: Shape, x: Value, dims: Iterable[int] | int | None = None, *rest: Any,
     **options: Any,
 ) -> Value:  # fmt: skip
-    keepdim = bool(rest[0]) if rest else bool(options.get("keepdim", False))
+    """Mean, sum, ...: over channels too, of which the pruned network has fewer."""
+    del trace, rest, options
     wanted = range(len(x.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % len(x.shape) for d in wanted}
-    for d in gone:
-        if x.shape[d] > 1:
-            trace.fix(x.labels[d], "is reduced over")
-    if keepdim:
+    if len(shape) == len(x.shape):  # keepdim
         kept = [None if d in gone else row for d, row in enumerate(x.labels)]
     else:
         kept = [row for d, row in enumerate(x.labels) if d not in gone]
     return Value(shape, tuple(kept))
+
+
+def _extreme(trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any) -> Any:
+    """max and min: of all, of two tensors, or along a dimension, with positions there.
+
+    Positions among channels are None: they would change with surgery.
+    """
+    if not isinstance(shapes, list):
+        pair = rest and isinstance(rest[0], Value)
+        return (_broadcast if pair else _reduce)(trace, shapes, x, *rest, **options)
+    best = _reduce(trace, shapes[0], x, *rest, **options)
+    dim = rest[0] if rest else options["dim"]
+    return best, None if is_channels(x.labels[dim]) else Value(shapes[1], best.labels)
+
+
+def _embedding(trace: Trace, shape: Shape, table: Value, *rest: Any, **options: Any) -> Value:
+    del rest, options
+    trace.fix(table.labels[0], "is addressed by a position")
+    return Value(shape, (*[None] * (len(shape) - 1), table.labels[1]))
+
+
+def _norm(
+    trace: Trace, shape: Shape, x: Value, order: float = 2, *rest: Any, **options: Any
+) -> Value:
+    del order
+    return _reduce(trace, shape, x, *rest, **options)
+
+
+def _softmax(trace: Trace, shape: Shape, x: Value, dim: int, *rest: Any, **options: Any) -> Value:
+    del rest, options
+    trace.fix(x.labels[dim], "is normalised over by a softmax")
+    return Value(shape, x.labels)
+
+
+def _product(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
+    """Products of activations (attention): their widths stay whole."""
+    values = [v for v in (*operands, *options.values()) if isinstance(v, Value)]
+    for value in values:
+        for row in value.labels:
+            trace.fix(row, "is multiplied by other activations (attention)")
+    contracted = values[0].shape[-1]
+    trace.fixed_macs += math.prod(shape) * contracted // trace.batch
+    return Value(shape, (None,) * len(shape))
+
+
+def _matmul(trace: Trace, shape: Shape, x: Value, y: Value) -> Value:
+    """A dense layer where the second factor is a stored matrix, or its transpose."""
+    homes = {trace.home(row) for row in y.labels}
+    if len(y.shape) == len(homes) == 2 and len({name for name, _ in homes} - {""}) == 1:
+        return _linear(trace, shape, x, _transposed(trace, y))
+    return _product(trace, shape, x, y)
+
+
+def _einsum(trace: Trace, shape: Shape, equation: str, factors: Sequence[Value], **_: Any) -> Value:
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, factor in zip(terms, factors, strict=True):
+        sizes.update(zip(term, factor.shape, strict=True))
+    _product(trace, (), *factors)
+    trace.fixed_macs += math.prod(sizes.values()) // trace.batch
+    return Value(shape, (None,) * len(shape))
+
+
+def _attention(
+    trace: Trace, shape: Shape, query: Value, key: Value, value: Value, *rest: Any, **options: Any
+) -> Value:
+    scores = math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
+    trace.fixed_macs += scores // trace.batch
+    return _product(
+        trace, shape, Value((*query.shape[:-1], key.shape[-2]), query.labels), key, value, *rest,
+        **options,
+    )  # fmt: skip
 
 
 def _names(rule: Rule, *operators: str) -> dict[str, Rule]:
@@ -329,26 +282,79 @@ def _names(rule: Rule, *operators: str) -> dict[str, Rule]:
 
 RULES: dict[str, Rule] = {
     **_names(_convolution, "conv1d", "conv2d", "conv3d"),
+    **_names(_transposed_convolution, "conv_transpose1d", "conv_transpose2d"),
     **_names(_linear, "linear"),
-    **_names(_batch_norm, "batch_norm"),
+    **_names(_batch_norm, "batch_norm", "instance_norm"),
+    **_names(_layer_norm, "layer_norm", "rms_norm"),
+    **_names(_group_norm, "group_norm"),
     **_names(
         _same,
-        *("relu", "relu_", "hardtanh", "hardtanh_", "silu", "silu_", "sigmoid", "sigmoid_", "gelu"),
-        *("hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "tanh", "leaky_relu", "elu"),
-        *("leaky_relu_", "elu_", "mish", "mish_", "clamp", "clamp_min", "neg", "sqrt", "rsqrt"),
-        *("dropout", "dropout_", "feature_dropout", "clone", "contiguous", "detach", "alias", "to"),
-        *("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d"),
-        *("upsample_nearest2d", "upsample_bilinear2d"),
+        *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "silu", "silu_", "sigmoid"),
+        *("sigmoid_", "gelu", "gelu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_"),
+        *("tanh", "tanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu", "mish"),
+        *("mish_", "softplus", "clamp", "clamp_", "clamp_min", "neg", "sqrt", "rsqrt", "square"),
+        *("exp", "log", "abs", "reciprocal", "erf", "sign", "sin", "cos", "log1p", "expm1"),
+        *("log_sigmoid", "hardshrink", "softshrink", "threshold", "threshold_", "rrelu", "rrelu_"),
+        *("elu_", "celu_", "selu_", "relu6_", "clamp_max", "nan_to_num", "logical_not", "floor"),
+        *("round", "ceil", "fill_", "zero_", "zeros_like", "ones_like", "full_like"),
+        *("dropout", "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout"),
+        *("feature_alpha_dropout", "clone", "contiguous", "detach", "alias", "to"),
+        *("_to_copy", "type_as", "float"),
     ),
+    **_names(partial(_windowed, 1), "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"),
+    **_names(partial(_windowed, 1), "adaptive_max_pool1d", "upsample_nearest1d"),
+    **_names(partial(_windowed, 2), "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+    **_names(partial(_windowed, 2), "adaptive_max_pool2d", "max_pool2d_with_indices"),
+    **_names(partial(_windowed, 2), "upsample_nearest2d", "upsample_bilinear2d"),
+    **_names(partial(_windowed, 2), "upsample_bicubic2d"),
+    **_names(partial(_windowed, 3), "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"),
     **_names(_broadcast, "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum"),
-    **_names(_cat, "cat"),
-    **_names(
-        _reshape, "flatten", "view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "unflatten"
-    ),
-    **_names(_permute, "permute"),
-    **_names(_transpose, "transpose"),
-    **_names(_slice, "slice"),
-    **_names(_parts, "chunk", "split", "split_with_sizes"),
-    **_names(_reduce, "mean", "sum", "amax"),
+    **_names(_broadcast, "minimum", "pow", "addcmul", "where", "masked_fill", "masked_fill_"),
+    **_names(_broadcast, "gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "copy_"),
+    **_names(_prelu, "prelu"),
+    **_names(shape_rules.cat, "cat", "concat"),
+    **_names(shape_rules.stack, "stack"),
+    **_names(shape_rules.reshape, "flatten", "view", "reshape", "_unsafe_view", "unsqueeze"),
+    **_names(shape_rules.reshape, "squeeze", "unflatten", "reshape_as", "view_as"),
+    **_names(shape_rules.expand, "expand", "expand_as"),
+    **_names(shape_rules.repeat, "repeat", "tile"),
+    **_names(shape_rules.repeat_interleave, "repeat_interleave"),
+    **_names(shape_rules.permute, "permute"),
+    **_names(shape_rules.movedim, "movedim", "moveaxis"),
+    **_names(shape_rules.transpose, "transpose", "swapaxes", "swapdims", "t", "mT"),
+    **_names(shape_rules.flip, "flip"),
+    **_names(shape_rules.roll, "roll"),
+    **_names(shape_rules.spread, "im2col", "pixel_unshuffle"),
+    **_names(shape_rules.gather, "col2im", "pixel_shuffle"),
+    **_names(shape_rules.shuffle, "channel_shuffle"),
+    **_names(shape_rules.halve, "glu"),
+    **_names(shape_rules.unlabelled, "new_zeros", "new_ones", "new_full", "new_empty"),
+    **_names(shape_rules.slice_, "slice"),
+    **_names(shape_rules.narrow, "narrow"),
+    **_names(shape_rules.parts, "chunk", "split", "tensor_split"),
+    **_names(shape_rules.split_with_sizes, "split_with_sizes"),
+    **_names(shape_rules.select, "select"),
+    **_names(shape_rules.unbind, "unbind"),
+    **_names(shape_rules.index, "index"),
+    **_names(shape_rules.unfold, "unfold"),
+    **_names(shape_rules.pad, "pad", "constant_pad_nd"),
+    **_names(_reduce, "mean", "sum", "amax", "amin", "var", "std"),
+    **_names(_extreme, "max", "min"),
+    **_names(_norm, "linalg_vector_norm", "norm"),
+    **_names(_softmax, "softmax", "log_softmax"),
+    **_names(_embedding, "embedding"),
+    **_names(_addmm, "addmm"),
+    **_names(_matmul, "matmul", "mm"),
+    **_names(_product, "bmm"),
+    **_names(_einsum, "einsum"),
+    **_names(_attention, "scaled_dot_product_attention"),
 }
 """ATen operator name (without overload) -> rule."""
+
+CHANNEL_WISE = frozenset(
+    {"conv1d", "batch_norm", "layer_norm", "rms_norm", "group_norm"}
+    | {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm", "norm"}
+)
+"""Operators that may reduce or convolve over channels: what they compute there depends on how many
+there are. Surgery restricts them to the kept channels, and so does the reference that it is held
+to (`zoo.pruning.masking`)."""

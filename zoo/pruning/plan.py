@@ -5,11 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from zoo.cost import Cost, cost_model
+import numpy as np
+
+from zoo.cost import Conditions, Cost, LatencyTable, cost_model
 from zoo.errors import GraphError, unknown
 from zoo.groups import ChannelGroups
 
-__all__ = ["Plan", "PruningRecord", "Source", "make_plan"]
+__all__ = [
+    "Plan",
+    "PruningRecord",
+    "Source",
+    "attribute_values",
+    "kept_positions",
+    "make_plan",
+]
 
 
 @dataclass(frozen=True)
@@ -22,8 +31,11 @@ class Plan:
         keep_ratios: group name -> fraction kept.
         kept: group name -> indices kept, ascending.
         criterion, seed: what chose the channels.
-        dense, pruned: costs at `num_classes` and `image_size`.
+        dense, pruned: costs at `num_classes` and `image_size`; the latency, where it is the metric,
+            as predicted from the table of measured layers.
         unprunable: module name -> why its channels stay whole.
+        attributes: `<module>:<attribute>` -> the width that surgery sets it to.
+        latency: what the latencies were measured on, where they were.
     """
 
     profile: str
@@ -38,6 +50,8 @@ class Plan:
     pruned: Cost
     image_size: int
     unprunable: dict[str, str] = field(default_factory=dict)
+    attributes: dict[str, int] = field(default_factory=dict)
+    latency: Conditions | None = None
 
     @property
     def widths(self) -> dict[str, int]:
@@ -82,6 +96,7 @@ def make_plan(
     asked: float,
     criterion: str,
     seed: int,
+    latency: LatencyTable | None = None,
 ) -> Plan:
     """The plan that keeps, in each group, the `widths[group]` channels of highest score.
 
@@ -90,6 +105,7 @@ def make_plan(
         widths: group name -> channels to keep.
         scores: per group in order, one score per channel; ties keep the lower index.
         profile, metric, asked, criterion, seed: recorded as they are.
+        latency: the network's measured layers, needed where they are the metric.
 
     Raises:
         GraphError: if the widths do not name exactly the groups, or exceed them.
@@ -104,10 +120,10 @@ def make_plan(
         width = widths[group.name]
         if not 1 <= width <= group.size:
             raise GraphError(f"{group.name!r} cannot keep {width} of {group.size} channels.")
-        order = sorted(range(group.size), key=lambda unit: (-score[unit], unit))
-        kept[group.name] = tuple(sorted(order[:width]))
+        order = np.argsort(-np.asarray(score, dtype=float), kind="stable")
+        kept[group.name] = tuple(np.sort(order[:width]).tolist())
         ratios[group.name] = width / group.size
-    model = cost_model(groups)
+    model = cost_model(groups, latency)
     pruned = [len(kept[name]) for name in groups.names]
     return Plan(
         profile=profile,
@@ -122,4 +138,40 @@ def make_plan(
         pruned=model(pruned),
         image_size=groups.image_size,
         unprunable=groups.unprunable,
+        attributes=attribute_values(groups, kept),
+        latency=None if latency is None else latency.conditions,
     )
+
+
+def kept_positions(
+    groups: ChannelGroups, kept: Mapping[str, Sequence[int]]
+) -> dict[str, dict[int, np.ndarray]]:
+    """tensor or attribute -> dimension -> the positions that remain, ascending, of `kept` units.
+
+    Those that lose nothing are left out.
+    """
+    stays: dict[tuple[str, int], np.ndarray] = {}
+    for group in groups.groups:
+        removed = np.ones(group.size, dtype=bool)
+        removed[list(kept[group.name])] = False
+        gone = np.flatnonzero(removed)
+        for slot in group.slots if len(gone) else ():
+            key = slot.tensor, slot.dim
+            if key not in stays:
+                stays[key] = np.ones(groups.length(*key), dtype=bool)
+            first = np.array(slot.at)[gone] if slot.at else slot.start + slot.stride * gone
+            for offset in range(slot.block):
+                stays[key][first + offset] = False
+    positions: dict[str, dict[int, np.ndarray]] = {}
+    for (tensor, dim), row in stays.items():
+        positions.setdefault(tensor, {})[dim] = np.flatnonzero(row)
+    return positions
+
+
+def attribute_values(groups: ChannelGroups, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """What the attributes of `groups` become when the `kept` units remain."""
+    remaining = kept_positions(groups, kept) if groups.attributes else {}
+    return {
+        name: len(remaining[name][0]) if name in remaining else value
+        for name, value in groups.attributes.items()
+    }

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from zoo.cost import CostModel
 from zoo.errors import FactorError, unknown
-from zoo.solver import FLOOR, FREE, Limits, Solution, round_widths, scale_curve, solve
+from zoo.solver import FLOOR, FREE, Limits, Solution, meet, round_widths, scale_curve, solve
 
 __all__ = ["POLICIES", "policy_solution"]
 
@@ -54,37 +54,35 @@ def random_policy(
 def greedy(model: CostModel, cf: float, metric: str, seed: int, limits: Limits = FREE) -> Solution:
     """Removes units where the metric falls fastest per unit of the other metric lost.
 
-    Groups within a tenth of the fastest count as equal, as the layers of one resolution nearly are;
-    of those the one that is least pruned goes on, so that they shrink evenly. No group goes below a
-    keep ratio of 0.1. Of the widths on the way, those nearest to the factor are taken.
+    The other metric of `params` is `macs`; that of `macs` and of `latency` is `params`. Groups
+    within a tenth of the fastest count as equal, as the layers of one resolution nearly are; of
+    those the one that is least pruned goes on, so that they shrink evenly. No group goes below a
+    keep ratio of 0.1, rounded. Of the widths on the way the nearest to the factor are taken or,
+    where they are not near enough, widths close to them.
     """
     del seed
     other = "macs" if metric == "params" else "params"
-    floor = round_widths(model.sizes, [FLOOR] * len(model.sizes), limits)
-    widths = list(round_widths(model.sizes, [1.0] * len(model.sizes), limits))
-    best = tuple(widths)
-    if model.factor(best, metric) > cf * 1.02:
-        raise FactorError(
-            f"A {metric} factor of {cf:g} cannot be reached here: the pinned groups alone give "
-            f"{model.factor(best, metric):.3g}."
-        )
-    while model.factor(widths, metric) < cf:
-        gains = {}
-        for group, width in enumerate(widths):
-            if width > floor[group]:
-                saved = model.marginal(widths, group)
-                gains[group] = getattr(saved, metric) / max(1, getattr(saved, other))
-        if not gains:
-            raise FactorError(
-                f"A {metric} factor of {cf:g} cannot be reached here: greedy reaches at most "
-                f"{model.factor(widths, metric):.3g}."
-            )
-        fast = [group for group, gain in gains.items() if gain >= 0.9 * max(gains.values())]
-        chosen = max(fast, key=lambda group: (widths[group] / model.sizes[group], -group))
-        fewer = widths[chosen] - max(1, model.sizes[chosen] // 128)
-        widths[chosen] = max(floor[chosen], fewer - fewer % limits.align)
-        if abs(model.factor(widths, metric) - cf) < abs(model.factor(best, metric) - cf):
-            best = tuple(widths)
+    whole = [1.0] * len(model.sizes)
+    floor = round_widths(model.sizes, [FLOOR] * len(whole), limits)
+    largest = above = below = round_widths(model.sizes, whole, limits)
+
+    def gain(group: int) -> float:
+        saved = model.marginal(below, group)
+        return getattr(saved, metric) / max(1, getattr(saved, other))
+
+    gains = {g: gain(g) for g, width in enumerate(below) if width > floor[g]}
+    while gains and model.factor(below, metric) < cf:
+        fastest = max(gains.values())
+        fast = [group for group, value in gains.items() if value >= 0.9 * fastest]
+        chosen = max(fast, key=lambda group: (below[group] / model.sizes[group], -group))
+        fewer = below[chosen] - max(1, model.sizes[chosen] // 128)
+        width = max(floor[chosen], fewer - fewer % limits.align)
+        above, below = below, (*below[:chosen], width, *below[chosen + 1 :])
+        for group in model.neighbours[chosen] & gains.keys():
+            gains[group] = gain(group)
+        if width == floor[chosen]:
+            del gains[chosen]
+    best = meet(model, cf, metric, limits, (floor, below, above, largest))
     ratios = tuple(width / size for width, size in zip(best, model.sizes, strict=True))
     return Solution(best, ratios, cf, model.factor(best, metric))
 

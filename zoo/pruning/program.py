@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from zoo.errors import GraphError
-from zoo.pruning.operators import RULES, Labels, Trace, Value
+from zoo.pruning.labels import Labels, Trace, Value, is_channels
+from zoo.pruning.operators import RULES
 from zoo.pruning.surgery import evaluating, named_tensors
 
-__all__ = ["Call", "Constant", "Program", "interpret"]
+__all__ = [
+    "Call",
+    "Constant",
+    "Program",
+    "check_prunable",
+    "export",
+    "integers",
+    "interpret",
+    "module_path",
+    "operator_name",
+    "locate",
+]
 
 _SHAPE_OPERATORS = {"view", "reshape", "_unsafe_view", "unflatten", "expand", "split", "chunk"}
-_SHAPE_OPERATORS |= {"split_with_sizes", "slice", "repeat", "constant_pad_nd", "pad"}
+_SHAPE_OPERATORS |= {"split_with_sizes", "slice", "narrow", "repeat", "layer_norm", "rms_norm"}
+_SHAPE_OPERATORS |= {"constant_pad_nd", "pad"}
 
 
 @dataclass(frozen=True)
@@ -29,22 +45,50 @@ class Call:
 
 @dataclass(frozen=True)
 class Constant:
-    """An integer argument that equals a prunable width: a constant, or derived from a shape."""
+    """A row of channels that an operator is told the length of, by a constant or by a shape.
+
+    Attributes:
+        path: of the module whose `forward` has the operator.
+        where: node, module and source line.
+        value: the length.
+        labels: the row.
+        place: of the number within its argument, `.0`, `.1`, ... or `before` and `after`, or "".
+        literal: whether the number stands among the operator's arguments.
+    """
 
     path: str
     where: str
     value: int
     labels: Labels
+    place: str
+    literal: bool
 
 
 @dataclass(frozen=True)
 class Program:
-    """A traced and interpreted network."""
+    """A traced and interpreted network.
 
+    Attributes:
+        exported: the ATen program.
+        trace: its labels.
+        values: node -> its abstract tensor, or a tuple of them.
+        tensors: parameter or buffer -> its abstract tensor.
+        idle: parameters and buffers that nothing is computed from in eval mode.
+        calls: of leaf modules, in order.
+        constants: integers in operators that may be hidden widths.
+        flows: module -> (what flows into its first call, what flows out of its last).
+        output: of the network.
+        image_size: pixels per side.
+    """
+
+    exported: torch.export.ExportedProgram
     trace: Trace
+    values: dict[fx.Node, Any]
     tensors: dict[str, Value]
+    idle: tuple[str, ...]
     calls: tuple[Call, ...]
     constants: tuple[Constant, ...]
+    flows: dict[str, tuple[Value, Value]]
     output: Value
     image_size: int
 
@@ -55,19 +99,14 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
     Raises:
         GraphError: if the network cannot be traced, or an operator has no rule.
     """
-    try:
-        with evaluating(module):
-            exported = torch.export.export(module, (example_input,))
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise GraphError(
-            f"torch.export cannot trace {type(module).__name__}: {reason[0]}"
-        ) from error
+    check_prunable(module)
+    exported = export(module, example_input)
     names = _input_names(exported, module)
-    trace = Trace()
+    trace = Trace(example_input.shape[0])
     tensors: dict[str, Value] = {}
     values: dict[fx.Node, Any] = {}
     leaves = {path for path, layer in module.named_modules() if not list(layer.children())}
+    kernels = {f"{n}.weight" for n, layer in module.named_modules() if isinstance(layer, _ConvNd)}
     calls: dict[str, Call] = {}
     constants: list[Constant] = []
     output: Value | None = None
@@ -78,7 +117,11 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
             if name and name in tensors:
                 values[node] = tensors[name]
                 continue
-            labels = tuple(trace.fresh(size) if name else None for size in shape)
+            channels = 0 if not name else 2 if name in kernels else len(shape)
+            labels = tuple(
+                trace.fresh(size, name, dim) if dim < channels else None
+                for dim, size in enumerate(shape)
+            )
             values[node] = Value(shape, labels, name)
             if name:
                 tensors[name] = values[node]
@@ -88,6 +131,8 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
             path, key = _module_of(node)
             if path in leaves and isinstance(values[node], Value):
                 calls[key] = Call(path, values[node])
+        elif node.op == "get_attr":  # the graph of a region that was put in its place
+            values[node] = None
         elif node.op == "output":
             results = [values[a] for a in node.all_input_nodes if isinstance(values[a], Value)]
             for result in results:
@@ -97,7 +142,106 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
     if output is None:
         raise GraphError(f"{type(module).__name__} returns no tensor.")
     size = example_input.shape[-1]
-    return Program(trace, tensors, tuple(calls.values()), tuple(constants), output, size)
+    return Program(
+        exported=exported,
+        trace=trace,
+        values=values,
+        tensors=tensors,
+        idle=tuple(value.name for node, value in values.items() if _is_idle(node)),
+        calls=tuple(calls.values()),
+        constants=tuple(constants),
+        flows=_flows(values),
+        output=output,
+        image_size=size,
+    )
+
+
+def export(module: nn.Module, example_input: Tensor) -> torch.export.ExportedProgram:
+    """The ATen program of `module` in eval mode.
+
+    Raises:
+        GraphError: with the reason that torch gives, if it cannot be traced.
+    """
+    try:
+        with evaluating(module):
+            exported = torch.export.export(module, (example_input,))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise GraphError(
+            f"torch.export cannot trace {type(module).__name__}: {reason[0]}"
+        ) from error
+    _inline_regions(exported.graph_module)
+    return exported
+
+
+def _inline_regions(program: fx.GraphModule) -> None:
+    """Put what runs with autocast switched, which is a graph of its own, in its place."""
+    for region in list(program.graph.nodes):
+        if getattr(region.target, "__name__", "") != "wrap_with_autocast":
+            continue
+        at = next(n for n, a in enumerate(region.args) if getattr(a, "op", "") == "get_attr")
+        inner = getattr(program, region.args[at].target)
+        given = [node for node in inner.graph.nodes if node.op == "placeholder"]
+        copies = dict(zip(given, region.args[at + 1 :], strict=True))
+        with program.graph.inserting_before(region):
+            results: Any = program.graph.graph_copy(inner.graph, copies)
+        for part in list(region.users):  # a region gives a tuple
+            part.replace_all_uses_with(results[part.args[1]])
+            program.graph.erase_node(part)
+        program.graph.erase_node(region)
+
+
+def check_prunable(module: nn.Module) -> None:
+    """Refuse networks that are not, or not only, made of modules and their own parameters.
+
+    Raises:
+        GraphError: naming the module, and what to prune instead.
+    """
+    for path, layer in module.named_modules():
+        for applies, reason in _REFUSED:
+            if applies(layer):
+                name = f"The {type(layer).__name__} {path!r}" if path else type(layer).__name__
+                raise GraphError(f"{name} {reason}.")
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether torch computes a parameter of the layer from others before each call."""
+    computing: list[Any] = list(layer._forward_pre_hooks.values())
+    if parametrize.is_parametrized(layer):
+        for steps in layer.parametrizations.values():  # type: ignore[union-attr, operator]
+            computing += steps
+    return any(type(step).__module__.startswith("torch.nn.utils.") for step in computing)
+
+
+_REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (
+        lambda layer: isinstance(getattr(layer, "_orig_mod", None), nn.Module),
+        "is compiled: prune the network inside (its _orig_mod), then compile that",
+    ),
+    (
+        lambda layer: isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel),
+        "is a wrapper: prune the network inside (its module), then wrap that",
+    ),
+    (
+        lambda layer: isinstance(layer, torch.jit.ScriptModule),
+        "is TorchScript: prune the network that it was made from",
+    ),
+    (
+        lambda layer: "quantized" in type(layer).__module__,
+        "is quantised: prune the floating-point network, then quantise that",
+    ),
+    (
+        lambda layer: isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params(),
+        "has no parameters yet: run the network once",
+    ),
+    (
+        _is_computed,
+        "computes its weight from other tensors (weight_norm, spectral_norm or a pruning mask): "
+        "make it permanent first, with torch.nn.utils.parametrize.remove_parametrizations, "
+        "remove_weight_norm, remove_spectral_norm or prune.remove",
+    ),
+)
+"""What applies to a module that cannot be pruned -> what to say of it."""
 
 
 def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> dict[str, str]:
@@ -105,10 +249,30 @@ def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> d
     tensors = named_tensors(module)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     return {
-        spec.arg.name: first[id(tensors[spec.target])] if spec.target in tensors else spec.target
+        spec.arg.name: first[id(tensors[spec.target])]
         for spec in exported.graph_signature.input_specs
-        if spec.target is not None and hasattr(spec.arg, "name")
+        if spec.target in tensors and hasattr(spec.arg, "name")
     }
+
+
+def _is_idle(node: fx.Node) -> bool:
+    return node.op == "placeholder" and not node.users
+
+
+def _flows(values: dict[fx.Node, Any]) -> dict[str, tuple[Value, Value]]:
+    """module -> (what flows into its first call, what flows out of its last)."""
+    into: dict[str, Value] = {}
+    out: dict[str, Value] = {}
+    for node, value in values.items():
+        if node.op != "call_function" or not isinstance(value, Value):
+            continue
+        sources = [values[a] for a in node.all_input_nodes]
+        source = next((v for v in sources if isinstance(v, Value) and not v.name), None)
+        for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
+            if source is not None:
+                into.setdefault(path, source)
+            out[path] = value
+    return {path: (into[path], out[path]) for path in into}
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -121,14 +285,19 @@ def _apply_rule(trace: Trace, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     args, kwargs = mapped
     target = node.target
     if getattr(target, "__name__", "") == "getitem":
-        return args[0][args[1]]
+        part = args[0][args[1]]
+        if part is None and node.users:
+            raise GraphError(f"Positions of channels are used as numbers, at {locate(node)}.")
+        return part
     value = node.meta.get("val")
     if value is None or not isinstance(value, (torch.Tensor, tuple, list)):
         return value
-    name = _operator_name(node)
+    name = operator_name(node)
     rule = RULES.get(name)
+    if rule is None and not any(_has_channels(values[a]) for a in node.all_input_nodes):
+        rule = _without_channels
     if rule is None:
-        raise GraphError(f"No rule for the operator {name!r}, at {_where(node)}.")
+        raise GraphError(f"No rule for the operator {name!r}, at {locate(node)}.")
     shapes: Any = (
         _shape(node)
         if isinstance(value, torch.Tensor)
@@ -137,14 +306,28 @@ def _apply_rule(trace: Trace, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     try:
         return rule(trace, shapes, *args, **kwargs)
     except GraphError as error:
-        raise GraphError(f"{error} ({name!r}, at {_where(node)}).") from None
+        raise GraphError(f"{error} ({name!r}, at {locate(node)}).") from None
     except (TypeError, ValueError, IndexError, AttributeError) as error:
         raise GraphError(
-            f"The rule for {name!r} does not cover its use at {_where(node)}: {error}."
+            f"The rule for {name!r} does not cover its use at {locate(node)}: {error}."
         ) from error
 
 
-def _operator_name(node: fx.Node) -> str:
+def _has_channels(value: Any) -> bool:
+    parts = value if isinstance(value, tuple | list) else [value]
+    return any(is_channels(row) for v in parts if isinstance(v, Value) for row in v.labels)
+
+
+def _without_channels(_: Trace, shapes: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any operator on tensors that no channel lives in: constants, positions, masks."""
+    del args, kwargs
+    if isinstance(shapes, list):
+        return tuple(Value(shape, (None,) * len(shape)) for shape in shapes)
+    return Value(shapes, (None,) * len(shapes))
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of the node's ATen operator, without its overload."""
     target = node.target
     packet = getattr(target, "overloadpacket", None)
     return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
@@ -157,25 +340,61 @@ def _module_of(node: fx.Node) -> tuple[str, str]:
     return path, key
 
 
-def _where(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
+    """Of the innermost module whose `forward` has the node."""
+    return _module_of(node)[0]
+
+
+def locate(node: fx.Node) -> str:
+    """Where a node comes from: its name, module and source line."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    source = next((line for line in reversed(frames) if line.startswith("File ")), "")
-    path, _ = _module_of(node)
-    return f"node {node.name!r} of module {path!r}" + (f", {source}" if source else "")
+    line = next((line for line in reversed(frames) if line.startswith("File ")), "")
+    return f"node {node.name!r} of module {module_path(node)!r}" + (f", {line}" if line else "")
 
 
 def _constants(node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Constant]:
-    if _operator_name(node) not in _SHAPE_OPERATORS:
+    """The channel rows that a shape operator splits, slices, pads or reshapes by."""
+    name = operator_name(node)
+    if name not in _SHAPE_OPERATORS:
         return
-    integers: list[int] = []
-    for argument in (*node.args, *node.kwargs.values()):
-        items = argument if isinstance(argument, (list, tuple)) else [argument]
-        integers += [n for n in items if isinstance(n, int) and not isinstance(n, bool) and n > 1]
-    tensors = [values[a] for a in node.all_input_nodes]
-    tensors += values[node] if isinstance(values[node], tuple) else [values[node]]
-    path, _ = _module_of(node)
-    for value in tensors:
-        if isinstance(value, Value):
-            for row in value.labels:
-                if row is not None and len(row) in integers:
-                    yield Constant(path, _where(node), len(row), row)
+    stated = set(integers((*node.args, *node.kwargs.values())))
+    for row, place in _shaped_rows(name, node, values):
+        if is_channels(row):
+            yield Constant(
+                module_path(node), locate(node), len(row), row, place, len(row) in stated
+            )
+
+
+def integers(arguments: Iterable[Any]) -> Iterator[int]:
+    """The integers but for 0, without their signs, in arguments and lists of them."""
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            yield from integers(argument)
+        elif isinstance(argument, int) and not isinstance(argument, bool) and argument:
+            yield abs(argument)
+
+
+def _shaped_rows(
+    name: str, node: fx.Node, values: dict[fx.Node, Any]
+) -> Iterator[tuple[Labels, str]]:
+    """(row, place): `place` tells the numbers of one argument apart, as in `Constant`."""
+    given, result = values[node.all_input_nodes[0]], values[node]
+    if name in ("pad", "constant_pad_nd"):
+        for n, width in enumerate(node.args[1]):  # type: ignore[arg-type]
+            row = result.labels[len(result.shape) - 1 - n // 2]
+            if width and is_channels(row):
+                yield (row[:width], "before") if n % 2 == 0 else (row[-width:], "after")
+    elif name == "slice":
+        row = given.labels[node.args[1] if len(node.args) > 1 else 0]
+        for bound in node.args[2:4]:
+            if is_channels(row) and isinstance(bound, int) and 0 < abs(bound) < len(row):
+                yield row[:bound] if bound > 0 else row[bound:], ""
+    elif name == "split_with_sizes":
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        yield given.labels[dim], ""
+        for n, part in enumerate(result):
+            yield part.labels[dim], f".{n}"
+    else:
+        parts = result if isinstance(result, tuple) else (result,)
+        for value in (given, *parts):
+            yield from ((row, "") for row in value.labels)

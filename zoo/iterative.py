@@ -1,0 +1,208 @@
+"""Prune a little, train, repeat: the same plan, surgery and training, in steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.cost import CostModel, LatencyTable, cost_model
+from zoo.errors import ZooError, integer
+from zoo.groups import ChannelGroups, Slot
+from zoo.latency import latency_table
+from zoo.loading import Weights, load, prune
+from zoo.planning import Request, planned, request
+from zoo.profile import Profile
+from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
+from zoo.pruning.known_groups import groups_of, traced_groups
+from zoo.pruning.plan import Plan, PruningRecord, kept_positions, make_plan
+from zoo.pruning.surgery import apply
+from zoo.pruning.weight_scores import Scores
+from zoo.solver import solve
+from zoo.training import Recipe, TrainResult, finetune
+
+__all__ = ["IterativeResult", "IterativeStep", "Schedule", "prune_iteratively"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What to keep in the end, in how many steps, and how to train after each."""
+
+    cf: float
+    """compression factor, dense / pruned, after the last step"""
+    steps: int = 5
+    """cuts; the factors after them are geometric from 1 to what the profile gives"""
+    profile: str | Profile = "equal"
+    """as in `zoo.load`, or without an architecture as in `zoo.prune`"""
+    metric: str = "params"
+    """what the factor counts"""
+    criterion: str = "random"
+    """which channels stay, asked again before every cut"""
+    seed: int = 0
+    """of the random choices and the training"""
+    align: int = 1
+    """the last widths are multiples of it, or whole"""
+    keep: Mapping[str, float] = field(default_factory=dict)
+    """module name or prefix -> keep ratio that its channel groups are pinned to"""
+    recipe: str | Recipe = "quick"
+    """how to train after each cut"""
+
+
+@dataclass(frozen=True)
+class IterativeStep:
+    """One cut and the training after it; the plan is the whole cut so far, of the dense network."""
+
+    plan: Plan
+    training: TrainResult
+
+
+@dataclass(frozen=True)
+class IterativeResult:
+    """The pruned network, as `load` and `prune` give it, and what every step did."""
+
+    model: nn.Module
+    steps: tuple[IterativeStep, ...]
+
+
+def prune_iteratively(
+    weights: Weights,
+    train: Dataset | DataLoader,
+    val: Dataset | DataLoader,
+    schedule: Schedule,
+    *,
+    arch: str = "",
+    example_input: Tensor | None = None,
+) -> IterativeResult:
+    """Prune a little, train, repeat, until the network is as small as `load` would make it.
+
+    The last widths are those of the profile or policy for the dense network; the ones on the way
+    lie between, so that each step's factor of the dense network is met. Which channels go is
+    decided on the network as it then is, so that what is kept is nested from step to step.
+
+    Args:
+        weights: a checkpoint, as in `zoo.load`, with `arch`; or a live network with
+            `example_input`. Neither is changed.
+        train, val: as in `zoo.finetune`; a criterion that needs data sees the training images.
+        schedule: how much, how often, and how to train.
+        arch: a registered name, `torchvision:<name>` or `timm:<name>`.
+        example_input: one batch (N, C, H, W), as in `zoo.prune`.
+
+    Returns:
+        The model, on the device it was trained on, and the steps. Ctrl-C during a training ends
+        with that step.
+
+    Raises:
+        ZooError: as `zoo.load`, `zoo.prune` and `zoo.finetune`, or unless exactly one of `arch` and
+            `example_input` is given.
+    """
+    steps = integer("steps", schedule.steps, 1)
+    asked = request(
+        schedule.profile, arch, schedule.cf, schedule.metric, schedule.criterion, schedule.seed,
+        schedule.align, schedule.keep,
+    )  # fmt: skip
+    model, groups = _whole(weights, arch, example_input)
+    record: Any = model.pruning
+    goal = planned(model, groups, replace(asked, criterion="random"), None)
+    times = latency_table(model, groups) if asked.metric == "latency" else None
+    costs = cost_model(groups, times)
+    groups = replace(groups, unprunable=goal.unprunable)
+    plan: Plan = record.plan
+    done: list[IterativeStep] = []
+    for number in range(1, steps + 1):
+        factor = max(plan.got, goal.got ** (number / steps))
+        widths = goal.widths if number == steps else _between(costs, goal, plan, factor)
+        step = replace(asked, cf=asked.cf if number == steps else factor)
+        current = _remaining(groups, plan)
+        scores = _scores(model, current, step, train)
+        cut = _plan(current, widths, scores, replace(step, metric="params"))
+        plan = _plan(groups, widths, _composed(groups, plan, cut), step, times)
+        model = apply(model, current, cut)
+        model.pruning = replace(record, plan=plan)
+        training = finetune(model, train, val, recipe=schedule.recipe, seed=asked.seed)
+        done.append(IterativeStep(plan, training))
+        if training.interrupted:
+            break
+    return IterativeResult(model, tuple(done))
+
+
+def _whole(
+    weights: Weights, arch: str, example_input: Tensor | None
+) -> tuple[nn.Module, ChannelGroups]:
+    """A copy of the dense network, with the record of a cut that took nothing, and its groups."""
+    if arch and example_input is None:
+        model = load(arch, 1, weights, profile="equal")
+        return model, groups_of(arch, model, cast(PruningRecord, model.pruning).image_size)
+    if not arch and example_input is not None:
+        model = prune(cast(nn.Module, weights), example_input, cf=1)
+        return model, traced_groups(model, example_input)
+    raise ZooError("Give arch= for a checkpoint, or example_input= for a live network.")
+
+
+def _between(costs: CostModel, goal: Plan, plan: Plan, factor: float) -> dict[str, int]:
+    """Widths that meet `factor` on the way from those of `plan` to those of `goal`."""
+    ends = [(ratio, plan.keep_ratios[name]) for name, ratio in goal.keep_ratios.items()]
+    solution = solve(
+        costs, lambda t: [last ** (1 - t) * now**t for last, now in ends], factor, goal.metric
+    )
+    return dict(zip(goal.keep_ratios, solution.widths, strict=True))
+
+
+def _remaining(groups: ChannelGroups, plan: Plan) -> ChannelGroups:
+    """The channel groups of the network that `plan` leaves: the kept units, where they now lie."""
+    left = kept_positions(groups, plan.kept)
+
+    def moved(slot: Slot, units: Sequence[int]) -> Slot:
+        everything = range(groups.length(slot.tensor, slot.dim))
+        old = left.get(slot.tensor, {}).get(slot.dim, everything)
+        new = {position: number for number, position in enumerate(old)}
+        at = tuple(new[slot.positions(unit)[0]] for unit in units)
+        return replace(slot, start=0, stride=1, at=at)
+
+    remaining = []
+    for group in groups.groups:
+        kept = plan.kept[group.name]
+        slots = tuple(moved(slot, kept) for slot in group.slots)
+        remaining.append(replace(group, size=len(kept), slots=slots))
+    shapes = {
+        name: tuple(len(left.get(name, {}).get(dim, range(n))) for dim, n in enumerate(shape))
+        for name, shape in groups.shapes.items()
+    }
+    return replace(groups, groups=tuple(remaining), shapes=shapes, attributes=plan.attributes)
+
+
+def _scores(
+    model: nn.Module, groups: ChannelGroups, asked: Request, train: Dataset | DataLoader
+) -> Scores:
+    batches = None
+    if CRITERIA[asked.criterion].needs_data:
+        batches = labelled_batches(train, next(model.parameters()).device, asked.seed)
+    return channel_scores(asked.criterion, model, groups, asked.seed, batches)
+
+
+def _composed(groups: ChannelGroups, plan: Plan, cut: Plan) -> Scores:
+    """Scores by which the dense network keeps what `cut` keeps of what `plan` had left."""
+    kept = {name: {plan.kept[name][unit] for unit in cut.kept[name]} for name in groups.names}
+    return [[float(unit in kept[g.name]) for unit in range(g.size)] for g in groups.groups]
+
+
+def _plan(
+    groups: ChannelGroups,
+    widths: Mapping[str, int],
+    scores: Scores,
+    asked: Request,
+    times: LatencyTable | None = None,
+) -> Plan:
+    return make_plan(
+        groups,
+        widths,
+        scores,
+        profile=asked.name,
+        metric=asked.metric,
+        asked=asked.cf,
+        criterion=asked.criterion,
+        seed=asked.seed,
+        latency=times,
+    )

@@ -1,0 +1,64 @@
+"""Key names of widespread public implementations, as renamings to those of this zoo.
+
+A renaming is for networks that compute the same; what computes something else is an architecture
+of its own, or fits none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+__all__ = ["ADAPTERS", "adapted_names"]
+
+ADAPTERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "akamaster/pytorch_resnet_cifar10, kuangliu/pytorch-cifar": (
+        (r"^linear\.", "fc."),
+        (r"\.shortcut\.", ".downsample."),
+    ),
+    "weiaicunzai/pytorch-cifar100": (
+        (r"^conv1\.0\.", "conv1."),
+        (r"^conv1\.1\.", "bn1."),
+        (r"^conv2_x\.", "layer1."),
+        (r"^conv3_x\.", "layer2."),
+        (r"^conv4_x\.", "layer3."),
+        (r"^conv5_x\.", "layer4."),
+        (r"\.residual_function\.0\.", ".conv1."),
+        (r"\.residual_function\.1\.", ".bn1."),
+        (r"\.residual_function\.3\.", ".conv2."),
+        (r"\.residual_function\.4\.", ".bn2."),
+        (r"\.residual_function\.6\.", ".conv3."),
+        (r"\.residual_function\.7\.", ".bn3."),
+        (r"\.shortcut\.", ".downsample."),
+        (r"^classifier\.5\.", "classifier.6."),
+    ),
+    "chengyangfu/pytorch-vgg-cifar10": (
+        (r"^features\.module\.", "features."),
+        (r"^classifier\.1\.", "classifier.0."),
+        (r"^classifier\.4\.", "classifier.3."),
+    ),
+}
+"""Public repository -> regular expressions and what takes their place, applied one after another.
+
+Key names that need none: chenyaofo/pytorch-cifar-models, huyvnphan/PyTorch_CIFAR10,
+bearpaw/pytorch-classification, and timm's or torchvision's networks with a smaller stem."""
+
+
+def adapted_names(names: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
+    """(adapter, stored name -> name here) for each reading of `names`; as they are comes first.
+
+    Adapters that would change nothing, or give two tensors one name, are left out.
+    """
+    own = list(names)
+    readings = [("", {name: name for name in own})]
+    for adapter, rules in ADAPTERS.items():
+        renamed = {name: _renamed(name, rules) for name in own}
+        if renamed != readings[0][1] and len(set(renamed.values())) == len(own):
+            readings.append((adapter, renamed))
+    return readings
+
+
+def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name

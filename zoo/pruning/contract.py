@@ -1,0 +1,188 @@
+"""The contract of surgery: a pruned network computes what the dense one does with zeros in it.
+
+The dense side is run operator by operator from its traced program, with zeros in every position
+that the plan removes. Operators that reduce or convolve over channels (`CHANNEL_WISE`: layer
+normalisation, channel means, ...) are restricted to the channels that are kept, as they are by
+surgery; everything else sees the full width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from zoo.groups import ChannelGroups
+from zoo.pruning import surgery
+from zoo.pruning.check import removed_roots
+from zoo.pruning.labels import Labels, Value, is_channels
+from zoo.pruning.masking import masked
+from zoo.pruning.operators import CHANNEL_WISE
+from zoo.pruning.plan import Plan, kept_positions
+from zoo.pruning.program import Program, operator_name
+from zoo.pruning.surgery import named_tensors
+
+__all__ = ["masked_forward", "randomised", "violation"]
+
+
+def randomised(module: nn.Module, seed: int = 1) -> nn.Module:
+    """`module` itself, in double precision and eval mode, every parameter and buffer random.
+
+    Fresh networks hide errors: last scales are zero, layer scales tiny, all statistics alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in named_tensors(module).items():
+            if tensor.is_floating_point():
+                noise = torch.rand(tensor.shape, generator=generator) - 0.5
+                if name.endswith("running_var"):
+                    noise = noise.abs() + 0.5
+                elif tensor.ndim > 1:
+                    noise = noise * (12 / tensor[0].numel()) ** 0.5
+                tensor.copy_(noise)
+    return module.double().eval()
+
+
+def violation(
+    module: nn.Module, program: Program, groups: ChannelGroups, plan: Plan, x: Tensor
+) -> float:
+    """The largest difference of pruned from masked dense, relative to the largest value there.
+
+    Compared are the outputs, the gradients of the input and of every parameter that remains, of a
+    loss that weighs all outputs differently.
+
+    Args:
+        module: the dense network, in eval mode.
+        program, groups: as `analyse` gave them for it.
+        plan: any plan for the groups.
+        x: images of the shape that was traced.
+    """
+    zeroed = masked(module, groups, plan)
+    forward = masked_forward(program, groups, plan, zeroed)
+    pruned = surgery.apply(module, groups, plan).eval()
+    outputs, inputs, expected = _differentiated(forward, zeroed, x)
+    got_outputs, got_inputs, got = _differentiated(pruned, pruned, x)
+    worst = max(_difference(got_outputs, outputs), _difference(got_inputs, inputs))
+    kept = kept_positions(groups, plan.kept)
+    largest = max((g.abs().max().item() for g in expected.values() if g.numel()), default=0.0)
+    for name, gradient in expected.items():
+        for dim, index in kept.get(name, {}).items():
+            gradient = gradient.index_select(dim, torch.from_numpy(index))
+        worst = max(worst, _difference(got[name], gradient, 1e-6 * largest))
+    return worst
+
+
+def _differentiated(
+    forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    images = x.clone().requires_grad_()
+    out = forward(images)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device)
+    (out * weights.view_as(out)).sum().backward()
+    assert images.grad is not None
+    gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return out.detach(), images.grad, gradients
+
+
+def _difference(got: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
+    """Relative to the largest value of `expected`, or to `smallest` where that is larger."""
+    scale = max(smallest, expected.abs().max().item())
+    worst = (got - expected).abs().max().item()
+    return worst / scale if scale > 0 and np.isfinite(worst) else float("inf")
+
+
+def masked_forward(
+    program: Program, groups: ChannelGroups, plan: Plan, zeroed: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """The dense program with the tensors of `zeroed`, the dense network with zeros by `plan`."""
+    removed = removed_roots(program, groups, plan)
+    find = program.trace.find
+
+    def kept(row: Labels) -> Tensor:
+        return torch.tensor(
+            [n for n, label in enumerate(row.tolist()) if find(label) not in removed]
+        )
+
+    def forward(x: Tensor) -> Tensor:
+        environment: dict[fx.Node, Any] = _inputs(program, zeroed, x)
+        output: Any = None
+        for node in program.exported.graph.nodes:
+            if node.op == "call_function":
+                args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), environment.__getitem__)
+                if _is_restricted(node, program.values):
+                    environment[node] = _restricted(node, args, kwargs, program.values, kept)
+                else:
+                    environment[node] = node.target(*args, **kwargs)
+            elif node.op == "output":
+                output = [environment[a] for a in node.all_input_nodes][-1]
+        return output
+
+    return forward
+
+
+def _inputs(program: Program, module: nn.Module, x: Tensor) -> dict[fx.Node, Any]:
+    tensors = named_tensors(module)
+    nodes = [node for node in program.exported.graph.nodes if node.op == "placeholder"]
+    specs = program.exported.graph_signature.input_specs
+    constants = program.exported.constants
+    return {
+        node: tensors[spec.target]
+        if spec.target in tensors
+        else x
+        if spec.target is None
+        else constants[spec.target]
+        for node, spec in zip(nodes, specs, strict=True)
+    }
+
+
+def _is_restricted(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    name = operator_name(node)
+    if name not in CHANNEL_WISE:
+        return False
+    x = values[node.all_input_nodes[0]]
+    if name in ("max", "min") and len(node.all_input_nodes) > 1:  # of two tensors
+        return False
+    if name == "conv1d":  # along channels, as in efficient channel attention
+        return any(is_channels(row) for row in x.labels[2:])
+    if name == "batch_norm":  # of weights, by their own mean and variance
+        return bool(node.args[5])
+    return any(is_channels(row) for row in x.labels)
+
+
+def _restricted(
+    node: fx.Node,
+    args: tuple,
+    kwargs: dict[str, Any],
+    values: dict[fx.Node, Any],
+    kept: Callable[[Labels], Tensor],
+) -> Tensor | tuple[Tensor, ...]:
+    """The operator on the kept channels alone; zeros elsewhere."""
+
+    def select(of: Any, tensor: Any) -> Any:
+        if isinstance(of, fx.Node) and isinstance(values[of], Value):
+            for dim, row in enumerate(values[of].labels):
+                if is_channels(row):
+                    tensor = tensor.index_select(dim, kept(row))
+        return tensor
+
+    cut = [select(of, arg) for of, arg in zip(node.args, args, strict=True)]
+    named = {key: select(node.kwargs[key], value) for key, value in kwargs.items()}
+    if operator_name(node) in ("layer_norm", "rms_norm"):
+        cut[1] = list(cut[0].shape[-len(cut[1]) :])
+    result = node.target(*cut, **named)  # type: ignore[operator]
+    if isinstance(result, Tensor):
+        return _spread(result, values[node], kept)
+    parts = zip(result, values[node], strict=True)
+    return tuple(part if of is None else _spread(part, of, kept) for part, of in parts)
+
+
+def _spread(result: Tensor, value: Value, kept: Callable[[Labels], Tensor]) -> Tensor:
+    """Back to the dense width, zeros between."""
+    for dim, row in enumerate(value.labels):
+        if is_channels(row):
+            shape = (*result.shape[:dim], value.shape[dim], *result.shape[dim + 1 :])
+            result = result.new_zeros(shape).index_copy(dim, kept(row), result)
+    return result

@@ -1,0 +1,59 @@
+"""A digest of a network's structure: do groups that were stored for an architecture still hold?"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+__all__ = ["digest", "fingerprint", "qualified_name", "structure"]
+
+FREE = {"num_classes", "out_features", "in_features", "pretrained_cfg", "default_cfg"}
+FREE |= {"training", "pruning"}
+"""Attributes that vary within an architecture: with the classes, a flattened map, the weights' tag;
+the mode, and the record of a pruned network."""
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 of what surgery relies on: layers, their classes and attributes, names of tensors.
+
+    It depends neither on the number of classes nor on the image size nor on any tensor's shape,
+    which `ChannelGroups.adapted` compares.
+    """
+    return digest(structure(module))
+
+
+def structure(module: nn.Module) -> Iterator[str]:
+    """The structure of `module`, line by line; a layer under two names is described once."""
+    first: dict[int, str] = {}
+    for path, layer in module.named_modules(remove_duplicate=False):
+        original = first.setdefault(id(layer), path)
+        yield f"{path}={original}:{qualified_name(type(layer))}"
+        if original == path:
+            own = layer.__dict__.items()
+            yield _plain({k: v for k, v in own if not k.startswith("_") and k not in FREE})
+            tensors = (*layer._parameters.items(), *layer._buffers.items())
+            yield f"{[name for name, tensor in tensors if tensor is not None]}"
+
+
+def _plain(value: Any) -> str:
+    """A plain value by its content, any other by its class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(_plain, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}:{_plain(item)}' for key, item in value.items())}}}"
+    return qualified_name(type(value))
+
+
+def qualified_name(item: Any) -> str:
+    """The full name of a class or function."""
+    return f"{item.__module__}.{item.__qualname__}"
+
+
+def digest(lines: Iterable[str]) -> str:
+    """sha256 of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogatepass")).hexdigest()

@@ -1,0 +1,67 @@
+"""Channel groups without tracing twice: from the registry, or from the user's cache folder."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from zoo.data import cache_folder
+from zoo.documents import decode_document, encode_document, read_json, write_json
+from zoo.errors import DocumentError
+from zoo.groups import ChannelGroups
+from zoo.pruning.dependencies import trace_key
+from zoo.pruning.fingerprint import fingerprint
+from zoo.pruning.graph import channel_groups
+from zoo.pruning.surgery import named_tensors
+from zoo.registry import stored_groups
+
+__all__ = ["groups_of", "matching_groups", "traced_groups"]
+
+
+def groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
+    """The groups of `module`, of architecture `arch`: stored ones, where they hold for it."""
+    stored = matching_groups(arch, module)
+    if stored is None:
+        example = next(module.parameters()).new_zeros(1, 3, image_size, image_size)
+        return traced_groups(module, example)
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
+    return stored.adapted(shapes, image_size)
+
+
+def matching_groups(arch: str, module: nn.Module) -> ChannelGroups | None:
+    """The stored groups of `arch`, if it has some and they are of the structure of `module`.
+
+    Another version of the library may build another network under the same name.
+    """
+    stored = stored_groups(arch)
+    return stored if stored is not None and stored.fingerprint == fingerprint(module) else None
+
+
+def traced_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
+    """As `channel_groups`, read from the cache folder if they were traced before.
+
+    A file there that is damaged is made anew; where nothing can be written, nothing is kept.
+    """
+    key = trace_key(module, example_input)
+    if key is None:
+        return channel_groups(module, example_input)
+    path = cache_folder() / "groups" / f"{key}.json"
+    found = _read(path)
+    if found is None:
+        found = channel_groups(module, example_input)
+        _write(path, found)
+    return found
+
+
+def _read(path: Path) -> ChannelGroups | None:
+    try:
+        return decode_document(ChannelGroups, read_json(path), str(path))
+    except DocumentError:
+        return None
+
+
+def _write(path: Path, groups: ChannelGroups) -> None:
+    with suppress(OSError):
+        write_json(path, encode_document(groups, terse=True), indent=None)
