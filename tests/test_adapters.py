@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
 from zoo.checkpoints import load_dense
-from zoo.errors import CheckpointError
+from zoo.errors import CheckpointError, GraphError
 from zoo.models import build_model
 from zoo.models.adapters import adapted_names
 
@@ -391,3 +392,22 @@ def test_their_checkpoint_is_pruned_in_one_line(case):
         tensor.numel() for tensor in state.values()
     )
     assert model(IMAGES.float()).shape == (2, 10)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_classifiers_of_inner_layers_are_left_out() -> None:
+    theirs = torchvision.models.googlenet(num_classes=5, aux_logits=True, init_weights=False)
+    ours = zoo.load("torchvision:googlenet", 2, theirs.state_dict(), profile="equal")
+    assert not [name for name, _ in ours.named_parameters() if name.startswith("aux")]
+    assert ours.train()(torch.rand(2, 3, 64, 64)).shape == (2, 5)
+    with pytest.raises(GraphError, match=r"'aux1\..*no part in eval mode"):
+        zoo.prune(theirs, torch.rand(1, 3, 64, 64), cf=2)
+
+
+def test_a_classifier_may_be_a_convolution() -> None:
+    theirs = torchvision.models.squeezenet1_1(num_classes=5).eval()
+    images = torch.rand(2, 3, 64, 64)
+    ours = zoo.create_model("torchvision:squeezenet1_1", 5, pretrained=theirs.state_dict())
+    assert torch.equal(ours.eval()(images), theirs(images))
+    pruned = zoo.load("torchvision:squeezenet1_1", 2, theirs, profile="equal")
+    assert pruned(images).shape == (2, 5)

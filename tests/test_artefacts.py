@@ -298,7 +298,7 @@ def rename_key(document):
         (lambda d: d.update(schema_version=9), DocumentError, "schema_version is 9"),
         (lambda d: d.pop("schema_version"), DocumentError, "schema_version is None"),
         (lambda d: d.pop("source"), DocumentError, "'source' is missing"),
-        (lambda d: d.update(architecture="resnet20-17"), ZooError, "Did you mean 'resnet20-16'"),
+        (lambda d: d.update(architecture="resnet20-166"), ZooError, "Did you mean 'resnet20-16'"),
         (lambda d: d.update(architecture="resnet20-64"), CheckpointError, "dense parameters"),
         (lambda d: d.update(num_classes=8), CheckpointError, r"fc\.weight has shape"),
         (lambda d: d["plan"]["kept"]["conv1"].pop(), CheckpointError, r"conv1\.weight has shape"),

@@ -350,7 +350,11 @@ def _fitting(
             for name in expected
             if name not in shapes and not name.endswith("num_batches_tracked")
         ],
-        "unexpected": [name for name in shapes if name not in expected],
+        "unexpected": [
+            name
+            for name in shapes
+            if name not in expected and not (known.auxiliary and name.startswith(known.auxiliary))
+        ],
         "misshapen": [
             f"{name} (expected {expected[name]}, got {shapes[name]})"
             for name in expected

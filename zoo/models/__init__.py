@@ -35,6 +35,8 @@ class Architecture:
         flatten_stride: for architectures whose classifier sees a flattened map, the total stride.
         profiles_from: the architecture, of the same channel groups, whose profiles serve this one
             too where it has none of its own; provisionally, because they were measured there.
+        auxiliary: how the names begin of a checkpoint's tensors that are left out.
+        classifier_dims: of the classifier's weight; 4 where it is a 1x1 convolution.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Architecture:
     image_size: int = 32
     flatten_stride: int | None = None
     profiles_from: str = ""
+    auxiliary: tuple[str, ...] = ()
+    classifier_dims: int = 2
 
     def infer(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """(num_classes, image_size) of the checkpoint whose tensors have these `shapes`.
@@ -53,12 +57,12 @@ class Architecture:
         """
         key = f"{self.classifier}.weight"
         shape = shapes.get(key)
-        if shape is None or len(shape) != 2:
+        if shape is None or len(shape) != self.classifier_dims:
             raise CheckpointError(
-                f"The checkpoint has no classifier {key!r} of two dimensions, which {self.name} "
-                f"needs (found: {shape})."
+                f"The checkpoint has no classifier {key!r} of {self.classifier_dims} dimensions, "
+                f"which {self.name} needs (found: {shape})."
             )
-        classes, features = shape
+        classes, features = shape[:2]
         if self.flatten_stride is None:
             return classes, self.image_size
         reference = dict(self.build(1, self.image_size).named_parameters())[key].shape[1]
@@ -168,6 +172,9 @@ CLASSIFIERS = {
 }
 """torchvision family -> its classifier, where that is not `fc`."""
 
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
+"""torchvision's classifiers of inner layers, which only training uses: they are left out."""
+
 STORED = (
     "torchvision:resnet18",
     "torchvision:resnet34",
@@ -202,12 +209,17 @@ def architecture(name: str) -> Architecture:
 
         if member not in _torchvision_names():
             raise _unknown_member(source, member, _torchvision_names())
+        options: dict[str, bool] = {}
+        if member in ("googlenet", "inception_v3"):
+            options = {"aux_logits": False, "init_weights": True}
         return Architecture(
             name,
             lambda classes, _: torchvision.models.get_model(
-                member, weights=None, num_classes=classes
+                member, weights=None, num_classes=classes, **options
             ),
             next((c for family, c in CLASSIFIERS.items() if member.startswith(family)), "fc"),
+            auxiliary=AUXILIARY if options else (),
+            classifier_dims=4 if member.startswith("squeezenet") else 2,
             num_classes=1000,
             image_size=224,
             profiles_from=TWINS.get(name, ""),
@@ -224,7 +236,7 @@ def architecture(name: str) -> Architecture:
         return Architecture(
             name,
             lambda classes, _: timm.create_model(member, num_classes=classes),
-            size.classifier if size and isinstance(size.classifier, str) else "fc",
+            _first_classifier(size.classifier) if size else "fc",
             num_classes=1000,
             image_size=size.input_size[-1] if size else 224,
             profiles_from=TWINS.get(name.partition(".")[0], ""),  # a dot begins the weights' tag
@@ -233,6 +245,13 @@ def architecture(name: str) -> Architecture:
 
 
 @functools.cache
+def _first_classifier(names: object) -> str:
+    """Of a timm configuration, which names one classifier, or several for distillation."""
+    if isinstance(names, tuple | list):
+        return str(names[0])
+    return names if isinstance(names, str) else "fc"
+
+
 def _torchvision_names() -> list[str]:
     import torchvision
 

@@ -28,7 +28,7 @@ from zoo.pruning.labels import Labels, Value
 from zoo.pruning.program import Program, operator_name
 from zoo.pruning.surgery import REPAIRS, named_tensors, width_attributes
 
-__all__ = ["CHILDREN", "DEPTHWISE", "INPUTS", "OUTPUTS", "SHAPES", "STAND_INS", "attribute_labels"]
+__all__ = ["INPUTS", "LIBRARIES", "OUTPUTS", "attribute_labels", "counted_child"]
 
 LIBRARIES = ("torch.nn.", "timm.", "torchvision.", "zoo.")
 
@@ -70,6 +70,7 @@ INTO, OUT_OF = 0, 1
 """The sides of `Program.flows`."""
 
 CHILDREN: dict[str, tuple[str, int]] = {
+    "MlpClassifierHead.num_features": ("fc2", INTO),
     "num_features": ("fc", INTO),
     "hidden_size": ("fc", INTO),
     "inplanes": ("fc", INTO),
@@ -79,9 +80,8 @@ CHILDREN: dict[str, tuple[str, int]] = {
     "embed_dim": ("stages.{}", OUT_OF),
     "channels": ("level{}", OUT_OF),
 }
-"""Attribute name -> the child whose channels it counts, if there is one, and on which side.
-
-The braces take the key of an item of a list."""
+"""Attribute name, of one class or of any -> the child whose channels it counts, if there is one,
+and on which side. The braces take the key of an item of a list."""
 
 STAND_INS: dict[str, dict[str, str]] = {
     "HighResolutionNet": {
@@ -123,6 +123,12 @@ def attribute_labels(module: nn.Module, program: Program) -> dict[str, Labels]:
     return found
 
 
+def counted_child(layer: nn.Module, base: str, item: str) -> tuple[str, int]:
+    """The child whose channels an attribute counts, and on which side; "" for none."""
+    child, side = CHILDREN.get(f"{type(layer).__name__}.{base}") or CHILDREN.get(base, ("", INTO))
+    return child.format(item), side
+
+
 def _shaped(program: Program, path: str, base: str, item: str) -> list[Labels]:
     """The rows that the attribute may be used for by the shape operators of its module."""
     return [
@@ -144,10 +150,8 @@ def _counted(program: Program, layer: nn.Module, path: str, base: str, item: str
         return _featured(program, path)
     if base == "head_hidden_size" or (base == "inplanes" and hasattr(layer, "get_classifier")):
         return _classified(program, layer, path)
-    rows: list[Labels] = []
-    if base in CHILDREN:
-        child, side = CHILDREN[base]
-        rows = _flowing(program, _join(path, child.format(item)), side)
+    child, side = counted_child(layer, base, item)
+    rows = _flowing(program, _join(path, child), side) if child else []
     if base in INPUTS or (base == "groups" and type(layer).__name__ in DEPTHWISE):
         rows = rows or _flowing(program, path, INTO)
     if base in OUTPUTS:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from zoo.pruning.attributes import CHILDREN, INPUTS, LIBRARIES, OUTPUTS
+from zoo.pruning.attributes import INPUTS, LIBRARIES, OUTPUTS, counted_child
 from zoo.pruning.surgery import evaluating, width_attributes
 
 __all__ = ["audit"]
@@ -133,9 +133,9 @@ def _flowing(layer: nn.Module, path: str, flows: Flows) -> Iterator[tuple[str, C
     for name, value in width_attributes(layer).items():
         base, _, item = name.partition(".")
         seen = (into if base in (*INPUTS, "groups") else []) + (out if base in OUTPUTS else [])
-        if base in CHILDREN:
-            child, side = CHILDREN[base]
-            seen = flows.get(f"{path}.{child.format(item)}".lstrip("."), (seen, seen))[side]
+        child, side = counted_child(layer, base, item)
+        if child:
+            seen = flows.get(f"{path}.{child}".lstrip("."), (seen, seen))[side]
         if seen:
             yield name, Claim(value, tuple(seen))
 

@@ -13,20 +13,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups, Group, Slot
-from zoo.models import architecture, build_model
 from zoo.pruning.attributes import attribute_labels
 from zoo.pruning.check import Failure, first_failure
 from zoo.pruning.labels import Labels, Value
 from zoo.pruning.program import Program, integers, interpret, locate, module_path
 from zoo.pruning.surgery import REPAIRS
-from zoo.registry import stored_groups
 
-__all__ = ["analyse", "channel_groups", "reference_groups"]
+__all__ = ["analyse", "channel_groups"]
 
 
 def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
@@ -57,16 +54,6 @@ def analyse(module: nn.Module, example_input: Tensor) -> tuple[Program, ChannelG
         if failure is None:
             return program, groups
         _pin(module, program, failure)
-
-
-def reference_groups(arch: str) -> ChannelGroups:
-    """The channel groups of an architecture at its reference, traced where none are stored."""
-    stored = stored_groups(arch)
-    if stored is not None:
-        return stored
-    known = architecture(arch)
-    module = build_model(arch, known.num_classes)
-    return channel_groups(module, torch.zeros(1, 3, known.image_size, known.image_size))
 
 
 # --- groups ---------------------------------------------------------------------------------------

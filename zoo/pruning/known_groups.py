@@ -11,13 +11,14 @@ from zoo.data import cache_folder
 from zoo.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError
 from zoo.groups import ChannelGroups
+from zoo.models import architecture, build_model
 from zoo.pruning.dependencies import trace_key
 from zoo.pruning.fingerprint import fingerprint
 from zoo.pruning.graph import channel_groups
 from zoo.pruning.surgery import named_tensors
 from zoo.registry import stored_groups
 
-__all__ = ["groups_of", "matching_groups", "traced_groups"]
+__all__ = ["groups_of", "matching_groups", "reference_groups", "traced_groups"]
 
 
 def groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
@@ -28,6 +29,12 @@ def groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
         return traced_groups(module, example)
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     return stored.adapted(shapes, image_size)
+
+
+def reference_groups(arch: str) -> ChannelGroups:
+    """The channel groups of an architecture at its reference: its classes and image size."""
+    known = architecture(arch)
+    return groups_of(arch, build_model(arch, known.num_classes), known.image_size)
 
 
 def matching_groups(arch: str, module: nn.Module) -> ChannelGroups | None:

@@ -24,7 +24,7 @@ from zoo.errors import ZooError
 from zoo.groups import ChannelGroups
 from zoo.models import architecture
 from zoo.profile import Profile, Provenance, Reference
-from zoo.pruning.graph import reference_groups
+from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.surgery import named_tensors
 from zoo.search.evaluation import (
     SEARCH_SEEDS,

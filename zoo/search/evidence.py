@@ -9,7 +9,7 @@ from typing import Any
 from zoo.cost import cost_model
 from zoo.data import ImageSet
 from zoo.profile import Evidence
-from zoo.pruning.graph import reference_groups
+from zoo.pruning.known_groups import reference_groups
 from zoo.search.evaluation import Task, cut, recalibrate, sample, say
 from zoo.training import Recipe, evaluate, finetune
 
