@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch_pruning
 import torchvision
 import tyro
+from rival import cut
 from torch import nn
 
 import zoo
@@ -98,17 +98,6 @@ def compare_pruning(dense: nn.Module, repeats: int) -> None:
     print(f"zoo: stored groups, plan, surgery:              {fast:7.1f} ms")
     print(f"Torch-Pruning: build, prune the same channels:  {slow:7.1f} ms  {slow / fast:.2f}x")
     print(f"the least: copying the pruned tensors alone:    {floor:7.1f} ms  {slow / floor:.2f}x")
-
-
-def cut(module: nn.Module, groups: ChannelGroups, plan: Plan, image: torch.Tensor) -> nn.Module:
-    """`module` itself, with what `plan` removes removed by Torch-Pruning."""
-    graph = torch_pruning.DependencyGraph().build_dependency(module, image, verbose=False)
-    for group in groups.groups:
-        layer = module.get_submodule(group.name)
-        gone = sorted(set(range(group.size)).difference(plan.kept[group.name]))
-        prune = graph.get_pruner_of_module(layer).prune_out_channels
-        graph.get_pruning_group(layer, prune, gone).prune()
-    return module
 
 
 def medians(repeats: int, *sides: Callable[[], object]) -> list[float]:

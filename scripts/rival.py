@@ -1,8 +1,9 @@
-"""Torch-Pruning's own pruner on one architecture: does it halve every layer's channels?
+"""Torch-Pruning on one architecture: does its own pruner halve every layer's channels?
 
     python scripts/rival.py timm:resnet18
 
 It runs in a process of its own, because it can hang: what it does not finish in time is stopped.
+`cut` has it remove the channels that a plan of the zoo removes.
 """
 
 from __future__ import annotations
@@ -10,17 +11,23 @@ from __future__ import annotations
 import multiprocessing
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any, TypeVar
 
 import torch
 import torch_pruning
 import tyro
-from torch import nn
+from torch import Tensor, nn
 
+from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
+from zoo.pruning.plan import Plan
 
-__all__ = ["Outcome", "halve"]
+__all__ = ["Outcome", "apart", "cut", "halve"]
+
+Result = TypeVar("Result")
 
 CLASSES = 37
 """Of the classifier, which stays whole: no layer inside a network has this width."""
@@ -64,27 +71,61 @@ def halve(arch: str, image_size: int | None = None, limit: float = 60.0) -> Outc
         ZooError: for an unknown architecture.
     """
     size = image_size or architecture(arch).image_size
+    try:
+        return apart(limit, _halved, arch, size)
+    except TimeoutError:
+        return Outcome("timeout", seconds=limit)
+    except ChildProcessError as error:
+        return Outcome(f"failed: {error}")
+
+
+def cut(module: nn.Module, groups: ChannelGroups, plan: Plan, image: Tensor) -> nn.Module:
+    """`module` itself, with what `plan` removes removed by Torch-Pruning.
+
+    It is told the indices of one layer per channel group, and has to find the rest by itself.
+    """
+    graph = torch_pruning.DependencyGraph().build_dependency(module, image, verbose=False)
+    for group in groups.groups:
+        filters = group.filters[0]
+        rows = [slot for slot in group.slots if (slot.tensor, slot.dim) == (filters, 0)]
+        removed = set(range(group.size)).difference(plan.kept[group.name])
+        gone = [position for slot in rows for unit in removed for position in slot.positions(unit)]
+        layer = module.get_submodule(filters.removesuffix(".weight"))
+        prune = graph.get_pruner_of_module(layer).prune_out_channels
+        graph.get_pruning_group(layer, prune, gone).prune()
+    return module
+
+
+def apart(limit: float, function: Callable[..., Result], *arguments: Any) -> Result:
+    """What `function` gives in a process of its own, so that it cannot take this one down.
+
+    Raises:
+        TimeoutError: if it has not answered after `limit` seconds; the process is killed.
+        ChildProcessError: with the exit status, if the process ends without an answer.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send, args=(sender, arch, size))
+    process = context.Process(target=_answer, args=(sender, function, *arguments))
     process.start()
     sender.close()
     try:
-        return receiver.recv() if receiver.poll(limit) else Outcome("timeout", seconds=limit)
+        if not receiver.poll(limit):
+            raise TimeoutError(f"no answer in {limit:.0f} s")
+        return receiver.recv()
     except EOFError:
         process.join()
-        return Outcome(f"failed: exit status {process.exitcode}")
+        raise ChildProcessError(f"exit status {process.exitcode}") from None
     finally:
         process.kill()
         process.join()
 
 
-def _send(sender: Connection, arch: str, size: int) -> None:
-    sender.send(_halved(arch, size))
+def _answer(sender: Connection, function: Callable[..., object], *arguments: Any) -> None:
+    sender.send(function(*arguments))
 
 
 def _halved(arch: str, size: int) -> Outcome:
-    """The same in this process, with no limit."""
+    """As `halve`, in this process and with no limit."""
     warnings.simplefilter("ignore")
     torch.manual_seed(0)
     module, image = build_model(arch, CLASSES).eval(), torch.rand(1, 3, size, size)

@@ -17,7 +17,7 @@ import zoo
 from zoo import cli, training
 from zoo.artefacts import save_checkpoint
 from zoo.cli import COMMANDS, main
-from zoo.models import build_model
+from zoo.models import ARCHITECTURES, STORED, build_model
 from zoo.profile import Evidence, Profile, Reference
 from zoo.pruning.criteria import CRITERIA
 
@@ -79,6 +79,14 @@ def test_list_names_every_bundled_profile(capsys):
         assert entry.reference in shown
 
 
+def test_list_names_every_registered_architecture(capsys):
+    assert main(["list"]) == 0
+    names = set(re.findall(r"[\w:-]+", capsys.readouterr().out))
+    assert names >= {*ARCHITECTURES, *STORED}
+    assert main(["list", "--arch", "resnet20"]) == 0
+    assert "No such profile" in capsys.readouterr().out
+
+
 def test_show_draws_a_bar_per_group_and_the_evidence(tmp_path, capsys):
     profile = Profile(
         "resnet20-16", "params", 4.0, 4.02, Reference(10, 32),
@@ -130,6 +138,16 @@ def test_prune_writes_what_load_makes(base, pruned, capsys):
     with torch.inference_mode():
         assert torch.equal(model(images), expected(images))
     assert capsys.readouterr().err == ""
+
+
+def test_prune_shows_the_criterion_images_of_the_checkpoints_size(base, tmp_path, capsys):
+    data = ["--data", "digits", "--criterion", "taylor", "--profile", "equal"]
+    command = ["prune", "cnet", "--cf", "2", "--weights", str(base), *data]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0, capsys.readouterr().err
+    images = zoo.load_data("digits", size=8).train
+    options = {"profile": "equal", "criterion": "taylor"}
+    expected = zoo.load("cnet", 2, str(base), data=images, **options)
+    assert zoo.load_pruned(tmp_path / "out").pruning.plan == expected.pruning.plan
 
 
 def test_prune_rewinds_as_load_does(base, tmp_path):

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import planned
 from torch import nn
 
-from zoo.cost import cost_model
 from zoo.models import build_model
 from zoo.pruning import contract, surgery
 from zoo.pruning.contract import masked_forward, randomised, violation
-from zoo.pruning.criteria import random_scores
 from zoo.pruning.graph import analyse
 from zoo.pruning.masking import masked
-from zoo.pruning.plan import Plan, make_plan
-from zoo.pruning.policies import policy_solution
 
 BOUND = 1e-9
 
@@ -42,15 +39,6 @@ FAMILIES = {
 }
 
 
-def plan_for(groups, cf: float = 2.0, seed: int = 0) -> Plan:
-    solution = policy_solution("equal", cost_model(groups), cf)
-    widths = dict(zip(groups.names, solution.widths, strict=True))
-    return make_plan(
-        groups, widths, random_scores(groups, seed), profile="equal", metric="params", asked=cf,
-        criterion="random", seed=seed,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_pruned_network_computes_what_the_masked_dense_one_does(name: str) -> None:
     size = FAMILIES[name]
@@ -58,16 +46,17 @@ def test_a_pruned_network_computes_what_the_masked_dense_one_does(name: str) -> 
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(0)).double()
     module = randomised(build_model(name, 5))
     program, groups = analyse(module, images)
-    plan = plan_for(groups)
+    plan = planned(module, groups, cf=2)
     assert plan.got == pytest.approx(2, rel=0.02)
     assert violation(module, program, groups, plan, images) <= BOUND
 
 
-def test_the_program_with_zeros_is_the_module_with_zeros() -> None:
+@pytest.mark.parametrize("name", ["cnet", "torchvision:resnet18", "torchvision:mobilenet_v2"])
+def test_the_program_with_zeros_is_the_module_with_zeros(name: str) -> None:
     images = torch.rand(2, 3, 32, 32).double()
-    module = randomised(build_model("torchvision:resnet18", 5))
+    module = randomised(build_model(name, 5))
     program, groups = analyse(module, images)
-    plan = plan_for(groups)
+    plan = planned(module, groups, cf=2)
     zeroed = masked(module, groups, plan)
     assert torch.equal(masked_forward(program, groups, plan, zeroed)(images), zeroed(images))
 
@@ -88,7 +77,7 @@ def test_operators_over_channels_are_restricted_to_those_kept() -> None:
     images = torch.rand(2, 3, 6, 6).double()
     module = randomised(Normalised())
     program, groups = analyse(module, images)
-    plan = plan_for(groups, 1.5)
+    plan = planned(module, groups, cf=1.5)
     kept = list(plan.kept["conv"])
     features = module.conv(images).mean((2, 3))[:, kept]
     centred = features - features.mean(1, keepdim=True)
@@ -105,7 +94,7 @@ def test_the_wrong_channels_break_the_contract(monkeypatch: pytest.MonkeyPatch) 
     images = torch.rand(2, 3, 32, 32).double()
     module = randomised(build_model("resnet20-16", 5))
     program, groups = analyse(module, images)
-    plan, other = plan_for(groups), plan_for(groups, seed=1)
+    plan, other = (planned(module, groups, seed=seed) for seed in (0, 1))
     assert plan.widths == other.widths
     right = surgery.apply
     monkeypatch.setattr(contract.surgery, "apply", lambda m, g, _: right(m, g, other))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.data import ImageSet
-from zoo.errors import CheckpointError, ZooError
+from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.iterative import IterativeResult, Schedule, prune_iteratively
 from zoo.models import build_model
 from zoo.pruning.graph import channel_groups
@@ -151,6 +151,12 @@ def test_what_cannot_be_meant_is_an_error(toy_images: ImageSet) -> None:
         prune_iteratively(network, toy_images, toy_images, Schedule(cf=2))
     with pytest.raises(ZooError, match=r"Did you mean 'taylor'"):
         pruned(toy_images, Schedule(cf=2, criterion="tailor"))
+    with pytest.raises(ZooError, match="Unknown recipe 'slow'"):
+        pruned(toy_images, Schedule(cf=2, recipe="slow"))
+    with pytest.raises(ZooError, match=r"a zoo\.Schedule, got dict"):
+        pruned(toy_images, {"cf": 2})
+    with pytest.raises(DataError, match="train is a torch Dataset or DataLoader, got list"):
+        pruned([], Schedule(cf=2))
 
 
 # --- rewinding ------------------------------------------------------------------------------------

@@ -175,6 +175,9 @@ def test_latency_is_planned_described_saved_and_read_again(policy, tmp_path):
     assert zoo.plan(module, IMAGES, cf=1.3, profile=policy).latency is None
     pruned = zoo.load("resnet20-16", 1.3, module, profile=policy, metric="latency", align=4)
     zoo.save(pruned, tmp_path / "saved")
+    readme = (tmp_path / "saved" / "README.md").read_text()
+    assert f"| latency in ms | {pruned.pruning.plan.dense.latency:.3g} | " in readme
+    assert f"timed on {plan.latency.device}, 1 thread(s)" in readme
     assert zoo.load_pruned(tmp_path / "saved").pruning == pruned.pruning
 
 
@@ -193,6 +196,21 @@ def test_a_network_that_does_not_take_such_images_says_so():
         latency_table(Refusing(), TRACED)
 
 
+def test_a_network_without_layers_that_are_timed_says_so():
+    network = nn.Sequential(
+        nn.ConvTranspose2d(3, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 5, 3), nn.Flatten()
+    )
+    with pytest.raises(ZooError, match="Conv2d and Linear layers, of which Sequential calls none"):
+        zoo.plan(network, IMAGES, cf=1.5, metric="latency")
+
+
+def test_where_nothing_can_be_kept_the_times_serve_all_the_same(clock, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file"))
+    assert of(Grouped())[1] == of(Grouped())[1]
+    assert clock
+
+
 def test_a_real_measurement_is_positive_and_leaves_the_network_alone():
     module = Grouped().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -203,7 +221,9 @@ def test_a_real_measurement_is_positive_and_leaves_the_network_alone():
         "grouped",
         "head",
     ]
-    assert all(ms > 0 for layer in table.layers for row in layer.ms for ms in row)
+    # on a busy machine half the widths may take as long: then all of it is the rest
+    assert all(ms >= 0 for layer in table.layers for row in layer.ms for ms in row)
+    assert cost_model(TRACED, table).dense.latency > 0
     assert table.rest >= 0
     assert table.conditions.torch == torch.__version__
     assert all(layer.training for layer in module.modules())

@@ -207,6 +207,14 @@ RIGHT: dict[str, tuple[Build, str]] = {
         ),
         "a b",
     ),
+    "a convolution along channels and columns": (
+        lambda: net(lambda n, x: n.c(x.transpose(1, 2)).transpose(1, 2), c=conv(8, 8)),
+        "a c b",
+    ),
+    "a mean as wide as the channels": (
+        lambda: net(lambda _, x: torch.cat([x, x.mean(1, True).expand_as(x)], 1), 16),
+        "a b",
+    ),
     "where": (lambda: net(lambda _, x: torch.where(x > 0, x, x * 0.1)), "a b"),
     "masked_fill": (lambda: net(lambda _, x: x.masked_fill(x < 0, 0.5)), "a b"),
     "maxout": (lambda: net(lambda n, x: torch.max(n.c(x), x), c=conv(8, 8)), "a b"),
@@ -297,6 +305,9 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
         lambda: net(lambda n, x: n.c(x), c=nn.GroupNorm(8, 8)), "a", "one unit",
     ),
     "softmax over channels": (lambda: net(lambda _, x: x.softmax(1)), "a", "softmax"),
+    "softmax over copies of a mean": (
+        lambda: net(lambda _, x: x * x.mean(1, True).expand_as(x).softmax(1)), "a", "softmax",
+    ),
     "roll": (lambda: net(lambda _, x: x.roll(2, 1)), "a", "rolled"),
     "one channel": (lambda: net(lambda _, x: x * x[:, -1:]), "a", "addressed by a position"),
     "some channels": (lambda: net(lambda _, x: x[:, [0, 3, 1]], 3), "a", "table of positions"),

@@ -134,25 +134,29 @@ def _layout(model: nn.Module) -> str:
 
 
 def _readme(record: PruningRecord) -> str:
-    plan, size, name = record.plan, record.image_size, record.architecture
-    params, macs = (
-        f"| {getattr(plan.dense, m):,} | {getattr(plan.pruned, m):,} "
-        f"| {getattr(plan.dense, m) / getattr(plan.pruned, m):.2f}x |"
-        for m in ("params", "macs")
-    )
-    digest = f" (sha256 {record.source.sha256})" if record.source.sha256 else ""
+    plan, name, digest = record.plan, record.architecture, record.source.sha256
+    notes = [
+        f"Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: "
+        f"got {plan.got:.3f}x.",
+        f"Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {record.init}.",
+        f"Classes: {record.num_classes}.",
+        f"Pruned from: {record.source.reference}{f' (sha256 {digest})' if digest else ''}.",
+    ]
+    if (on := plan.latency) is not None:
+        notes.insert(
+            1,
+            f"Latency of {on.batch} image(s) of {on.image_size}x{on.image_size}, {on.dtype}, "
+            f"predicted from layers timed on {on.device}, {on.threads} thread(s), "
+            f"torch {on.torch}.",
+        )
     argument = "" if name else ", skeleton=dense_network"
     return f"""# {name or "A network"}, channel-pruned
 
 | | dense | pruned | compression factor |
 |---|---|---|---|
-| parameters {params}
-| MACs at 3x{size}x{size} {macs}
+{_costs(record)}
 
-- Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: got {plan.got:.3f}x.
-- Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {record.init}.
-- Classes: {record.num_classes}.
-- Pruned from: {record.source.reference}{digest}.
+{chr(10).join(f"- {note}" for note in notes)}
 
 ```python
 import zoo
@@ -160,6 +164,22 @@ import zoo
 model = zoo.load_pruned("path/to/this/folder"{argument})
 ```
 """
+
+
+def _costs(record: PruningRecord) -> str:
+    """The rows of the table; a live network's images may have any shape."""
+    plan, size = record.plan, record.image_size
+    images = f"3x{size}x{size}" if record.architecture else "the example input"
+    rows: list[tuple[str, float, float, str]] = [
+        ("parameters", plan.dense.params, plan.pruned.params, ","),
+        (f"MACs at {images}", plan.dense.macs, plan.pruned.macs, ","),
+    ]
+    if plan.dense.latency and plan.pruned.latency:
+        rows.append(("latency in ms", plan.dense.latency, plan.pruned.latency, ".3g"))
+    return "\n".join(
+        f"| {what} | {dense:{form}} | {pruned:{form}} | {dense / pruned:.2f}x |"
+        for what, dense, pruned, form in rows
+    )
 
 
 # --- reading back ---------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ Metric = Literal["params", "macs", "latency"]
 
 @dataclass(frozen=True, kw_only=True)
 class ListCommand:
-    """The profiles that exist."""
+    """The profiles that exist, and the architectures that have none."""
 
     arch: str | None = None
     """only of this architecture"""
@@ -47,10 +47,14 @@ class ListCommand:
 
 
 def list_profiles(command: ListCommand) -> None:
-    from zoo.rendering import print_profiles
+    from zoo.registry import list_architectures
+    from zoo.rendering import print_policies, print_profiles
 
     entries = zoo.list_profiles(arch=command.arch, metric=command.metric, source=command.source)
     print_profiles(entries, command.arch)
+    if command.arch is None and command.source == "bundled":
+        searched = {entry.architecture for entry in entries}
+        print_policies([name for name in list_architectures() if name not in searched])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,7 @@ class TrainCommand:
     """Train a dense network from scratch; its validation split stays unseen."""
 
     arch: str
-    """architecture: cnet, resnet20-16, resnet20-64, torchvision:NAME or timm:NAME"""
+    """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
     data: str
     """data set: digits, cifar10 or imagefolder:PATH"""
     out: Path
@@ -135,13 +139,14 @@ class PruneCommand:
     arch: Annotated[Positional[str], arg(metavar="ARCH")]
     """architecture of the checkpoint"""
     cf: float
-    """compression factor, dense / pruned"""
+    """compression factor, dense / pruned: at least 1"""
     weights: str
     """checkpoint: a path (.safetensors, .pt, .pth) or hf:ORG/REPO[/FILE][@REVISION]"""
     out: Path
     """folder to write the pruned network to"""
     profile: str = "searched"
-    """searched, a policy (equal, increasing, decreasing, random, greedy), or a reference"""
+    """searched, a policy (equal, increasing, decreasing, random, greedy), or a reference
+    (file:PATH, bundled:ARCH/NAME, hf:ORG/REPO)"""
     metric: Metric = "params"
     """what the factor counts; latency is measured once, on this machine's CPU at batch 1"""
     criterion: str = "random"
@@ -160,20 +165,20 @@ class PruneCommand:
     seed: int = 0
     """of the random choices"""
     data: str | None = None
-    """data set whose training images the criterion sees"""
+    """data set whose training images the criterion sees: digits, cifar10 or imagefolder:PATH"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int | None = None
-    """pixels per side; by default the architecture's reference, or the checkpoint's"""
+    """pixels per side; by default the checkpoint's, or the architecture's reference"""
 
 
 def prune(command: PruneCommand) -> None:
-    from zoo.models import architecture
+    from zoo.checkpoints import load_dense
     from zoo.rendering import pruning_summary
 
     images = None
     if command.data is not None:
-        size = command.size or architecture(command.arch).image_size
+        size = command.size or load_dense(command.arch, command.weights)[-1]
         images = zoo.load_data(command.data, command.data_dir, size=size).train
     model = zoo.load(
         command.arch,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.cost import CostModel, LatencyTable, cost_model
-from zoo.errors import ZooError, integer
+from zoo.errors import DataError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups, Slot
 from zoo.latency import latency_table
 from zoo.loading import Weights, load, prune
@@ -22,7 +22,7 @@ from zoo.pruning.plan import Plan, PruningRecord, kept_positions, make_plan
 from zoo.pruning.surgery import apply
 from zoo.pruning.weight_scores import Scores
 from zoo.solver import solve
-from zoo.training import Recipe, TrainResult, finetune
+from zoo.training import RECIPES, Recipe, TrainResult, finetune
 
 __all__ = ["IterativeResult", "IterativeStep", "Schedule", "prune_iteratively"]
 
@@ -85,20 +85,22 @@ def prune_iteratively(
     Args:
         weights: a checkpoint, as in `zoo.load`, with `arch`; or a live network with
             `example_input`. Neither is changed.
-        train, val: as in `zoo.finetune`; a criterion that needs data sees the training images.
+        train, val: torch Datasets or DataLoaders of (image, label); a criterion that needs data
+            sees the training images.
         schedule: how much, how often, and how to train.
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
         example_input: one batch (N, C, H, W), as in `zoo.prune`.
 
     Returns:
-        The model, on the device it was trained on, and the steps. Ctrl-C during a training ends
-        with that step.
+        The model, on the device it was trained on, and the steps. Ctrl-C during a training makes
+        its step the last.
 
     Raises:
         ZooError: as `zoo.load`, `zoo.prune` and `zoo.finetune`, or unless exactly one of `arch` and
             `example_input` is given.
+        DataError: for data of another kind.
     """
-    steps = integer("steps", schedule.steps, 1)
+    steps = _checked(schedule, train, val)
     asked = request(
         schedule.profile, arch, schedule.cf, schedule.metric, schedule.criterion, schedule.seed,
         schedule.align, schedule.keep,
@@ -126,6 +128,18 @@ def prune_iteratively(
         if training.interrupted:
             break
     return IterativeResult(model, tuple(done))
+
+
+def _checked(schedule: Schedule, train: object, val: object) -> int:
+    """The number of steps; what only the first training would refuse is refused here."""
+    if not isinstance(schedule, Schedule):
+        raise ZooError(f"A schedule is a zoo.Schedule, got {type(schedule).__name__}.")
+    if not isinstance(schedule.recipe, Recipe) and schedule.recipe not in RECIPES:
+        raise unknown("recipe", schedule.recipe, RECIPES)
+    for name, data in (("train", train), ("val", val)):
+        if not isinstance(data, Dataset | DataLoader):
+            raise DataError(f"{name} is a torch Dataset or DataLoader, got {type(data).__name__}.")
+    return integer("steps", schedule.steps, 1)
 
 
 def _whole(

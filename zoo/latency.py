@@ -3,7 +3,8 @@
 A convolution is timed with the batch norm on its outputs and a ReLU, or alone where there is none;
 a dense layer alone. The whole network is timed too, dense and at half of every width: one factor of
 all layers and one constant beside them make their sum agree with both. Every time is a median, and
-measured once: it stays in the user's cache folder, under all that it depends on.
+measured once: it stays in the user's cache folder, where that can be written, under all that it
+depends on.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,7 +52,7 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
     wider one: its time is the least of its own and theirs.
 
     Raises:
-        ZooError: if the network does not run on such images.
+        ZooError: if the network has no such layer, or does not run on such images.
     """
     first = next(module.parameters())
     conditions = Conditions(
@@ -65,6 +67,11 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
     where = {key: value for key, value in asdict(conditions).items() if key != "image_size"}
     images = first.new_ones(conditions.batch, _channels(module), *[groups.image_size] * 2)
     calls = _calls(module, groups, images)
+    if not calls:
+        raise ZooError(
+            f"Latency is that of Conv2d and Linear layers, of which {type(module).__name__} calls "
+            f"none with channels to prune; use params or macs."
+        )
     lengths, layers = extents(groups), []
     for call in calls:
         outputs = _grid(lengths[call.weight][0], call.shape[0], call.unit)
@@ -252,7 +259,8 @@ def _remembered(of: dict[str, Any], measure: Callable[[], list[float]]) -> tuple
         return decode(_Remembered, read_json(path), str(path)).ms
     except DocumentError:
         times = measure()
-        write_json(path, _Remembered(of, tuple(times)))
+        with suppress(OSError):
+            write_json(path, _Remembered(of, tuple(times)))
         return tuple(times)
 
 

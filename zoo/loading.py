@@ -93,9 +93,10 @@ def load(
         cf: compression factor, dense / pruned.
         weights: a checkpoint's path, a state dict, a module, or `hf:<org>/<repo>[/<file>][@<rev>]`.
         profile: `searched` (the bundled one), a policy's name, a reference, or a `Profile`.
-        metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on the
-            device that the weights are on, at batch 1 (64 on CUDA), and cached.
-        criterion: which channels stay: `random`, `l1`, or another name of `CRITERIA`.
+        metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on this
+            machine's CPU, at batch 1, and cached.
+        criterion: which channels stay: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, `synflow`; or,
+            with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`, `snip`, `apoz`.
         init: keep the `pretrained` weights, start the pruned network from `random` ones, or from
             `rewound` ones: the channels are chosen on `weights` (Frankle and Carbin, 2019).
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
@@ -175,7 +176,9 @@ def prune(
         example_input: one batch (N, C, H, W), of the size that MACs are counted at.
         cf: compression factor; may be left out when `profile` is a `Profile` or a reference.
         profile: a policy's name, a reference, or a `Profile`.
-        metric, criterion, seed, align, keep, data: as in `load`.
+        metric: as in `load`, but `latency` is of the device that `module` is on, at batch 1 or, on
+            CUDA, 64, and of square images.
+        criterion, seed, align, keep, data: as in `load`.
 
     Raises:
         GraphError: when the network does not run on the input, cannot be traced, or has nothing

@@ -21,6 +21,7 @@ __all__ = [
     "ProfileEntry",
     "find_profile",
     "get_profile",
+    "list_architectures",
     "list_profiles",
     "registry_folder",
     "store_groups",
@@ -56,8 +57,14 @@ def registry_folder() -> Path:
 
 
 def folder_name(architecture: str) -> str:
-    """An architecture's name as a portable folder name."""
+    """An architecture's name as a portable folder name; `list_architectures` turns it back."""
     return architecture.replace(":", "--")
+
+
+def list_architectures() -> list[str]:
+    """The architectures whose channel groups are bundled; any other is traced when it is pruned."""
+    folders = sorted(path.parent.name for path in registry_folder().glob("*/groups.json"))
+    return [name.replace("--", ":") for name in folders]
 
 
 def list_profiles(

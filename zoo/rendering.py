@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from zoo.pruning.plan import PruningRecord
     from zoo.training import TrainResult
 
-__all__ = ["headline", "print_profile", "print_profiles", "pruning_summary", "training_summary"]
+__all__ = [
+    "headline",
+    "print_policies",
+    "print_profile",
+    "print_profiles",
+    "pruning_summary",
+    "training_summary",
+]
 
 BAR = 32
 """characters of a whole keep ratio"""
@@ -36,10 +43,19 @@ def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> 
         factors = f"{entry.cf:g}x", f"{entry.got:.2f}x"
         table.add_row(entry.reference, entry.architecture, entry.metric, *factors)
     console = _console()
-    console.print(table)
+    console.print(table if entries else "No such profile; --profile equal works at any factor.")
     for other in dict.fromkeys(entry.architecture for entry in entries):
         if arch and arch != other:
             console.print(_provisional(arch, other), highlight=False)
+
+
+def print_policies(architectures: Sequence[str]) -> None:
+    """The `architectures` that no profile was searched for, and how to prune them."""
+    _console().print(
+        f"\nWithout one, by a policy at any factor (--profile equal): {', '.join(architectures)}, "
+        f"and any other torchvision:NAME or timm:NAME.",
+        highlight=False,
+    )
 
 
 def print_profile(reference: str, profile: Profile, arch: str | None = None) -> None:

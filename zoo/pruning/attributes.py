@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from torch import fx, nn
 
-from zoo.pruning.labels import Labels, Value
+from zoo.pruning.labels import Labels, Value, is_channels
 from zoo.pruning.program import Program, operator_name
 from zoo.pruning.surgery import REPAIRS, named_tensors, width_attributes
 
@@ -91,6 +91,7 @@ STAND_INS: dict[str, dict[str, str]] = {
         "stage3": "incre_modules.2",
         "stage4": "incre_modules.3",
     },
+    "MobileNetV5": {"bn1": "conv_stem"},
     "TResNet": {"": "body.conv1"},
 }
 """Class name -> module named in `feature_info` -> the one that its feature comes out of."""
@@ -174,8 +175,10 @@ def _featured(program: Program, path: str) -> list[Labels]:
 
 
 def _classified(program: Program, layer: Any, path: str) -> list[Labels]:
-    """What flows into the classifier that a timm network names."""
+    """What flows into the classifier that a timm network names, or into the first of several."""
     classifier = layer.get_classifier() if hasattr(layer, "get_classifier") else None
+    if isinstance(classifier, tuple):
+        classifier = classifier[0]
     paths = [_join(path, name) for name, child in layer.named_modules() if child is classifier]
     return _flowing(program, paths[0], INTO) if paths else []
 
@@ -214,7 +217,7 @@ def _join(path: str, name: str) -> str:
 
 
 def _channels(value: Value) -> list[Labels]:
-    return [row for row in value.labels if row is not None and len(row)]
+    return [row for row in value.labels if is_channels(row)]
 
 
 def _alike(program: Program, rows: list[Labels]) -> bool:

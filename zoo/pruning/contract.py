@@ -145,7 +145,7 @@ def _is_restricted(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     x = values[node.all_input_nodes[0]]
     if name in ("max", "min") and len(node.all_input_nodes) > 1:  # of two tensors
         return False
-    if name == "conv1d":  # along channels, as in efficient channel attention
+    if name in ("conv1d", "conv2d"):  # along channels, as in efficient channel attention
         return any(is_channels(row) for row in x.labels[2:])
     if name == "batch_norm":  # of weights, by their own mean and variance
         return bool(node.args[5])

@@ -10,8 +10,8 @@ from torch import nn
 
 __all__ = ["digest", "fingerprint", "qualified_name", "structure"]
 
-FREE = {"num_classes", "out_features", "in_features", "pretrained_cfg", "default_cfg"}
-FREE |= {"training", "pruning"}
+VARYING = {"num_classes", "out_features", "in_features", "pretrained_cfg", "default_cfg"}
+VARYING |= {"training", "pruning"}
 """Attributes that vary within an architecture: with the classes, a flattened map, the weights' tag;
 the mode, and the record of a pruned network."""
 
@@ -33,7 +33,7 @@ def structure(module: nn.Module) -> Iterator[str]:
         yield f"{path}={original}:{qualified_name(type(layer))}"
         if original == path:
             own = layer.__dict__.items()
-            yield _plain({k: v for k, v in own if not k.startswith("_") and k not in FREE})
+            yield _plain({k: v for k, v in own if not k.startswith("_") and k not in VARYING})
             tensors = (*layer._parameters.items(), *layer._buffers.items())
             yield f"{[name for name, tensor in tensors if tensor is not None]}"
 

@@ -1,10 +1,10 @@
 """Channel groups of any traced network: one mechanism for every architecture.
 
-The network is traced with `torch.export`, the ATen program is interpreted with the rules of
-`zoo.pruning.operators`, and the sets of tied labels become units and groups. Then the groups are
-put to the test: a trial surgery runs under fake tensors and every layer's output shape is compared
-with the predicted one. A width that hides as a constant inside `forward` shows there; if no
-attribute rule repairs it, the groups that produce it are kept whole and listed as unprunable.
+`zoo.pruning.program` traces the network and passes channel labels through its operators,
+`zoo.pruning.attributes` finds the integers that repeat a width, and the sets of tied labels become
+units and groups here. Then `zoo.pruning.check` puts them to the test. Where that fails, a width
+hides as a constant inside `forward`: the groups that produce it are kept whole and listed as
+unprunable, and the rest is tested again.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Channel labels: an abstract tensor has one integer label per position of a dimension.
 
-A `Value` is an abstract tensor. A row of it is None where nothing prunable lives (batch, image
-height, ...) and `FREE` where all positions are alike, as after `expand`, so that any of them may
-go. A `Trace` knows which labels are tied, which are fixed, and what the operators noted.
+A `Value` is an abstract tensor. A row of it is the labels of one dimension: None where nothing
+prunable lives (batch, image height, ...), and `FREE` where all positions are alike, as after
+`expand`, so that any of them may go. A `Trace` knows which labels are tied, which are fixed, and
+what the operators noted.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Trace:
 
     def home(self, row: Labels | None) -> tuple[str, int]:
         """The stored tensor and its dimension that a row was made for; ("", 0) if there is none."""
-        if row is None or not len(row):
+        if not is_channels(row):
             return "", 0
         first = self._tensors[bisect_right(self._starts, int(row[0])) - 1]
         last = self._tensors[bisect_right(self._starts, int(row[-1])) - 1]

@@ -18,7 +18,7 @@ from zoo.errors import GraphError
 from zoo.pruning import shape_rules
 from zoo.pruning.labels import Labels, Trace, Value, is_channels
 
-__all__ = ["CHANNEL_WISE", "RULES", "Rule"]
+__all__ = ["CHANNEL_WISE", "RULES"]
 
 Shape = tuple[int, ...]
 Rule = Callable[..., "Value | tuple[Value, ...]"]
@@ -149,7 +149,7 @@ def _group_norm(
     trace: Trace, shape: Shape, x: Value, groups: int, *tensors: Any, **options: Any
 ) -> Value:
     row = x.labels[1]
-    if groups > 1 and row is not None and len(row):
+    if groups > 1 and is_channels(row):
         trace.tie(row, np.tile(row[: len(row) // groups], groups))
     return _batch_norm(trace, shape, x, *tensors, **options)
 
@@ -309,14 +309,16 @@ RULES: dict[str, Rule] = {
     **_names(partial(_windowed, 2), "upsample_bicubic2d"),
     **_names(partial(_windowed, 3), "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"),
     **_names(_broadcast, "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum"),
-    **_names(_broadcast, "minimum", "pow", "addcmul", "where", "masked_fill", "masked_fill_"),
+    **_names(_broadcast, "minimum", "rsub", "lerp", "pow", "addcmul", "where"),
+    **_names(_broadcast, "masked_fill", "masked_fill_"),
     **_names(_broadcast, "gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "copy_"),
+    **_names(_broadcast, "expand_as"),
     **_names(_prelu, "prelu"),
     **_names(shape_rules.cat, "cat", "concat"),
     **_names(shape_rules.stack, "stack"),
     **_names(shape_rules.reshape, "flatten", "view", "reshape", "_unsafe_view", "unsqueeze"),
     **_names(shape_rules.reshape, "squeeze", "unflatten", "reshape_as", "view_as"),
-    **_names(shape_rules.expand, "expand", "expand_as"),
+    **_names(shape_rules.expand, "expand"),
     **_names(shape_rules.repeat, "repeat", "tile"),
     **_names(shape_rules.repeat_interleave, "repeat_interleave"),
     **_names(shape_rules.permute, "permute"),
@@ -338,7 +340,7 @@ RULES: dict[str, Rule] = {
     **_names(shape_rules.index, "index"),
     **_names(shape_rules.unfold, "unfold"),
     **_names(shape_rules.pad, "pad", "constant_pad_nd"),
-    **_names(_reduce, "mean", "sum", "amax", "amin", "var", "std"),
+    **_names(_reduce, "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "prod"),
     **_names(_extreme, "max", "min"),
     **_names(_norm, "linalg_vector_norm", "norm"),
     **_names(_softmax, "softmax", "log_softmax"),
@@ -352,9 +354,10 @@ RULES: dict[str, Rule] = {
 """ATen operator name (without overload) -> rule."""
 
 CHANNEL_WISE = frozenset(
-    {"conv1d", "batch_norm", "layer_norm", "rms_norm", "group_norm"}
+    {"conv1d", "conv2d", "batch_norm", "layer_norm", "rms_norm", "group_norm"}
     | {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm", "norm"}
+    | {"logsumexp", "prod"}
 )
 """Operators that may reduce or convolve over channels: what they compute there depends on how many
 there are. Surgery restricts them to the kept channels, and so does the reference that it is held
-to (`zoo.pruning.masking`)."""
+to (`zoo.pruning.contract`)."""

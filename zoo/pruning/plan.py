@@ -73,7 +73,7 @@ class PruningRecord:
 
     Attributes:
         architecture: a registered name, or "" for a network that has none.
-        init: where its weights came from: `pretrained` or `random`.
+        init: where its weights came from: `pretrained`, `random` or `rewound`.
         versions: of the packages that made it.
     """
 

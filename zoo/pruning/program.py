@@ -1,4 +1,8 @@
-"""A network as a program: traced with `torch.export`, interpreted with channel labels."""
+"""A network as a program: traced with `torch.export`, interpreted with channel labels.
+
+Networks that surgery cannot cut whatever a trace says (wrappers, computed weights, ...) are refused
+first.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,14 @@ from zoo.pruning.operators import RULES
 from zoo.pruning.surgery import evaluating, named_tensors
 
 __all__ = [
-    "Call",
-    "Constant",
     "Program",
     "check_prunable",
     "export",
     "integers",
     "interpret",
+    "locate",
     "module_path",
     "operator_name",
-    "locate",
 ]
 
 _SHAPE_OPERATORS = {"view", "reshape", "_unsafe_view", "unflatten", "expand", "split", "chunk"}
@@ -112,19 +114,13 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
     output: Value | None = None
     for node in exported.graph.nodes:
         if node.op == "placeholder":
-            shape = _shape(node)
-            name = names.get(node.name, "")
-            if name and name in tensors:
-                values[node] = tensors[name]
+            name = names.get(node.name)
+            if name is None:  # the images, or a constant
+                values[node] = _without_channels(trace, _shape(node))
                 continue
-            channels = 0 if not name else 2 if name in kernels else len(shape)
-            labels = tuple(
-                trace.fresh(size, name, dim) if dim < channels else None
-                for dim, size in enumerate(shape)
-            )
-            values[node] = Value(shape, labels, name)
-            if name:
-                tensors[name] = values[node]
+            if name not in tensors:
+                tensors[name] = _stored(trace, name, _shape(node), name in kernels)
+            values[node] = tensors[name]
         elif node.op == "call_function":
             values[node] = _apply_rule(trace, node, values)
             constants += _constants(node, values)
@@ -141,19 +137,25 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
             output = results[-1] if results else None
     if output is None:
         raise GraphError(f"{type(module).__name__} returns no tensor.")
-    size = example_input.shape[-1]
     return Program(
         exported=exported,
         trace=trace,
         values=values,
         tensors=tensors,
-        idle=tuple(value.name for node, value in values.items() if _is_idle(node)),
+        idle=tuple(v.name for n, v in values.items() if n.op == "placeholder" and not n.users),
         calls=tuple(calls.values()),
         constants=tuple(constants),
         flows=_flows(values),
         output=output,
-        image_size=size,
+        image_size=example_input.shape[-1],
     )
+
+
+def _stored(trace: Trace, name: str, shape: tuple[int, ...], is_kernel: bool) -> Value:
+    """A parameter or buffer: any dimension may hold channels, of a kernel the first two."""
+    channels = 2 if is_kernel else len(shape)
+    rows = (trace.fresh(n, name, d) if d < channels else None for d, n in enumerate(shape))
+    return Value(shape, tuple(rows), name)
 
 
 def export(module: nn.Module, example_input: Tensor) -> torch.export.ExportedProgram:
@@ -253,10 +255,6 @@ def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> d
         for spec in exported.graph_signature.input_specs
         if spec.target in tensors and hasattr(spec.arg, "name")
     }
-
-
-def _is_idle(node: fx.Node) -> bool:
-    return node.op == "placeholder" and not node.users
 
 
 def _flows(values: dict[fx.Node, Any]) -> dict[str, tuple[Value, Value]]:

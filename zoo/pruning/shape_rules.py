@@ -121,7 +121,7 @@ def _merge(trace: Trace, labels: Sequence[Labels | None], sizes: Sequence[int]) 
 
 def _split(trace: Trace, labels: Labels | None, sizes: Sequence[int]) -> list[Labels | None]:
     """One dimension's labels spread over dimensions of these sizes."""
-    if labels is None or not len(labels):
+    if not is_channels(labels):
         return [labels] * len(sizes)
     if math.prod(sizes) == 1:
         return [labels, *[None] * (len(sizes) - 1)][: len(sizes)]
@@ -149,9 +149,7 @@ def expand(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> 
     """Dimensions of one are repeated: their positions are all alike."""
     del trace, rest, options
     new = len(shape) - len(x.shape)
-    rows = [
-        x.labels[d] if size == x.shape[d] else FREE for d, size in enumerate(shape[new:], start=0)
-    ]
+    rows = [x.labels[d] if size == x.shape[d] else FREE for d, size in enumerate(shape[new:])]
     return Value(shape, (*[FREE] * new, *rows))
 
 
@@ -311,7 +309,7 @@ def split_with_sizes(
     result, first = [], 0
     for shape, size in zip(shapes, sizes, strict=True):
         labels = list(x.labels)
-        if row is not None and len(row):
+        if is_channels(row):
             labels[dim] = row[first : first + size]
             if len(set(sizes)) == 1:
                 trace.tie(row[:size], labels[dim])
@@ -366,7 +364,7 @@ def pad(
     for n, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
         dim = len(shape) - 1 - n
         row = rows[dim]
-        if (before or after) and row is not None and len(row):
+        if (before or after) and is_channels(row):
             if min(before, after) >= 0 and not value and mode in ("constant", 0):
                 rows[dim] = np.concatenate([trace.fresh(before), row, trace.fresh(after)])
             else:

@@ -79,7 +79,7 @@ def resized(
     for name, old in named_tensors(skeleton).items():
         if id(old) not in memo:
             memo[id(old)] = _like(old, tensors[name] if name in tensors else old.detach().clone())
-    result = _copied(skeleton, memo)
+    result = copy.deepcopy(skeleton, memo)
     _repair(result, attributes)
     return result
 
@@ -94,38 +94,6 @@ def resize(module: nn.Module, tensors: Mapping[str, Tensor], attributes: Mapping
                     full = f"{path}.{name}" if path else name
                     own[name] = new.setdefault(id(old), _like(old, tensors[full]))
     _repair(module, attributes)
-
-
-_BASE = frozenset(nn.Module().__dict__)
-"""The attributes of every module, most of which are empty containers of hooks."""
-
-
-def _copied(module: nn.Module, memo: dict[int, object]) -> nn.Module:
-    """`copy.deepcopy`, several times faster: nothing looks into what is plain or empty."""
-    twins = []
-    for layer in module.modules():
-        if _is_plain(type(layer)):
-            memo[id(layer)] = twin = type(layer).__new__(type(layer))
-            twins.append((layer, twin))
-    for layer, twin in twins:
-        for name, value in layer.__getstate__().items():
-            if type(value) in (bool, int, float, str, type(None)):
-                twin.__dict__[name] = value
-            elif name in _BASE and not value:
-                twin.__dict__[name] = type(value)()
-            else:
-                twin.__dict__[name] = copy.deepcopy(value, memo)
-    return copy.deepcopy(module, memo)
-
-
-def _is_plain(kind: type[nn.Module]) -> bool:
-    """Whether copies of such a layer are made of its attributes alone."""
-    return (
-        kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__getstate__ is nn.Module.__getstate__
-        and kind.__setstate__ in (nn.Module.__setstate__, _ConvNd.__setstate__)
-        and not hasattr(kind, "__deepcopy__")
-    )
 
 
 def _like(old: Tensor, new: Tensor) -> Tensor:

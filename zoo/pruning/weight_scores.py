@@ -1,6 +1,6 @@
-"""Scores of channels from the weights alone: per group, one per channel; the highest stay.
+"""Scores of channels that need no images: per group, one per channel; the highest stay.
 
-A channel's score is the sum over all filters of its group that produce it.
+Where several filters produce a channel, or several batch norms scale it, their scores are summed.
 """
 
 from __future__ import annotations
