@@ -18,7 +18,7 @@ from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.iterative import IterativeResult, Schedule, prune_iteratively
 from zoo.models import build_model
 from zoo.pruning.graph import channel_groups
-from zoo.pruning.plan import kept_positions
+from zoo.pruning.plan import Source, kept_positions
 from zoo.pruning.surgery import apply, named_tensors
 from zoo.training import Recipe
 
@@ -168,6 +168,7 @@ def test_rewound_weights_are_the_early_ones_of_the_channels_chosen_late(dense: n
     late = zoo.load("resnet20-16", 3, dense, **options)
     model = zoo.load("resnet20-16", 3, dense, init="rewound", rewind=early, **options)
     assert (model.pruning.init, late.pruning.init) == ("rewound", "pretrained")
+    assert (model.pruning.rewind, late.pruning.rewind) == (Source("module"), None)
     assert model.pruning.plan == late.pruning.plan
     assert model.pruning.plan != zoo.load("resnet20-16", 3, early, **options).pruning.plan
     groups = channel_groups(dense, torch.zeros(1, 3, 32, 32))
@@ -185,7 +186,7 @@ def test_rewinding_and_its_checkpoint_need_each_other(dense: nn.Module) -> None:
     with pytest.raises(ZooError, match=r"init='random' with rewind="):
         zoo.load("resnet20-16", 2, dense, profile="equal", init="random", rewind=dense)
     early = build_model("resnet20-16", 3)
-    with pytest.raises(ZooError, match="3 classes; 7 were asked for"):
+    with pytest.raises(ZooError, match="rewind= has 3 classes, weights= has 7"):
         zoo.load("resnet20-16", 2, dense, profile="equal", init="rewound", rewind=early)
     other = build_model("cnet", 7)
     with pytest.raises(CheckpointError, match="does not fit"):

@@ -22,7 +22,7 @@ from zoo.documents import decode_document, encode_document, read_json, write_jso
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import build_model
 from zoo.pruning.known_groups import matching_groups
-from zoo.pruning.plan import PruningRecord, kept_positions
+from zoo.pruning.plan import PruningRecord, Source, kept_positions
 from zoo.pruning.surgery import named_tensors, resize, resized
 
 __all__ = ["MODEL", "read_model", "save_checkpoint", "write_model"]
@@ -133,14 +133,19 @@ def _layout(model: nn.Module) -> str:
     return "channels_last" if last else "contiguous_format"
 
 
+def _named(source: Source) -> str:
+    return f"{source.reference} (sha256 {source.sha256})" if source.sha256 else source.reference
+
+
 def _readme(record: PruningRecord) -> str:
-    plan, name, digest = record.plan, record.architecture, record.source.sha256
+    plan, name = record.plan, record.architecture
+    weights = record.init if record.rewind is None else f"rewound to {_named(record.rewind)}"
     notes = [
         f"Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: "
         f"got {plan.got:.3f}x.",
-        f"Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {record.init}.",
+        f"Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {weights}.",
         f"Classes: {record.num_classes}.",
-        f"Pruned from: {record.source.reference}{f' (sha256 {digest})' if digest else ''}.",
+        f"Pruned from: {_named(record.source)}.",
     ]
     if (on := plan.latency) is not None:
         notes.insert(

@@ -131,9 +131,13 @@ def load(
     module, checkpoint, classes, size = load_dense(arch, weights, image_size=image_size)
     groups = groups_of(arch, module, size)
     made = planned(module, groups, asked, data)
+    early: Source | None = None
     if rewind is not None:
-        module = create_model(arch, classes, pretrained=rewind, image_size=size)
-    return _cut(module, groups, made, arch, classes, checkpoint.source, init)
+        module, rewound, early_classes, _ = load_dense(arch, rewind, image_size=size)
+        early = rewound.source
+        if early_classes != classes:
+            raise ZooError(f"rewind= has {early_classes} classes, weights= has {classes}.")
+    return _cut(module, groups, made, arch, classes, checkpoint.source, init, early)
 
 
 @_ordinary_mode
@@ -254,6 +258,7 @@ def _cut(
     classes: int,
     source: Source,
     init: Init = "pretrained",
+    rewind: Source | None = None,
 ) -> nn.Module:
     pruned = surgery.apply(module, groups, made)
     if init == "random":
@@ -267,6 +272,7 @@ def _cut(
         init=init,
         source=source,
         versions={package: importlib.metadata.version(package) for package in packages},
+        rewind=rewind,
     )
     pruned.pruning = record  # type: ignore[assignment]
     return pruned.eval()

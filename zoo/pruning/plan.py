@@ -75,6 +75,7 @@ class PruningRecord:
         architecture: a registered name, or "" for a network that has none.
         init: where its weights came from: `pretrained`, `random` or `rewound`.
         versions: of the packages that made it.
+        rewind: the checkpoint that `rewound` weights are from.
     """
 
     architecture: str
@@ -84,6 +85,7 @@ class PruningRecord:
     init: str
     source: Source
     versions: dict[str, str]
+    rewind: Source | None = None
 
 
 def make_plan(

@@ -18,6 +18,7 @@ from zoo.errors import ZooError
 try:
     from stable_baselines3 import PPO
     from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import DummyVecEnv
 except ImportError:
     raise ZooError("PPO needs stable-baselines3: pip install 'prunezoo[search]'.") from None
@@ -94,6 +95,7 @@ def train_ppo(
             seed=seed,
             device="cpu",
         )
+        model.set_logger(Logger(folder=None, output_formats=[]))  # the default one makes a folder
         updates = math.ceil(episodes / settings.episodes_per_update)
         with suppress(KeyboardInterrupt):
             model.learn(updates * steps, callback=_EpisodeCallback(on_episode, stop))
