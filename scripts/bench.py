@@ -73,7 +73,7 @@ def compare_loading(dense: nn.Module, scratch: Path, repeats: int) -> None:
 
 def compare_pruning(dense: nn.Module, repeats: int) -> None:
     """From a dense network in memory to a pruned one with the same channels."""
-    asked = request("equal", ARCH, CF, "params", "random", 0, 1, None)
+    asked = request("equal", ARCH, CF, "params", "random", 0, 1, 0.0, None)
     image = torch.zeros(1, 3, 224, 224)
 
     def ours() -> tuple[nn.Module, ChannelGroups, Plan]:

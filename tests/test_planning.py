@@ -92,12 +92,28 @@ def test_a_factor_that_the_pins_forbid_names_the_range(policy):
         ({"keep": {"layer3": "all"}}, r"in \(0, 1\]"),
         ({"keep": {"layer3": 1.0, "layer3.0.conv1": 0.5}}, "pins 'layer3.0.conv1' twice"),
         ({"align": 0}, "align must be an integer of at least 1, got 0"),
+        ({"floor": 1.5}, r"floor=1.5: .* in \[0, 1\]"),
+        ({"floor": "none"}, r"floor='none': .* in \[0, 1\]"),
         ({"align": 2.5}, "align must be an integer of at least 1, got 2.5"),
     ],
 )
 def test_limits_that_cannot_be_meant(options, message):
     with pytest.raises(ZooError, match=message):
         zoo.plan(build_model("resnet20-16", 10), IMAGES, cf=2, **options)
+
+
+@pytest.mark.parametrize("policy", ["equal", "random", "greedy"])
+def test_no_layer_goes_below_the_floor_and_the_others_pay(policy):
+    module = build_model("resnet20-16", 10)
+    free = zoo.plan(module, IMAGES, cf=6, profile=policy)
+    held = zoo.plan(module, IMAGES, cf=6, profile=policy, floor=0.39, keep={"conv1": 0.25})
+    assert min(free.keep_ratios.values()) < 0.39
+    ratios = dict(held.keep_ratios)
+    assert ratios.pop("conv1") == 0.25
+    assert min(ratios.values()) >= 0.39
+    assert held.got == pytest.approx(6, rel=0.01)
+    with pytest.raises(FactorError, match="cannot be reached"):
+        zoo.plan(module, IMAGES, cf=6, profile=policy, floor=0.5)
 
 
 def test_a_profile_is_verbatim_unless_it_is_refit():

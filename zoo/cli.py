@@ -160,6 +160,8 @@ class PruneCommand:
     """rescale the profile to meet the factor for this very network"""
     align: int = 1
     """widths are multiples of it, or whole; for a policy, or with --refit"""
+    floor: float = 0.0
+    """the least keep ratio of any channel group; likewise"""
     keep: dict[str, float] = dataclasses.field(default_factory=dict)
     """module name or prefix and its pinned keep ratio, as `layer3 1.0`; likewise"""
     seed: int = 0
@@ -191,6 +193,7 @@ def prune(command: PruneCommand) -> None:
         rewind=command.rewind,
         seed=command.seed,
         align=command.align,
+        floor=command.floor,
         keep=command.keep,
         refit=command.refit,
         data=images,

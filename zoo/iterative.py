@@ -45,6 +45,8 @@ class Schedule:
     """of the random choices and the training"""
     align: int = 1
     """the last widths are multiples of it, or whole"""
+    floor: float = 0.0
+    """the least keep ratio of any channel group"""
     keep: Mapping[str, float] = field(default_factory=dict)
     """module name or prefix -> keep ratio that its channel groups are pinned to"""
     recipe: str | Recipe = "quick"
@@ -103,7 +105,7 @@ def prune_iteratively(
     steps = _checked(schedule, train, val)
     asked = request(
         schedule.profile, arch, schedule.cf, schedule.metric, schedule.criterion, schedule.seed,
-        schedule.align, schedule.keep,
+        schedule.align, schedule.floor, schedule.keep,
     )  # fmt: skip
     model, groups = _whole(weights, arch, example_input)
     record: Any = model.pruning

@@ -78,6 +78,7 @@ def load(
     rewind: Weights | None = None,
     seed: int = 0,
     align: int = 1,
+    floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     refit: bool = False,
     data: Dataset | DataLoader | None = None,
@@ -102,6 +103,7 @@ def load(
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
         seed: of the random choice of channels, of the `random` policy and of `init="random"`.
         align: widths are multiples of it, or whole: for a policy, or a profile with `refit`.
+        floor: the least keep ratio of any channel group, likewise; pinned ones apart.
         keep: module name or prefix -> keep ratio that its channel groups are pinned to, likewise.
         refit: rescale the profile's ratios by one common factor to meet `cf` for this network.
         data: labelled images for criteria that need them.
@@ -127,7 +129,7 @@ def load(
             f"init={init!r} {'without' if rewind is None else 'with'} rewind=."
         )
     # before the weights are read: a missing profile costs nothing
-    asked = request(profile, arch, cf, metric, criterion, seed, align, keep, refit)
+    asked = request(profile, arch, cf, metric, criterion, seed, align, floor, keep, refit)
     module, checkpoint, classes, size = load_dense(arch, weights, image_size=image_size)
     groups = groups_of(arch, module, size)
     made = planned(module, groups, asked, data)
@@ -151,11 +153,12 @@ def plan(
     criterion: str = "random",
     seed: int = 0,
     align: int = 1,
+    floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     data: Dataset | DataLoader | None = None,
 ) -> Plan:
     """What `prune` with the same arguments would cut, to look at before anything is cut."""
-    asked = request(profile, "", cf, metric, criterion, seed, align, keep)
+    asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
     return _live(module, example_input, asked, data).plan
 
 
@@ -170,6 +173,7 @@ def prune(
     criterion: str = "random",
     seed: int = 0,
     align: int = 1,
+    floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     data: Dataset | DataLoader | None = None,
 ) -> nn.Module:
@@ -182,14 +186,14 @@ def prune(
         profile: a policy's name, a reference, or a `Profile`.
         metric: as in `load`, but `latency` is of the device that `module` is on, at batch 1 or, on
             CUDA, 64, and of square images.
-        criterion, seed, align, keep, data: as in `load`.
+        criterion, seed, align, floor, keep, data: as in `load`.
 
     Raises:
         GraphError: when the network does not run on the input, cannot be traced, or has nothing
             that can be cut.
         FactorError: when the factor is not the profile's, or out of the policy's reach.
     """
-    asked = request(profile, "", cf, metric, criterion, seed, align, keep)
+    asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
     live = _live(module, example_input, asked, data)
     return _cut(live.module, live.groups, live.plan, "", live.classes, Source("module"))
 

@@ -36,6 +36,7 @@ class Request:
     criterion: str
     seed: int
     align: int
+    floor: float
     keep: Mapping[str, float]
     refit: bool
 
@@ -48,6 +49,7 @@ def request(
     criterion: str,
     seed: int,
     align: int,
+    floor: float,
     keep: Mapping[str, float] | None,
     refit: bool = False,
 ) -> Request:
@@ -96,13 +98,16 @@ def request(
             )
     if cf is None:
         raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
-    if resolved is not None and not refit and (align != 1 or keep):
+    if resolved is not None and not refit and (align != 1 or floor or keep):
         raise ZooError(
-            f"The profile {name} is applied verbatim; align= and keep= need a policy"
+            f"The profile {name} is applied verbatim; align=, floor= and keep= need a policy"
             f"{', or refit=True' if arch else ''}."
         )
     align = integer("align", align, 1)
-    return Request(name, resolved, cf, metric, criterion, seed, align, dict(keep or {}), refit)
+    if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
+        raise ZooError(f"floor={floor!r}: the least keep ratio of a channel group is in [0, 1].")
+    pins = dict(keep or {})
+    return Request(name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit)
 
 
 def _factor(cf: float) -> float:
@@ -179,4 +184,4 @@ def _limits(groups: ChannelGroups, request: Request) -> tuple[Limits, dict[str, 
         for index, group in enumerate(groups.groups)
         if request.align > 1 and group.size <= request.align and index not in pinned
     }
-    return Limits(request.align, pinned), whole
+    return Limits(request.align, pinned, request.floor), whole
