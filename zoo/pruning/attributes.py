@@ -35,8 +35,8 @@ LIBRARIES = ("torch.nn.", "timm.", "torchvision.", "zoo.")
 SHAPES: dict[str, tuple[str, ...]] = {
     "PaddedShortcut": ("before", "after"),
     "Bottle2neck": ("width",),
+    "DlaBottle2neck": ("width",),
     "Scale": ("shape",),
-    "ScaledStdConv2d": ("out_channels",),
     "CrossStage": ("expand_chs",),
     "CrossStage3": ("expand_chs",),
     "Partial_conv3": ("dim_conv3", "dim_untouched"),
