@@ -15,7 +15,7 @@ from zoo.checkpoints import load_dense
 from zoo.data import load_data
 from zoo.errors import ZooError
 from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
-from zoo.pruning.graph import channel_groups
+from zoo.pruning.known_groups import groups_of
 from zoo.pruning.ranking import oracle, spearman
 
 
@@ -41,7 +41,7 @@ def main(table: OracleTable) -> None:
     module, _, _, size = load_dense(table.arch, table.weights, image_size=table.size)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train = load_data(table.data, table.data_dir, size=size).train
-    groups = channel_groups(module, torch.zeros(1, 3, size, size))
+    groups = groups_of(table.arch, module, size)
     module.to(device)
     batches = list(labelled_batches(train, device, table.seed, table.images))
     truth = oracle(module, groups, batches)

@@ -9,16 +9,16 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.cost import CostModel, LatencyTable, cost_model
+from zoo.cost import CostModel, cost_model
 from zoo.errors import DataError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups, Slot
 from zoo.latency import latency_table
 from zoo.loading import Weights, load, prune
-from zoo.planning import Request, planned, request
+from zoo.planning import Request, plan_of, planned, request
 from zoo.profile import Profile
 from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
 from zoo.pruning.known_groups import groups_of, traced_groups
-from zoo.pruning.plan import Plan, PruningRecord, kept_positions, make_plan
+from zoo.pruning.plan import Plan, PruningRecord, kept_positions
 from zoo.pruning.surgery import apply
 from zoo.pruning.weight_scores import Scores
 from zoo.solver import solve
@@ -121,8 +121,8 @@ def prune_iteratively(
         step = replace(asked, cf=asked.cf if number == steps else factor)
         current = _remaining(groups, plan)
         scores = _scores(model, current, step, train)
-        cut = _plan(current, widths, scores, replace(step, metric="params"))
-        plan = _plan(groups, widths, _composed(groups, plan, cut), step, times)
+        cut = plan_of(replace(step, metric="params"), current, widths, scores)
+        plan = plan_of(step, groups, widths, _composed(groups, plan, cut), times)
         model = apply(model, current, cut)
         model.pruning = replace(record, plan=plan)
         training = finetune(model, train, val, recipe=schedule.recipe, seed=asked.seed)
@@ -202,23 +202,3 @@ def _composed(groups: ChannelGroups, plan: Plan, cut: Plan) -> Scores:
     """Scores by which the dense network keeps what `cut` keeps of what `plan` had left."""
     kept = {name: {plan.kept[name][unit] for unit in cut.kept[name]} for name in groups.names}
     return [[float(unit in kept[g.name]) for unit in range(g.size)] for g in groups.groups]
-
-
-def _plan(
-    groups: ChannelGroups,
-    widths: Mapping[str, int],
-    scores: Scores,
-    asked: Request,
-    times: LatencyTable | None = None,
-) -> Plan:
-    return make_plan(
-        groups,
-        widths,
-        scores,
-        profile=asked.name,
-        metric=asked.metric,
-        asked=asked.cf,
-        criterion=asked.criterion,
-        seed=asked.seed,
-        latency=times,
-    )

@@ -10,7 +10,7 @@ from numbers import Real
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.cost import cost_model
+from zoo.cost import LatencyTable, cost_model
 from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups
 from zoo.latency import latency_table
@@ -19,10 +19,11 @@ from zoo.profile import METRICS, Profile
 from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
 from zoo.pruning.plan import Plan, make_plan
 from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.pruning.weight_scores import Scores
 from zoo.registry import find_profile, get_profile
 from zoo.solver import Limits, round_widths, scale_curve, solve
 
-__all__ = ["Request", "planned", "request"]
+__all__ = ["Request", "plan_of", "planned", "request"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,17 @@ def planned(
     batches = None if data is None else labelled_batches(data, device, request.seed)
     scores = channel_scores(request.criterion, module, groups, request.seed, batches)
     groups = replace(groups, unprunable={**groups.unprunable, **whole})
+    return plan_of(request, groups, widths, scores, latency)
+
+
+def plan_of(
+    request: Request,
+    groups: ChannelGroups,
+    widths: Mapping[str, int],
+    scores: Scores,
+    latency: LatencyTable | None = None,
+) -> Plan:
+    """The plan that keeps the best channels at these widths, recorded as what was asked."""
     return make_plan(
         groups,
         widths,
