@@ -1,6 +1,7 @@
 """Time the zoo against what one would do without it, in one run. Ratios are printed, not judged.
 
 python scripts/bench.py load
+python scripts/bench.py search
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torchvision
 import tyro
+from bench_search import Search, bench_search
 from rival import cut
 from torch import nn
 
@@ -113,4 +115,5 @@ def medians(repeats: int, *sides: Callable[[], object]) -> list[float]:
 
 
 if __name__ == "__main__":
-    bench_load(tyro.extras.subcommand_cli_from_dict({"load": Load}))
+    chosen = tyro.extras.subcommand_cli_from_dict({"load": Load, "search": Search})
+    bench_load(chosen) if isinstance(chosen, Load) else bench_search(chosen)

@@ -1,77 +1,177 @@
-"""Search a profile, measure it beside its rivals on a base network no search saw, and bundle both.
+"""Search profiles, measure each beside its rivals on base networks and data no search saw, bundle.
 
     python scripts/campaign.py --search.arch resnet20-16 --search.cf 4 --search.size 16 \
-        --search.data-dir DIR --search.tasks s0.safetensors s1.safetensors --search.out runs/cf4 \
-        --held-back s3.safetensors
+        --search.tasks s0.safetensors@cifar10 --search.data-dir DIR --search.out runs/params \
+        --exams s2.safetensors@cifar10 "b.safetensors@imagefolder:DIR[50:]" --bundle
 
-`evidence.json` beside the profile survives an interruption: what is measured is not measured again.
+Started again it goes on: what its ledgers hold is not measured again.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 
-from zoo.cost import cost_model
+from zoo.cost import CostModel, cost_model
 from zoo.data import load_data
-from zoo.documents import decode, read_json, write_json
 from zoo.errors import FactorError
-from zoo.profile import Evidence
+from zoo.profile import Evidence, Profile
+from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
-from zoo.registry import folder_name, stored_groups, write_index
-from zoo.search.campaign import SearchConfig, load_tasks, search_profile
-from zoo.search.evidence import evidence
+from zoo.registry import folder_name, write_index
+from zoo.search.campaign import SearchConfig, search_profile
+from zoo.search.certificate import certify
+from zoo.search.evaluation import Evaluator, FineTuning
+from zoo.search.evidence import evidence, examined
+from zoo.search.ledger import Ledger
+from zoo.search.tasks import Candidate, Task, load_tasks, say, task_data
+from zoo.search.workers import Pool, pool_of
 from zoo.training import Recipe
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
+Widths = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Campaign:
     search: SearchConfig
     """the search"""
-    held_back: str
-    """checkpoint of a base network that no search saw"""
-    rivals: tuple[str, ...] = ("equal", "greedy", "increasing")
+    exams: tuple[str, ...]
+    """CHECKPOINT@DATA of base networks that no search saw; random profiles meet the first"""
+    rivals: tuple[str, ...] = ("equal", "increasing", "decreasing", "greedy")
     """policies measured beside the searched profile, where they reach its factor"""
-    epochs: int = 3
-    """of the fine-tune that every policy gets"""
+    rival_agents: tuple[str, ...] = ("cma-es",)
+    """agents that search on the same terms, for rivals"""
+    random: int = 200
+    """random profiles that it is ranked among; the best of them is a rival too"""
+    images: int = 10_000
+    """training images of every fine-tune"""
+    short_epochs: int = 1
+    """of the fine-tune that ranks"""
+    epochs: int = 20
+    """of the fine-tune that compares"""
     lr: float = 0.05
-    """its peak learning rate"""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    """their peak learning rate"""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """of the channels kept and of the training"""
+    bundle: bool = False
+    """put the profiles into the registry"""
 
 
 def main(campaign: Campaign) -> None:
+    """Search, then examine the profile of every factor."""
+    config = dataclasses.replace(campaign.search, resume=True)
+    searched = search_profile(config)
+    agents = {
+        name: search_profile(dataclasses.replace(config, agent=name, out=config.out / name))
+        for name in campaign.rival_agents
+    }
+    cost = cost_model(reference_groups(config.arch))
+    exams = load_exams(campaign)
+    pool = pool_of(config.workers)
+    for position, profile in enumerate(searched):
+        rivals = {name: widths(found[position]) for name, found in agents.items()}
+        examine(campaign, profile, rivals, exams, cost, pool)
+    pool.close()
+
+
+def load_exams(campaign: Campaign) -> list[Task]:
+    """The exams, still measured on their validation splits."""
     config = campaign.search
-    profile = search_profile(config)
-    groups = stored_groups(config.arch)
-    assert groups is not None
-    widths = {"searched": tuple(profile.kept[name] for name in groups.names)}
-    for policy in campaign.rivals:
-        try:
-            solution = policy_solution(policy, cost_model(groups), config.cf, config.metric)
-            widths[policy] = solution.widths
-        except FactorError as error:
-            print(f"{policy}: {error}")
-    (base,) = load_tasks(dataclasses.replace(config, tasks=(campaign.held_back,)))
-    test = load_data(config.data, config.data_dir, size=config.size).test
-    recipe = Recipe(epochs=campaign.epochs, lr=campaign.lr, precision="fp32")
-    store = config.out / "evidence.json"
-    rows = [decode(Evidence, row, str(store)) for row in read_json(store)] if store.exists() else []
-    for policy, kept in widths.items():
-        if policy not in {row.policy for row in rows}:
-            new = evidence(config.arch, {policy: kept}, base, test, recipe, campaign.seeds)
-            rows += new if not rows else new[1:]
-            write_json(store, rows)
-    profile = dataclasses.replace(profile, evidence=tuple(rows))
-    profile.write(REGISTRY / folder_name(config.arch) / f"{profile.name}.json")
-    write_index(REGISTRY)
+    return list(load_tasks(config.arch, campaign.exams, config.data, config.data_dir, config.size))
+
+
+def examine(
+    campaign: Campaign,
+    profile: Profile,
+    rivals: dict[str, Widths],
+    exams: list[Task],
+    cost: CostModel,
+    pool: Pool,
+) -> None:
+    """Rank one profile among random ones, compare it with its rivals, print both and bundle it."""
+    config = campaign.search
+    with Ledger(config.out / "evidence.jsonl") as ledger:
+        evaluator = Evaluator(ledger, pool)
+        own, random = ranked(campaign, profile, exams[0], cost, evaluator)
+        best = max(random, key=lambda item: random[item])
+        policies = {"searched": widths(profile), "random, best": best, **rivals}
+        policies |= {name: w for name in campaign.rivals if (w := solved(name, cost, profile))}
+        fidelity = tuned(campaign, campaign.epochs)
+        rows: list[Evidence] = []
+        pairs: dict[str, dict[tuple[str, int], float]] = {name: {} for name in policies}
+        for exam, reference in zip(exams, campaign.exams, strict=True):
+            name = task_data(reference, config.data)[1]
+            test = load_data(name, config.data_dir, size=config.size).test
+            found = evidence(
+                policies, examined(exam, test), evaluator, fidelity, campaign.seeds, cost
+            )
+            rows += found
+            for row in found[1:]:
+                measured = zip(row.seeds, row.accuracies, strict=True)
+                pairs[row.policy] |= {(exam.name, seed): value for seed, value in measured}
+    candidate = pairs.pop("searched")
+    certificate = certify(candidate, pairs, own, list(random.values()))
+    print(f"\n{profile.architecture} {profile.cf:g}x {profile.metric}")
     for row in rows:
-        print(f"{row.policy:<12}{row.params:>10,} params  {row.mean:.2%} ± {row.sd:.2%}")
+        print(
+            f"{row.policy:<14}{cost.dense.params / row.params:6.2f}x params "
+            f"{cost.dense.macs / row.macs:6.2f}x MACs  {row.mean:.2%} ± {row.sd:.2%}  {row.data}"
+        )
+    rank = certificate.rank
+    print(
+        f"{rank.at_least_as_good} of {rank.profiles} random profiles are as good after "
+        f"{campaign.short_epochs} epoch: {rank.probability:.1%} "
+        f"(95 % interval {rank.low:.1%} to {rank.high:.1%}); own {own:.2%}, random "
+        f"{statistics.mean(random.values()):.2%} on average, {max(random.values()):.2%} at best"
+    )
+    for test_ in certificate.comparisons:
+        print(
+            f"against {test_.rival:<14}{test_.difference:+.2%} ± {test_.sd:.2%} over {test_.pairs} "
+            f"pairs, p {test_.p:.2g}, Holm {test_.adjusted:.2g}"
+        )
+    print("passes" if certificate.passes else "does not pass")
+    if campaign.bundle:
+        bundled = dataclasses.replace(profile, evidence=tuple(rows))
+        bundled.write(REGISTRY / folder_name(profile.architecture) / f"{profile.name}.json")
+        write_index(REGISTRY)
+
+
+def ranked(
+    campaign: Campaign, profile: Profile, exam: Task, cost: CostModel, evaluator: Evaluator
+) -> tuple[float, dict[Widths, float]]:
+    """The short fine-tune's accuracy of the profile, and of random ones at its factor."""
+    drawn = [
+        policy_solution("random", cost, profile.cf, profile.metric, seed).widths
+        for seed in range(campaign.random)
+    ]
+    every = [widths(profile), *drawn]
+    say(f"{len(drawn)} random profiles of {profile.name}, {campaign.short_epochs} epoch each")
+    candidates = [Candidate(exam, kept, campaign.seeds[0]) for kept in every]
+    sources = ["searched"] + ["random"] * len(drawn)
+    own, *random = evaluator(candidates, tuned(campaign, campaign.short_epochs), sources)
+    return own, dict(zip(drawn, random, strict=True))
+
+
+def tuned(campaign: Campaign, epochs: int) -> FineTuning:
+    return FineTuning(Recipe(epochs=epochs, lr=campaign.lr, precision="fp32"), campaign.images)
+
+
+def widths(profile: Profile) -> Widths:
+    return tuple(profile.kept[group] for group in reference_groups(profile.architecture).names)
+
+
+def solved(policy: str, cost: CostModel, profile: Profile) -> Widths | None:
+    """The policy's widths at the profile's factor, or None where it cannot reach it."""
+    try:
+        return policy_solution(policy, cost, profile.cf, profile.metric).widths
+    except FactorError as error:
+        say(f"{policy}: {error}")
+        return None
 
 
 if __name__ == "__main__":

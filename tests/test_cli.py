@@ -20,6 +20,7 @@ from zoo.cli import COMMANDS, main
 from zoo.models import ARCHITECTURES, STORED, build_model
 from zoo.profile import Evidence, Profile, Reference
 from zoo.pruning.criteria import CRITERIA
+from zoo.search.ledger import Key, Ledger, Row
 
 TINY = ["--data", "digits", "--size", "8", "--epochs", "2", "--lr", "0.05"]
 
@@ -200,22 +201,54 @@ def test_a_checkpoint_is_evaluated_by_the_architecture_it_names(base, tmp_path, 
 
 def test_search_passes_its_flags_on(monkeypatch, tmp_path, capsys):
     from zoo.search import campaign
+    from zoo.search.env import EnvSettings
 
     received = []
 
-    def search_profile(config: campaign.SearchConfig) -> Profile:
+    def search_profile(config: campaign.SearchConfig) -> list[Profile]:
         received.append(config)
-        return Profile("cnet", "macs", 2.0, 2.01, Reference(10, 32), {"conv1": 0.5}, {"conv1": 16})
+        kept = {"conv1": 0.5}, {"conv1": 16}
+        return [Profile("cnet", "macs", cf, cf, Reference(10, 32), *kept) for cf in config.cf]
 
     monkeypatch.setattr(campaign, "search_profile", search_profile)
-    flags = ["--arch", "cnet", "--cf", "2", "--metric", "macs", "--tasks", "a.pt", "b.pt"]
-    assert main(["search", *flags, "--out", str(tmp_path)]) == 0
+    flags = [
+        "--arch",
+        "cnet",
+        "--cf",
+        "2",
+        "4",
+        "--metric",
+        "macs",
+        "--tasks",
+        "a.pt",
+        "b.pt@digits",
+    ]
+    flags += ["--agent", "gnn", "--budget", "20m", "--out", str(tmp_path), "--resume"]
+    assert main(["search", *flags]) == 0
     assert received == [
         campaign.SearchConfig(
-            arch="cnet", cf=2.0, metric="macs", tasks=("a.pt", "b.pt"), out=tmp_path
+            arch="cnet", cf=(2.0, 4.0), env=EnvSettings(metric="macs"), agent="gnn",
+            tasks=("a.pt", "b.pt@digits"), budget="20m", out=tmp_path, resume=True,
         )
-    ]
-    assert "macs-cf2.json" in capsys.readouterr().out
+    ]  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "macs-cf2.json" in shown
+    assert "macs-cf4.json" in shown
+
+
+def test_ledger_sums_up_a_run(tmp_path, capsys):
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        for seed, widths in enumerate([(16,) * 6, (8,) * 6]):
+            key = Key("net", "split", 10, 32, widths, "random", seed, "recalibration")
+            ledger.add(Row(key, 0.5 + seed / 10, 1.0, "ppo"))
+    plot = tmp_path / "figure.png"
+    assert main(["ledger", str(tmp_path), "--arch", "cnet", "--plot", str(plot)]) == 0
+    shown = capsys.readouterr().out
+    assert "ppo" in shown
+    assert "60.00%" in shown
+    assert plot.stat().st_size > 1000
+    assert main(["ledger", str(tmp_path / "nothing.jsonl")]) == 2
+    assert "nothing.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

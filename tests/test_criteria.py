@@ -15,9 +15,16 @@ import zoo
 from zoo.errors import GraphError, ZooError
 from zoo.groups import ChannelGroups, Group, Slot
 from zoo.models import build_model
-from zoo.pruning.criteria import CRITERIA, channel_scores
+from zoo.pruning.criteria import CRITERIA, Criterion, channel_scores
+from zoo.pruning.filter_agent import FilterAgent, reinforce_scores
 from zoo.pruning.graph import channel_groups
 from zoo.pruning.surgery import named_tensors
+
+
+@pytest.fixture(autouse=True)
+def _short_learning(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = functools.partial(reinforce_scores, settings=FilterAgent(updates=2, samples=2))
+    monkeypatch.setitem(CRITERIA, "reinforce", Criterion(short, needs_data=True))
 
 
 class Tiny(nn.Module):

@@ -240,3 +240,23 @@ def test_a_lossy_copy_says_so(tmp_path, quality):
                 image = Image.new("RGB", (8, 8), (n, 100, 9))
                 image.save(tmp_path / split / name / f"{n}.jpg", quality=quality)
     assert f"(JPEG q{quality})" in load_data(f"imagefolder:{tmp_path}", size=8).test.name
+
+
+def test_some_classes_are_those_images_numbered_from_zero():
+    whole, some = load_data("digits", size=8), load_data("digits[3:7]", size=8)
+    assert some.num_classes == 4
+    assert some.train.classes == whole.train.classes[3:7]
+    for name in ("train", "val", "test"):
+        all_images, images = getattr(whole, name), getattr(some, name)
+        inside = (all_images.labels >= 3) & (all_images.labels < 7)
+        assert torch.equal(images.images, all_images.images[inside])
+        assert torch.equal(images.labels + 3, all_images.labels[inside])
+    assert "classes 4 to 7 of 10" in some.test.name
+    assert load_data("digits[:3]", size=8).num_classes == 3
+    assert load_data("digits[7:]", size=8).digest not in (whole.digest, some.digest)
+
+
+@pytest.mark.parametrize("name", ["digits[3:4]", "digits[11:]", "digits[5:2]"])
+def test_fewer_than_two_classes_are_refused(name):
+    with pytest.raises(DataError, match="of 10 classes"):
+        load_data(name, size=8)

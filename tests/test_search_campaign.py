@@ -9,15 +9,18 @@ import pytest
 from zoo.artefacts import save_checkpoint
 from zoo.cost import cost_model
 from zoo.data import load_data
-from zoo.errors import FactorError, ZooError
+from zoo.errors import ZooError
 from zoo.models import build_model
 from zoo.profile import Profile
 from zoo.registry import stored_groups
 from zoo.search import campaign
-from zoo.search.campaign import SearchConfig, load_tasks, search_profile
-from zoo.search.evidence import evidence
-from zoo.search.ledger import Ledger
-from zoo.training import Recipe, finetune
+from zoo.search.campaign import SearchConfig, parse_budget, search_profile
+from zoo.search.env import EnvSettings
+from zoo.search.evaluation import Evaluator, FineTuning
+from zoo.search.evidence import evidence, examined
+from zoo.search.ledger import Ledger, read
+from zoo.search.tasks import Task, load_tasks
+from zoo.training import Recipe, evaluate, finetune
 
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("sklearn")
@@ -43,15 +46,24 @@ def config(tmp_path_factory) -> SearchConfig:
         paths.append(str(folder / f"base-{seed}.safetensors"))
         save_checkpoint(module, paths[-1], {"split_digest": splits.digest})
     return SearchConfig(
-        arch="cnet", tasks=tuple(paths), out=folder / "run", cf=2.0, data="digits", size=8,
-        episodes=8, calibration_images=128, candidates=3, finalists=2, final_seeds=1,
-        finetune_images=256,
+        arch="cnet", tasks=tuple(paths), out=folder / "run", cf=(2.0,), data="digits", size=8,
+        episodes=16, workers=1, calibration_images=128, val_images=None, candidates=3,
+        finalists=2, final_seeds=1, finetune_images=256,
     )  # fmt: skip
+
+
+def search(config: SearchConfig) -> Profile:
+    [profile] = search_profile(config)
+    return profile
+
+
+def load(config: SearchConfig) -> tuple[Task, ...]:
+    return load_tasks(config.arch, config.tasks, config.data, config.data_dir, config.size)
 
 
 @pytest.fixture(scope="module")
 def searched(config) -> Profile:
-    return search_profile(config)
+    return search(config)
 
 
 def test_the_profile_meets_its_factor_at_the_reference_and_is_on_disk(config, searched):
@@ -63,8 +75,8 @@ def test_the_profile_meets_its_factor_at_the_reference_and_is_on_disk(config, se
 
 def test_provenance_is_complete(config, searched):
     made = searched.provenance
-    assert made.episodes == 8
-    assert made.evaluations == len(Ledger(config.out / "ledger.jsonl"))
+    assert made.episodes == 16
+    assert made.evaluations >= len(read([config.out]))
     assert made.split_digest == load_data("digits", size=8).digest
     assert [task.split()[0] for task in made.tasks] == ["base-0.safetensors", "base-1.safetensors"]
     assert "--cf 2.0" in made.command
@@ -73,7 +85,7 @@ def test_provenance_is_complete(config, searched):
 
 
 def test_the_winner_was_chosen_on_fresh_channels_by_fine_tuning(config, searched):
-    rows = list(Ledger(config.out / "ledger.jsonl"))
+    rows = read([config.out])
     final = [row for row in rows if row.key.fidelity.startswith("fine-tune")]
     earlier = {row.key.seed for row in rows if row not in final}
     assert not earlier & {row.key.seed for row in final}
@@ -86,7 +98,7 @@ def test_the_winner_was_chosen_on_fresh_channels_by_fine_tuning(config, searched
 
 
 def test_a_rerun_replays_and_a_killed_run_goes_on(config, searched, monkeypatch):
-    path = config.out / "ledger.jsonl"
+    path, again = config.out / "ledger.jsonl", dataclasses.replace(config, resume=True)
     whole = path.read_text()
 
     def nothing_new(*_args):
@@ -94,72 +106,146 @@ def test_a_rerun_replays_and_a_killed_run_goes_on(config, searched, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr("zoo.search.evaluation.cut", nothing_new)
-        assert search_profile(config).kept == searched.kept
+        assert search(again).kept == searched.kept
     assert path.read_text() == whole
     lines = whole.splitlines(keepends=True)
     path.write_text("".join(lines[:5]) + lines[5][:30])
-    assert search_profile(config).kept == searched.kept
+    assert search(again).kept == searched.kept
     seconds = '"seconds"'
     kept = [line.partition(seconds)[0] for line in path.read_text().splitlines()]
     assert kept == [line.partition(seconds)[0] for line in whole.splitlines()]
+    with pytest.raises(ZooError, match="holds a run already: add --resume"):
+        search(config)
 
 
 def test_the_search_does_not_touch_the_test_split(config, searched, monkeypatch, tmp_path):
     splits = dataclasses.replace(load_data("digits", size=8), test=None)
-    monkeypatch.setattr(campaign, "load_data", lambda *_args, **_options: splits)
-    assert search_profile(dataclasses.replace(config, out=tmp_path)).kept == searched.kept
+    monkeypatch.setattr("zoo.search.tasks.load_data", lambda *_args, **_options: splits)
+    assert search(dataclasses.replace(config, out=tmp_path)).kept == searched.kept
 
 
-def test_ctrl_c_ends_the_search_and_a_profile_comes_of_it(config, monkeypatch, tmp_path):
-    original, calls = campaign.recalibration, []
+def test_a_second_process_cannot_write_the_same_run(config, searched):
+    del searched
+    with Ledger(config.out / "ledger.jsonl"), pytest.raises(ZooError, match="ledger"):
+        search(dataclasses.replace(config, resume=True))
 
-    def interrupting(*args):
-        fidelity = original(*args)
 
-        def measure(*inner):
-            calls.append(inner)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return fidelity.measure(*inner)
+def test_two_runs_agree_on_their_common_prefix(config, tmp_path):
+    short = dataclasses.replace(config, out=tmp_path / "short", episodes=8)
+    long = dataclasses.replace(config, out=tmp_path / "long")
+    search(short)
+    search(long)
+    rows = [[(row.key, row.accuracy) for row in read([run.out])][:8] for run in (short, long)]
+    assert rows[0] == rows[1]
 
-        return dataclasses.replace(fidelity, measure=measure)
 
-    monkeypatch.setattr(campaign, "recalibration", interrupting)
-    profile = search_profile(dataclasses.replace(config, out=tmp_path, episodes=64))
-    assert profile.provenance.episodes == 3
+def test_ctrl_c_ends_the_episodes_and_a_profile_comes_of_it(config, monkeypatch, tmp_path):
+    original, calls = campaign.Recalibration.measure, []
+
+    def measure(self, candidate):
+        calls.append(candidate)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return original(self, candidate)
+
+    monkeypatch.setattr(campaign.Recalibration, "measure", measure)
+    profile = search(dataclasses.replace(config, out=tmp_path, episodes=64))
+    assert profile.provenance.episodes == 8
     assert profile.got == pytest.approx(2.0, rel=0.02)
+    assert len(calls) > 12
 
 
-def test_without_projection_what_ships_still_meets_the_factor(config, tmp_path):
-    loose = dataclasses.replace(config, out=tmp_path, projection="none", cf=3.0)
-    assert search_profile(loose).got == pytest.approx(3.0, rel=0.03)
+def test_a_budget_ends_the_episodes_of_every_factor(config, tmp_path):
+    many = dataclasses.replace(
+        config, out=tmp_path, cf=(2.0, 3.0), agent="random", episodes=100_000, budget="6s"
+    )
+    two, three = search_profile(many)
+    assert (two.cf, three.cf) == (2.0, 3.0)
+    assert three.got == pytest.approx(3.0, rel=0.02)
+    for profile in (two, three):
+        assert 0 < profile.provenance.episodes < 100_000
+        assert Profile.read(tmp_path / f"{profile.name}.json") == profile
+    report = (tmp_path / "report.md").read_text()
+    assert "params-cf2" in report or "2x" in report
+    assert (tmp_path / "keep_ratios.png").stat().st_size > 1000
+
+
+def test_one_policy_serves_several_factors(config, tmp_path):
+    both = dataclasses.replace(config, out=tmp_path, cf=(2.0, 3.0), conditioned=True, episodes=8)
+    profiles = search_profile(both)
+    assert [profile.cf for profile in profiles] == [2.0, 3.0]
+    assert [profile.provenance.episodes for profile in profiles] == [8, 8]
+
+
+def test_held_back_networks_judge_the_finalists_alone(config, tmp_path):
+    first, second = config.tasks
+    apart = dataclasses.replace(config, out=tmp_path, tasks=(first,), held_back=(second,))
+    profile = search(apart)
+    network = {task.name: task.network for task in load(config)}
+    by = {name: set() for name in network}
+    for row in read([tmp_path]):
+        name = next(name for name, digest in network.items() if digest == row.key.network)
+        by[name].add(row.key.fidelity.partition(",")[0])
+    assert list(by.values()) == [{"recalibration"}, {"fine-tune"}]
+    assert "for the choice alone" in profile.provenance.tasks[1]
+    with pytest.raises(ZooError, match="held-back"):
+        search(dataclasses.replace(apart, held_back=(first,), resume=True))
+
+
+@pytest.mark.parametrize("projection", ["none", "bound"])
+def test_without_exact_projection_what_ships_still_meets_the_factor(config, projection, tmp_path):
+    env = EnvSettings(projection=projection)
+    loose = dataclasses.replace(config, out=tmp_path, env=env, cf=(3.0,), episodes=8)
+    assert search(loose).got == pytest.approx(3.0, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("20m", 1200), ("1h30m", 5400), ("90s", 90), ("2h", 7200), ("1m1s", 61)]
+)
+def test_budgets(text, seconds):
+    assert parse_budget(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "20", "m", "0m", "20 m", "-5m", "5d", "30m1h"])
+def test_what_is_no_budget(text):
+    with pytest.raises(ZooError, match="no budget"):
+        parse_budget(text)
 
 
 def test_bad_input_is_refused(config, tmp_path):
-    with pytest.raises(FactorError, match="reaches"):
-        search_profile(dataclasses.replace(config, cf=500.0, out=tmp_path))
-    with pytest.raises(ZooError, match="at least one task"):
-        load_tasks(dataclasses.replace(config, tasks=()))
+    def refused(match: str, **changes) -> None:
+        with pytest.raises(ZooError, match=match):
+            search(dataclasses.replace(config, out=tmp_path, resume=True, **changes))
+
+    refused("reaches", cf=(500.0,))
+    refused("at least one task", tasks=())
+    refused("Did you mean 'ppo'", agent="ppp")
+    refused("no budget", budget="soon")
     splits = load_data("digits", size=8)
-    path = str(tmp_path / "leaky.safetensors")
+    path = str(tmp_path / "base.safetensors")
     save_checkpoint(build_model("cnet", 10, image_size=8), path, {"split_digest": "f00"})
-    with pytest.raises(ZooError, match="another validation split"):
-        load_tasks(dataclasses.replace(config, tasks=(path,)))
+    refused("another validation split", tasks=(path,))
     save_checkpoint(build_model("cnet", 10, image_size=8), path, {"split_digest": splits.digest})
-    with pytest.raises(ZooError, match="near chance"):
-        load_tasks(dataclasses.replace(config, tasks=(path,)))
+    refused("near chance", tasks=(path,))
+    save_checkpoint(build_model("resnet20", 10, image_size=8), path, {})
+    refused("resnet20", tasks=(config.tasks[0], path))
+    refused("classes", tasks=(f"{config.tasks[0]}@digits[:4]",))
 
 
 def test_evidence_treats_every_policy_alike(config):
-    base = load_tasks(config)[0]
-    test = load_data("digits", size=8).test
+    splits = load_data("digits", size=8)
+    exam = examined(load(config)[0], splits.test)
     policies = {"whole": (32,) * 6, "thin": (4,) * 6}
-    recipe = Recipe(epochs=1, lr=0.02, augment=False)
-    dense, whole, thin = evidence("cnet", policies, base, test, recipe, (0, 1), train_images=256)
+    fidelity = FineTuning(Recipe(epochs=1, lr=0.02, augment=False), 256)
+    ledger = Ledger()
+    cost = cost_model(stored_groups("cnet"))
+    dense, whole, thin = evidence(policies, exam, Evaluator(ledger), fidelity, (0, 1), cost)
     assert (dense.policy, whole.policy, thin.policy) == ("base", "whole", "thin")
     assert dense.params == whole.params > thin.params
     assert whole.seeds == thin.seeds == (0, 1)
+    assert dense.mean == evaluate(exam.module, splits.test).accuracy
     assert whole.mean > thin.mean
     assert thin.sd == pytest.approx(statistics.stdev(thin.accuracies))
     assert len(thin.before) == len(thin.accuracies) == 2
     assert whole.fidelity == thin.fidelity
+    assert {row.key.split for row in ledger} == {splits.test.digest()}

@@ -1,28 +1,26 @@
-"""The environment and PPO on a synthetic accuracy: no network, a known best profile."""
+"""The environment on a synthetic accuracy: no network, a known best profile."""
 
 from __future__ import annotations
 
 import math
 import statistics
 import warnings
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from zoo.cost import cost_model
+from zoo.cost import Conditions, LatencyTable, LayerTimes, cost_model
 from zoo.data import ImageSet
 from zoo.errors import FactorError, ZooError
 from zoo.groups import ChannelGroups, Group, Slot
-from zoo.search.evaluation import Task
+from zoo.search.reward import REWARDS, Outcome
+from zoo.search.tasks import Candidate, Task, plan_of
 from zoo.solver import FLOOR, round_widths, scale_curve, solve
 
 gymnasium = pytest.importorskip("gymnasium")
-pytest.importorskip("stable_baselines3")
 
-from zoo.search.agents.ppo import train_ppo  # noqa: E402
-from zoo.search.env import PruningEnv, keep_ratio  # noqa: E402
+from zoo.search.env import EnvSettings, PruningEnv, keep_ratio  # noqa: E402
 
 LAYERS, WIDTH, BASE = 6, 32, 0.8
 
@@ -38,6 +36,18 @@ def chain(width: int = WIDTH) -> ChannelGroups:
     shapes["fc.weight"] = (10, width)
     positions["fc.weight"] = 1
     return ChannelGroups(tuple(groups), shapes, (), positions, image_size=32)
+
+
+def timed():
+    """The costs of `chain` with made-up times, which grow with outputs times inputs."""
+    grid = (4, 16, 32)
+    layers = []
+    for n in range(LAYERS):
+        inputs = (3,) if n == 0 else grid
+        ms = tuple(tuple(0.1 + (n + 1) * o * i / 4096 for i in inputs) for o in grid)
+        layers.append(LayerTimes(f"conv{n}.weight", grid, inputs, ms))
+    conditions = Conditions("made up", torch.__version__, 1, "float32", 1, 32)
+    return cost_model(chain(), LatencyTable(conditions, tuple(layers), 0.05))
 
 
 def task(name: str, width: int = WIDTH) -> Task:
@@ -56,43 +66,84 @@ TASKS = (task("a"), task("bb"), task("ccc"))
 BEST = solve(cost_model(chain()), scale_curve([0.9, 0.3, 0.8, 0.25, 0.9, 0.6]), 4.0).keep_ratios
 
 
-def accuracy(_task, widths, seed):
-    """Falls with the distance from `BEST`, with a little noise from the channels."""
-    distance = statistics.mean((w / WIDTH - b) ** 2 for w, b in zip(widths, BEST, strict=True))
-    return BASE * math.exp(-4 * distance) - 0.01 * (seed % 10) / 10
+def accuracies(candidates):
+    """Fall with the distance from `BEST`, and a little with the task and its channels."""
+    return [accuracy(c) for c in candidates]
 
 
-def make(**options) -> PruningEnv:
-    settings = {"tasks": TASKS, "groups": chain(), "cf": 4.0, "evaluate": accuracy} | options
-    return PruningEnv(**settings)
+def accuracy(candidate):
+    widths = zip(candidate.widths, BEST, strict=True)
+    distance = statistics.mean((width / WIDTH - best) ** 2 for width, best in widths)
+    luck = candidate.seed % 10 + len(candidate.task.name)
+    return BASE * math.exp(-4 * distance) - 0.001 * luck
 
 
-def play(env, actions, **reset):
+def make(cf=4.0, tasks=TASKS, groups=None, evaluate=accuracies, cost=None, live=None, **choices):
+    settings = EnvSettings(**choices)
+    groups = groups or chain()
+    return PruningEnv(tasks, groups, cf, evaluate, settings, cost=cost, live_features=live)
+
+
+def masked_features(candidate):
+    """Live features of a network that pruning does not change."""
+    kept = plan_of(candidate).kept
+    vectors = []
+    for name, dense in zip(candidate.task.groups.names, candidate.task.features, strict=True):
+        vector = np.zeros_like(dense)
+        vector[list(kept[name])] = dense[list(kept[name])]
+        vectors.append(vector)
+    return tuple(vectors)
+
+
+def run(env, actions, **reset):
+    """The steps of one episode: (observation, reward, done, info)."""
     env.reset(**reset)
     for action in actions:
         observation, reward, done, _, info = env.step(np.array([action], dtype=np.float32))
         assert env.observation_space.contains(observation)
-        yield reward, done, info
+        yield observation, reward, done, info
 
 
-def test_gymnasium_accepts_the_environment():
+def final(env, actions, **reset):
+    return list(run(env, actions, **reset))[-1][-1]
+
+
+def random_actions(seed):
+    return np.random.default_rng(seed).uniform(-1.2, 1.2, LAYERS)
+
+
+CHOICES = [
+    {},
+    {"projection": "bound", "observation": "raw", "cf": (2.0, 4.0), "reward": "hyperbolic"},
+    {"projection": "none", "features": "live", "live": masked_features, "reward": "n2n"},
+]
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_gymnasium_and_stable_baselines_accept_the_environment(choices):
     from gymnasium.utils.env_checker import check_env
 
-    env = gymnasium.make(
-        "zoo.search.env:zoo/Pruning-v0",
-        tasks=TASKS, groups=chain(), cf=4.0, evaluate=accuracy,
-    )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        check_env(env.unwrapped, skip_render_check=True)
+        check_env(make(**choices), skip_render_check=True)
+        checker = pytest.importorskip("stable_baselines3.common.env_checker")
+        checker.check_env(make(**choices))
+
+
+def test_gymnasium_makes_the_environment_by_its_name():
+    env = gymnasium.make(
+        "zoo.search.env:zoo/Pruning-v0",
+        tasks=TASKS, groups=chain(), cf=4.0, evaluate=accuracies,
+    )  # fmt: skip
+    assert final(env, [0.0] * LAYERS, seed=1) == final(make(), [0.0] * LAYERS, seed=1)
 
 
 def test_the_reward_comes_once_at_the_end_and_is_the_gaussian_one():
     env = make(projection="none")
-    steps = list(play(env, [-0.5] * LAYERS, seed=0))
-    assert [reward for reward, _, _ in steps[:-1]] == [0.0] * (LAYERS - 1)
-    assert [done for _, done, _ in steps] == [False] * (LAYERS - 1) + [True]
-    reward, _, info = steps[-1]
+    steps = list(run(env, [-0.5] * LAYERS, seed=0))
+    assert [reward for _, reward, _, _ in steps[:-1]] == [0.0] * (LAYERS - 1)
+    assert [done for _, _, done, _ in steps] == [False] * (LAYERS - 1) + [True]
+    _, reward, _, info = steps[-1]
     widths = round_widths(chain().sizes, [keep_ratio(-0.5)] * LAYERS)
     factor = cost_model(chain()).factor(widths, "params")
     assert info["widths"] == widths
@@ -101,15 +152,68 @@ def test_the_reward_comes_once_at_the_end_and_is_the_gaussian_one():
     assert reward == info["reward"] == pytest.approx(info["accuracy"] / BASE * gap)
 
 
-@pytest.mark.parametrize("metric", ["params", "macs"])
-@pytest.mark.parametrize("cf", [2.0, 6.0])
+@pytest.mark.parametrize("reward", REWARDS)
+def test_the_reward_is_the_chosen_one_of_what_was_kept(reward):
+    info = final(make(reward=reward), random_actions(0), seed=0)
+    equal = solve(cost_model(chain()), scale_curve([1.0] * LAYERS), 4.0).widths
+    outcome = Outcome(
+        info["accuracy"],
+        BASE,
+        info["factor"],
+        4.0,
+        [width / WIDTH for width in info["widths"]],
+        statistics.mean(equal) / WIDTH,
+    )
+    assert info["reward"] == pytest.approx(REWARDS[reward](outcome), rel=0.02)
+
+
+METRICS = [("params", 2.0), ("params", 6.0), ("macs", 6.0), ("latency", 2.0)]
+
+
+@pytest.mark.parametrize(("metric", "cf"), METRICS)
 def test_scale_projection_meets_the_factor_whatever_the_actions(metric, cf):
-    env = make(metric=metric, cf=cf)
+    env = make(metric=metric, cf=cf, cost=timed())
     for seed in range(5):
-        actions = np.random.default_rng(seed).uniform(-1.2, 1.2, LAYERS)
-        *_, (_, _, info) = play(env, actions, seed=seed)
+        info = final(env, random_actions(seed), seed=seed)
         assert info["factor"] == pytest.approx(cf, rel=0.03)  # one unit of 32
-        assert info["factor"] == cost_model(chain()).factor(info["widths"], metric)
+        assert info["factor"] == timed().factor(info["widths"], metric)
+
+
+@pytest.mark.parametrize(("metric", "cf"), METRICS)
+def test_bound_projection_meets_at_least_the_factor_and_cuts_no_more_than_it_must(metric, cf):
+    env, model = make(metric=metric, cf=cf, cost=timed(), projection="bound"), timed()
+    floor = round_widths(chain().sizes, [FLOOR] * LAYERS)
+    for seed in range(20):
+        info = final(env, random_actions(seed) + 0.3, seed=seed)
+        assert info["factor"] >= cf
+        assert round_widths(chain().sizes, info["keep_ratios"]) == info["widths"]
+        for group, (asked, got) in enumerate(
+            zip(info["actions"], info["keep_ratios"], strict=True)
+        ):
+            assert FLOOR <= got <= asked
+            if got < asked:
+                wider = [*info["widths"][:group], info["widths"][group] + 1, *floor[group + 1 :]]
+                assert model.factor(wider, metric) < cf
+
+
+def test_bound_projection_stops_at_the_factor_from_one_side_only():
+    env = make(projection="bound")
+    everything = final(env, [1.0] * LAYERS, seed=0)
+    assert everything["factor"] >= 4.0
+    assert everything["widths"][0] == WIDTH
+    assert everything["widths"][-1] < WIDTH
+    nothing = final(env, [-1.0] * LAYERS, seed=0)
+    assert nothing["keep_ratios"] == nothing["actions"]
+    assert nothing["factor"] > 30
+
+
+def test_bound_projection_shows_what_it_left_of_an_action():
+    env = make(projection="bound")
+    *observations, _ = (observation for observation, *_ in run(env, [1.0] * LAYERS, seed=0))
+    info = final(env, [1.0] * LAYERS, seed=0)
+    seen = [observation[-1] for observation in observations]
+    assert seen == pytest.approx(info["keep_ratios"][:-1])
+    assert min(seen) < 1
 
 
 def test_seeds_fix_the_place_in_the_queue_and_the_channels():
@@ -122,7 +226,7 @@ def test_seeds_fix_the_place_in_the_queue_and_the_channels():
     assert episodes(4, 0) == ["a", "bb", "ccc", "a"]
     assert episodes(3, 5) == ["ccc", "a", "bb"]
     assert episodes(3, 5) == ["ccc", "a", "bb"]
-    seeds = [list(play(env, [0.0] * LAYERS, seed=s))[-1][2]["channel_seed"] for s in (3, 3, 4)]
+    seeds = [final(env, [0.0] * LAYERS, seed=s)["channel_seed"] for s in (3, 3, 4)]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
@@ -144,70 +248,113 @@ def test_the_observation_tells_what_was_pruned():
     assert kept[:LAYERS].argmax() == 1
 
 
+def test_the_raw_observation_shows_the_features_of_the_channels_that_are_evaluated():
+    steps = list(run(make(observation="raw", projection="none"), random_actions(1), seed=2))
+    seen, info = [observation[LAYERS + 4 : -2] for observation, *_ in steps], steps[-1][-1]
+    kept = plan_of(Candidate(TASKS[2], info["widths"], info["channel_seed"])).kept
+    for group, (name, view) in enumerate(zip(chain().names, seen, strict=True)):
+        assert tuple(view.nonzero()[0]) == kept[name]
+        dense = TASKS[2].features[group]
+        assert view[list(kept[name])] == pytest.approx(dense[list(kept[name])] / dense.max())
+
+
+def test_raw_features_of_small_groups_are_padded():
+    from zoo.search.observation import pad
+
+    features = (np.array([2.0, 1.0]), np.arange(5.0))
+    assert pad(features, 0, np.array([True, True])).tolist() == [1.0, 0.5, 0.0, 0.0, 0.0]
+
+
+def test_live_features_are_asked_of_the_network_as_pruned_before_every_decision_but_the_first():
+    asked = []
+
+    def live(candidate):
+        asked.append(candidate)
+        return masked_features(candidate)
+
+    info = final(make(features="live", live=live, projection="none"), random_actions(3), seed=1)
+    assert [candidate.widths for candidate in asked] == [
+        (*info["widths"][:step], *[WIDTH] * (LAYERS - step)) for step in range(1, LAYERS)
+    ]
+    assert {(c.task.name, c.seed) for c in asked} == {("bb", info["channel_seed"])}
+
+
+@pytest.mark.parametrize("observation", ["summary", "raw"])
+def test_live_features_are_static_ones_until_something_is_pruned(observation):
+    live = make(observation=observation, features="live", live=masked_features)
+    static = make(observation=observation)
+    pairs = zip(run(live, [1.0] * LAYERS), run(static, [1.0] * LAYERS), strict=True)
+    for (left, *_), (right, *_) in pairs:
+        assert (left == right).all()
+
+
+@pytest.mark.parametrize("observation", ["summary", "raw"])
+def test_live_features_show_what_pruning_did_to_what_was_kept(observation):
+    def live(candidate):
+        return tuple(np.sqrt(vector) for vector in masked_features(candidate))
+
+    actions = [0.0] * LAYERS
+    shown = make(observation=observation, features="live", live=live)
+    static = make(observation=observation)
+    pairs = zip(run(shown, actions), run(static, actions), strict=True)
+    for (left, *_), (right, *_) in list(pairs)[:-1]:
+        assert (left != right).any()
+
+
+def test_several_factors_are_asked_for_in_turn_and_seen():
+    env, alone = make(cf=(2.0, 6.0)), make(cf=6.0)
+    played = [(entry.task.name, entry.cf) for entry in env.queue]
+    assert played == [(name, cf) for name in ("a", "bb", "ccc") for cf in (2.0, 6.0)]
+    first, info = env.reset(seed=0)
+    second, other = env.reset()
+    assert (info, other) == ({"task": "a", "cf": 2.0}, {"task": "a", "cf": 6.0})
+    assert (first[:-1] == second[:-1]).all()
+    assert 0 < first[-1] < second[-1] < 1
+    assert first[-1] / second[-1] == pytest.approx(math.log(2) / math.log(6))
+    assert len(first) == len(alone.reset(seed=0)[0]) + 1
+    low, high = (final(env, random_actions(0), seed=seed) for seed in (2, 3))
+    assert low["factor"] == pytest.approx(2.0, rel=0.03)
+    assert high == final(alone, random_actions(0), seed=1)
+
+
 def test_what_cannot_be_searched_is_refused():
     with pytest.raises(FactorError, match="reaches"):
         make(cf=1000.0)
+    with pytest.raises(FactorError, match="reaches"):
+        make(cf=(2.0, 1000.0))
+    with pytest.raises(ZooError, match="at least one compression factor"):
+        make(cf=())
     with pytest.raises(ZooError, match="one architecture"):
         make(tasks=(TASKS[0], task("narrow", 16)))
     with pytest.raises(ZooError, match="reference"):
         make(groups=chain(16))
+    with pytest.raises(ZooError, match="another network"):
+        make(cost=cost_model(chain(16)))
     with pytest.raises(ZooError, match="at least one task"):
         make(tasks=())
-    with pytest.raises(ZooError, match="Did you mean 'scale'"):
-        make(projection="scales")
+    with pytest.raises(ZooError, match="was not measured"):
+        make(metric="latency")
+    with pytest.raises(ZooError, match="live_features"):
+        make(features="live")
 
 
-def learn(episodes, **options):
-    rewards, found = [], []
-
-    def keep(info):
-        rewards.append(info["reward"])
-        found.append(info["widths"])
-
-    policy = train_ppo(make, episodes, seed=0, on_episode=keep, **options)
-    return policy, rewards, found
-
-
-def test_ppo_learns_and_beats_equal_and_random_search():
-    policy, rewards, _ = learn(240)
-    assert len(rewards) == 240
-    assert statistics.mean(rewards[-40:]) > statistics.mean(rewards[:40])
-    model = cost_model(chain())
-    rng = np.random.default_rng(0)
-    rivals = [solve(model, scale_curve(rng.uniform(0.3, 0.9, LAYERS)), 4.0) for _ in range(240)]
-    random = max(accuracy(None, rival.widths, 0) for rival in rivals)
-    equal = accuracy(None, solve(model, scale_curve([1.0] * LAYERS), 4.0).widths, 0)
-    env = make()
-    for position in range(len(TASKS)):
-        observation, _ = env.reset(seed=position)
-        done = False
-        while not done:
-            observation, _, done, _, info = env.step(policy(observation))
-        assert accuracy(None, info["widths"], 0) > max(random, equal)
+@pytest.mark.parametrize(
+    ("choice", "name", "meant"),
+    [
+        ("projection", "scales", "scale"),
+        ("reward", "gausian", "gaussian"),
+        ("observation", "row", "raw"),
+        ("features", "alive", "live"),
+        ("metric", "mac", "macs"),
+    ],
+)
+def test_a_choice_that_does_not_exist_is_refused(choice, name, meant):
+    with pytest.raises(ZooError, match=f"Unknown {choice}.*Did you mean '{meant}'"):
+        make(**{choice: name})
 
 
-def test_ppo_repeats_itself_and_leaves_the_random_state_alone():
-    torch.manual_seed(1)
-    before = torch.random.get_rng_state()
-    _, first, _ = learn(16)
-    assert torch.equal(before, torch.random.get_rng_state())
-    torch.manual_seed(2)
-    _, second, _ = learn(16)
-    assert first == second
-
-
-def test_ppo_stops_when_it_is_told_and_on_interruption():
-    count = iter(range(100))
-    _, rewards, _ = learn(64, stop=lambda: next(count) == 4)
-    assert len(rewards) == 5
-
-    def interrupted(_task, widths, seed):
-        if next(count) > 20:
-            raise KeyboardInterrupt
-        return accuracy(_task, widths, seed)
-
-    played = []
-    policy = train_ppo(partial(make, evaluate=interrupted), 64, seed=0, on_episode=played.append)
-    assert 0 < len(played) < 64
-    observation, _ = make().reset(seed=0)
-    assert policy(observation).shape == (1,)
+def test_what_is_no_number_stops_the_episode():
+    with pytest.raises(ZooError, match="accuracy of nan"):
+        final(make(evaluate=lambda candidates: [math.nan] * len(candidates)), [0.0] * LAYERS)
+    with pytest.raises(ZooError, match="diverged"):
+        final(make(), [math.nan] * LAYERS)

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import copy
+import math
+from dataclasses import dataclass, field, replace
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,22 +13,20 @@ from zoo.data import ImageSet
 from zoo.errors import ZooError
 from zoo.models import build_model
 from zoo.pruning.graph import channel_groups
+from zoo.pruning.plan import kept_positions, make_plan
+from zoo.pruning.surgery import apply
 from zoo.search import evaluation
 from zoo.search.evaluation import (
     Evaluator,
-    Fidelity,
-    Task,
-    check_tasks,
-    cut,
-    make_task,
+    FineTuning,
+    Recalibration,
+    live_features,
     recalibrate,
-    recalibrated_accuracy,
-    recalibration,
-    sample,
-    short_finetune,
-    short_finetune_accuracy,
+    recalibrated,
 )
 from zoo.search.ledger import Ledger
+from zoo.search.masked_training import RandomlyMasked, train_under_masks
+from zoo.search.tasks import Candidate, Task, check_tasks, cut, make_task, plan_of, sample
 from zoo.training import Recipe, finetune
 
 
@@ -57,8 +60,20 @@ def resnet() -> Task:
     return trained("resnet20-16")
 
 
-def halves(task: Task) -> tuple[int, ...]:
-    return tuple(size // 2 for size in task.groups.sizes)
+def halved(task: Task, seed: int) -> Candidate:
+    return Candidate(task, tuple(size // 2 for size in task.groups.sizes), seed)
+
+
+@dataclass
+class Counted:
+    """A fidelity that measures nothing, and remembers what it was asked for."""
+
+    name: str
+    calls: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+
+    def measure(self, candidate: Candidate) -> float:
+        self.calls.append((candidate.widths, candidate.seed))
+        return 0.5 + candidate.seed / 10
 
 
 def test_the_task_is_measured_on_the_validation_split(resnet):
@@ -74,10 +89,11 @@ def test_evaluating_changes_nothing_in_the_base_network_and_repeats_itself(name,
     before = {key: tensor.clone() for key, tensor in task.module.state_dict().items()}
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
-    first = recalibrated_accuracy(task, halves(task), seed=3, calibration_images=256)
+    fidelity = Recalibration(256)
+    first = fidelity.measure(halved(task, 3))
     assert torch.equal(state, torch.random.get_rng_state())
     torch.manual_seed(6)
-    assert recalibrated_accuracy(task, halves(task), seed=3, calibration_images=256) == first
+    assert fidelity.measure(halved(task, 3)) == first
     assert not task.module.training
     for key, tensor in task.module.state_dict().items():
         assert torch.equal(tensor, before[key]), key
@@ -88,17 +104,17 @@ def test_recalibration_repairs_what_pruning_broke(name, request):
     task = request.getfixturevalue(name)
     broken, repaired = [], []
     for seed in range(4):
-        module = cut(task, halves(task), seed)
+        module = cut(halved(task, seed))
         broken.append(evaluation.evaluate(module, task.val).accuracy)
         recalibrate(module, task.module, task.train)
         repaired.append(evaluation.evaluate(module, task.val).accuracy)
     assert sum(repaired) > sum(broken)
-    whole = recalibrated_accuracy(task, task.groups.sizes, seed=0)
+    whole = Recalibration().measure(Candidate(task, task.groups.sizes, 0))
     assert whole == pytest.approx(task.base_accuracy, abs=0.05)
 
 
 def test_batch_norm_statistics_are_those_of_the_calibration_images(resnet):
-    module = cut(resnet, halves(resnet), 0)
+    module = cut(halved(resnet, 0))
     recalibrate(module, resnet.module, resnet.train)
     images = resnet.train.normalise(resnet.train.images)
     with torch.no_grad():
@@ -114,7 +130,7 @@ def test_batch_norm_statistics_are_those_of_the_calibration_images(resnet):
 def test_without_batch_norm_inputs_are_rescaled_by_what_their_producer_kept(cnet, monkeypatch):
     monkeypatch.setattr(evaluation, "_small_steps", lambda *_: None)
     widths = (16, 8, 32, 16, 4, 16)
-    plain, scaled = cut(cnet, widths, 1), cut(cnet, widths, 1)
+    plain, scaled = (cut(Candidate(cnet, widths, 1)) for _ in range(2))
     recalibrate(scaled, cnet.module, cnet.train)
     factors = {"conv1": 1, "conv2": 2, "conv3": 4, "conv4": 1, "conv5": 2, "conv6": 8, "fc": 2}
     for name, factor in factors.items():
@@ -142,47 +158,107 @@ def test_bad_tasks_are_refused(cnet, resnet):
 
 
 def test_an_evaluation_is_paid_for_once(cnet, tmp_path):
-    calls = []
+    fidelity, other = Counted("one"), Counted("other")
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        evaluator = Evaluator(ledger)
+        candidates = [halved(cnet, seed) for seed in (1, 2, 1)]
+        assert evaluator(candidates, fidelity, ["a", "b", "c"]) == [0.6, 0.7, 0.6]
+        assert (len(fidelity.calls), evaluator.measured, evaluator.replayed) == (2, 2, 1)
+        assert {row.key.seed: row.source for row in ledger} == {1: "c", 2: "b"}
+    with Ledger(tmp_path / "ledger.jsonl") as ledger:
+        again = Evaluator(ledger)
+        assert again([halved(cnet, 2)], fidelity) == [0.7]
+        assert len(fidelity.calls) == 2
+        again([halved(cnet, 2)], other)
+        again([Candidate(cnet, (1,) * 6, 2)], fidelity)
+        assert (len(fidelity.calls), len(other.calls)) == (3, 1)
 
-    def measure(_task, widths, seed):
-        calls.append((widths, seed))
-        return 0.5 + seed / 10
 
-    fidelity, other = Fidelity("one", measure), Fidelity("other", measure)
-    evaluator = Evaluator(Ledger(tmp_path / "ledger.jsonl"))
-    assert [evaluator(cnet, halves(cnet), seed, fidelity) for seed in (1, 2, 1)] == [0.6, 0.7, 0.6]
-    assert (len(calls), evaluator.measured, evaluator.replayed) == (2, 2, 1)
-    again = Evaluator(Ledger(tmp_path / "ledger.jsonl"))
-    assert again(cnet, halves(cnet), 2, fidelity) == 0.7
-    assert len(calls) == 2
-    again(cnet, halves(cnet), 2, other)
-    again(cnet, (1,) * 6, 2, fidelity)
-    assert len(calls) == 4
+@pytest.mark.parametrize("seed", [math.nan, math.inf, 6, -6])
+def test_what_is_no_accuracy_is_refused_and_not_kept(cnet, seed):
+    ledger = Ledger()
+    with pytest.raises(ZooError, match=r"accuracy of .* by broken"):
+        Evaluator(ledger)([halved(cnet, 1), halved(cnet, seed)], Counted("broken"))
+    assert [row.accuracy for row in ledger] == [0.6]
 
 
 def test_fidelity_names_tell_their_settings_apart():
     recipe = Recipe(epochs=1)
     names = [
-        recalibration().name,
-        recalibration(1024).name,
-        recalibration(2048, 500).name,
-        short_finetune(recipe).name,
-        short_finetune(recipe, 500).name,
-        short_finetune(Recipe(epochs=1, lr=0.01)).name,
+        Recalibration().name,
+        Recalibration(1024).name,
+        Recalibration(2048, 500).name,
+        FineTuning(recipe).name,
+        FineTuning(recipe, 500).name,
+        FineTuning(Recipe(epochs=1, lr=0.01)).name,
     ]
     assert len(set(names)) == len(names)
-    assert short_finetune(Recipe(epochs=1)).name == short_finetune(recipe).name
+    assert FineTuning(Recipe(epochs=1)).name == FineTuning(recipe).name
 
 
-def test_an_interrupted_fine_tune_leaves_no_row(cnet, tmp_path, monkeypatch):
+def test_an_interrupted_fine_tune_leaves_no_row(cnet, monkeypatch):
     def interrupted(*_args, **_options):
         raise KeyboardInterrupt
 
-    evaluator = Evaluator(Ledger(tmp_path / "ledger.jsonl"))
-    recipe = Recipe(epochs=1, augment=False)
-    accuracy = short_finetune_accuracy(cnet, halves(cnet), seed=0, recipe=recipe)
-    assert 0 <= accuracy <= 1
+    fidelity = FineTuning(Recipe(epochs=1, augment=False))
+    assert 0 <= fidelity.measure(halved(cnet, 0)) <= 1
     monkeypatch.setattr("zoo.training._train_epoch", interrupted)
+    ledger = Ledger()
     with pytest.raises(KeyboardInterrupt):
-        evaluator(cnet, halves(cnet), 0, short_finetune(recipe))
-    assert len(Ledger(tmp_path / "ledger.jsonl")) == 0
+        Evaluator(ledger)([halved(cnet, 0)], fidelity)
+    assert len(ledger) == 0
+
+
+def test_live_features_are_those_of_the_network_that_was_cut(resnet):
+    candidate = halved(resnet, 4)
+    module = recalibrated(candidate, 512)
+    pruned = channel_groups(module, torch.zeros(1, 3, 8, 8))
+    direct = evaluation.layer_features(module, pruned, sample(resnet.val, 512))
+    kept = plan_of(candidate).kept
+    for group, live, own in zip(pruned.groups, live_features(candidate, 512), direct, strict=True):
+        inside = list(kept[group.name])
+        np.testing.assert_allclose(live[inside], own, rtol=1e-3, atol=1e-9)
+        assert not np.delete(live, inside).any()
+
+
+def test_under_masks_the_network_is_what_surgery_would_make_of_it(resnet):
+    """In one training step: the same loss and gradients as the network cut to the drawn widths."""
+    dense = copy.deepcopy(resnet.module).train()
+    wrapper = RandomlyMasked(dense, resnet.groups, seed=3).train()
+    kept = RandomlyMasked(dense, resnet.groups, seed=3)._kept()
+    widths = {name: len(channels) for name, channels in kept.items()}
+    scores = [[float(c in kept[g.name]) for c in range(g.size)] for g in resnet.groups.groups]
+    plan = make_plan(
+        resnet.groups, widths, scores,
+        profile="", metric="params", asked=1, criterion="", seed=0,
+    )  # fmt: skip
+    pruned = apply(dense, resnet.groups, plan).train()
+    images = resnet.train.normalise(resnet.train.images[:32])
+    ours, theirs = wrapper(images), pruned(images)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    ours.square().sum().backward()
+    theirs.square().sum().backward()
+    grads = dict(dense.named_parameters())
+    for name, dims in kept_positions(resnet.groups, plan.kept).items():
+        if name not in grads:
+            continue
+        full = grads[name].grad
+        part = full
+        for dim, index in dims.items():
+            part = part.index_select(dim, torch.from_numpy(index))
+        own = pruned.get_parameter(name).grad
+        torch.testing.assert_close(part, own, rtol=1e-2, atol=1e-3)
+        assert full.abs().sum() == pytest.approx(float(part.abs().sum()), rel=1e-4)
+
+
+def test_training_under_masks_helps_what_is_cut_from_it(resnet):
+    candidates = [halved(resnet, seed) for seed in range(4)]
+    twin = copy.deepcopy(resnet.module)
+    recipe = Recipe(epochs=3, lr=0.05, augment=False, batch_size=64)
+    train_under_masks(twin, resnet.groups, resnet.train, recipe)
+    assert not twin.training
+    task = make_task("masked", twin, resnet.groups, resnet.train, resnet.val)
+    fidelity = Recalibration(256)
+    before = [fidelity.measure(candidate) for candidate in candidates]
+    after = [fidelity.measure(replace(candidate, task=task)) for candidate in candidates]
+    assert sum(after) > sum(before)

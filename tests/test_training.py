@@ -109,6 +109,16 @@ def test_the_best_weights_are_kept_though_later_epochs_are_worse(toy_images, mon
     assert not same(weights(model), snapshots[4])
 
 
+def test_without_validation_nothing_is_measured_and_the_last_weights_stay(toy_images, monkeypatch):
+    measured, unmeasured = network(), network()
+    finetune(measured, toy_images, toy_images, recipe=QUICK)
+    monkeypatch.setattr("zoo.training.evaluate", None)
+    result = finetune(unmeasured, toy_images, None, recipe=QUICK)
+    assert (result.initial, result.accuracy, result.epoch) == (None, None, QUICK.epochs)
+    assert [record.accuracy for record in result.history] == [None] * QUICK.epochs
+    assert same(weights(unmeasured), weights(measured))  # QUICK's last epoch is its best
+
+
 def test_training_that_only_harms_gives_the_first_weights_back(toy_images, monkeypatch):
     scripted_accuracies(monkeypatch, 0.9, 0.5, 0.4, 0.3)
     model = network()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from zoo.profile import Profile
     from zoo.registry import get_profile, list_profiles
     from zoo.runtime import InferenceSession
-    from zoo.search.campaign import search_profile
+    from zoo.search.campaign import SearchConfig, search_profile
     from zoo.training import RECIPES, Recipe, evaluate, finetune
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Profile",
     "Recipe",
     "Schedule",
+    "SearchConfig",
     "ZooError",
     "create_model",
     "evaluate",
@@ -57,7 +58,7 @@ _HOMES = {
     "zoo.profile": ("Profile",),
     "zoo.registry": ("get_profile", "list_profiles"),
     "zoo.runtime": ("InferenceSession",),
-    "zoo.search.campaign": ("search_profile",),
+    "zoo.search.campaign": ("SearchConfig", "search_profile"),
     "zoo.training": ("RECIPES", "Recipe", "evaluate", "finetune"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -151,7 +151,7 @@ class PruneCommand:
     """what the factor counts; latency is measured once, on this machine's CPU at batch 1"""
     criterion: str = "random"
     """which channels stay: random, l1, l2, fpgm, bn_scale, synflow; or, with --data, taylor,
-    taylor_weight, fisher, obd, snip, apoz"""
+    taylor_weight, fisher, obd, snip, apoz, reinforce"""
     init: Literal["pretrained", "random", "rewound"] = "pretrained"
     """weights of the pruned network: the checkpoint's, new ones, or those of --rewind"""
     rewind: str | None = None
@@ -320,15 +320,47 @@ def export(command: ExportCommand) -> None:
 
 @dataclass(frozen=True)
 class SearchCommand:
-    """Search for a profile with reinforcement learning."""
+    """Search for profiles with reinforcement learning, or another agent."""
 
 
 def search(command: Any) -> None:
     from zoo.rendering import headline
     from zoo.search.campaign import search_profile
 
-    profile = search_profile(command)
-    print(f"{command.out / profile.name}.json: {headline(profile)}")
+    for profile in search_profile(command):
+        print(f"{command.out / profile.name}.json: {headline(profile)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LedgerCommand:
+    """What ledgers of searches hold: evaluations by fidelity and source, and the best profiles."""
+
+    paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="PATH")]
+    """ledgers (.jsonl, .parquet) or folders of runs"""
+    arch: str | None = None
+    """their architecture, which the factors are of"""
+    top: int = 10
+    """best profiles to show per base network and fidelity"""
+    cf: float | None = None
+    """only profiles at this factor, with --arch"""
+    metric: Metric = "params"
+    """what the factor counts"""
+    plot: Path | None = None
+    """plot accuracy against the factor into this .png or .svg file, with --arch"""
+
+
+def ledger(command: LedgerCommand) -> None:
+    from zoo.rendering import print_tables
+    from zoo.search.report import ledger_report, plot_ledger
+
+    print_tables(
+        ledger_report(
+            command.paths, command.arch, top=command.top, cf=command.cf, metric=command.metric
+        )
+    )
+    if command.plot is not None:
+        plot_ledger(command.paths, command.arch, command.plot, command.metric)
+        print(f"Wrote {command.plot}")
 
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
@@ -340,6 +372,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "evaluate": (EvaluateCommand, evaluate),
     "export": (ExportCommand, export),
     "search": (SearchCommand, search),
+    "ledger": (LedgerCommand, ledger),
 }
 """Name -> (flags, what carries it out)."""
 

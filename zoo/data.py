@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -324,6 +325,18 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
         )
 
 
+def _some_classes(data: ImageSet, chosen: slice, name: str) -> ImageSet:
+    """The images of some classes, which are numbered from 0 again."""
+    classes = range(len(data.classes))[chosen]
+    if len(classes) < 2:
+        raise DataError(f"{name} leaves {len(classes)} of {len(data.classes)} classes.")
+    inside = (data.labels >= classes[0]) & (data.labels <= classes[-1])
+    part = data.subset(inside.nonzero().flatten())
+    title = f"{data.name}, classes {classes[0] + 1} to {classes[-1] + 1} of {len(data.classes)}"
+    return replace(part, name=title, labels=part.labels - classes[0], classes=data.classes[chosen])
+
+
+_CLASSES = re.compile(r"\[(\d*):(\d*)\]$")
 DATASETS = {"digits": _digits, "cifar10": _cifar10}
 
 
@@ -332,13 +345,21 @@ def load_data(name: str, root: str | Path | None = None, *, size: int = 32) -> S
 
     Args:
         name: `digits` (needs no files), `cifar10` (`root` holds train/ and val/ ImageFolder trees,
-            or a cifar10/ folder that does), or `imagefolder:PATH`.
+            or a cifar10/ folder that does), or `imagefolder:PATH`; with some of the classes alone,
+            in order, as `imagefolder:PATH[:50]` or `cifar10[5:]`.
         root: folder of the files.
         size: pixels per side; other sizes are resampled by area.
 
     Raises:
-        DataError: for an unknown name, missing or unreadable files.
+        DataError: for an unknown name, missing or unreadable files, or a choice of fewer than two
+            classes.
     """
+    chosen = _CLASSES.search(name)
+    if chosen:
+        splits = load_data(name[: chosen.start()], root, size=size)
+        first, last = (int(text) if text else None for text in chosen.groups())
+        parts = (splits.train, splits.val, splits.test)
+        return Splits(*(_some_classes(part, slice(first, last), name) for part in parts))
     folder = Path(root).expanduser() if root is not None else None
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:

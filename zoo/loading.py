@@ -97,7 +97,8 @@ def load(
         metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on this
             machine's CPU, at batch 1, and cached.
         criterion: which channels stay: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, `synflow`; or,
-            with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`, `snip`, `apoz`.
+            with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`, `snip`, `apoz`,
+            `reinforce` (learnt by trial, in minutes).
         init: keep the `pretrained` weights, start the pruned network from `random` ones, or from
             `rewound` ones: the channels are chosen on `weights` (Frankle and Carbin, 2019).
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.

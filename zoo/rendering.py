@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -21,6 +21,7 @@ __all__ = [
     "print_policies",
     "print_profile",
     "print_profiles",
+    "print_tables",
     "pruning_summary",
     "training_summary",
 ]
@@ -47,6 +48,13 @@ def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> 
     for other in dict.fromkeys(entry.architecture for entry in entries):
         if arch and arch != other:
             console.print(_provisional(arch, other), highlight=False)
+
+
+def print_tables(tables: Iterable[Table]) -> None:
+    """The tables one after the other."""
+    console = _console()
+    for table in tables:
+        console.print(table)
 
 
 def print_policies(architectures: Sequence[str]) -> None:
@@ -142,18 +150,20 @@ def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
     if not evidence:
         console.print("\nNo evidence is stored with this profile.")
         return
-    table = Table("\npolicy", box=None)
-    for column in ("params", "MACs", "before", "accuracy", "seeds"):
-        table.add_column(f"\n{column}", justify="right")
-    for row in evidence:
-        before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
-        costs = f"{row.params:,}", f"{row.macs:,}"
-        spread = f" ± {row.sd:.2%}" if len(row.seeds) > 1 else ""
-        accuracy = f"{row.mean:.2%}{spread}"
-        table.add_row(row.policy, *costs, before, accuracy, str(len(row.seeds)))
-    console.print(table)
-    for text in dict.fromkeys(f"{row.data}; {row.fidelity}" for row in evidence):
-        console.print(text, highlight=False)
+    for data in dict.fromkeys(row.data for row in evidence):
+        own = [row for row in evidence if row.data == data]
+        table = Table("\npolicy", box=None)
+        for column in ("params", "MACs", "before", "accuracy", "seeds"):
+            table.add_column(f"\n{column}", justify="right")
+        for row in own:
+            before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
+            costs = f"{row.params:,}", f"{row.macs:,}"
+            spread = f" ± {row.sd:.2%}" if len(row.seeds) > 1 else ""
+            accuracy = f"{row.mean:.2%}{spread}"
+            table.add_row(row.policy, *costs, before, accuracy, str(len(row.seeds)))
+        console.print(table)
+        for fidelity in dict.fromkeys(row.fidelity for row in own):
+            console.print(f"{data}; {fidelity}", highlight=False)
 
 
 def _console() -> Console:

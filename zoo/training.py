@@ -66,17 +66,17 @@ RECIPES: dict[str, Recipe] = {
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One pass: mean training loss, validation accuracy in [0, 1], and seconds."""
+    """One pass: mean training loss, validation accuracy in [0, 1] if measured, and seconds."""
 
     epoch: int
     loss: float
-    accuracy: float
+    accuracy: float | None
     seconds: float
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did. Accuracies are validation accuracies in [0, 1].
+    """What training did. Accuracies are validation accuracies in [0, 1], None if not measured.
 
     Attributes:
         initial: before the first step.
@@ -88,8 +88,8 @@ class TrainResult:
         device: where it ran.
     """
 
-    initial: float
-    accuracy: float
+    initial: float | None
+    accuracy: float | None
     epoch: int
     history: tuple[EpochRecord, ...]
     interrupted: bool
@@ -109,7 +109,7 @@ class Evaluation:
 def finetune(
     model: nn.Module,
     train: Data,
-    val: Data,
+    val: Data | None,
     *,
     teacher: nn.Module | None = None,
     recipe: str | Recipe = "standard",
@@ -122,7 +122,8 @@ def finetune(
     Args:
         model: any classifier, images (N, 3, H, W) to logits (N, classes).
         train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set, of
-            which the training and validation splits are taken.
+            which the training and validation splits are taken. Without `val` nothing is measured
+            and the last weights are kept.
         teacher: a network with the same outputs to distil from; it is moved to the device, and its
             mode is restored.
         recipe: a name of `RECIPES` or a `Recipe`.
@@ -144,7 +145,7 @@ def finetune(
     device = accelerator.device
     model.to(device)
     batches = _loader(train, "train", settings, accelerator, seed)
-    held = _loader(val, "val", settings, accelerator, seed)
+    held = None if val is None else _loader(val, "val", settings, accelerator, seed)
     if len(batches) == 0:
         raise DataError("The training data holds no images.")
     steps = settings.epochs * len(batches)
@@ -154,7 +155,7 @@ def finetune(
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     teaching = nullcontext() if teacher is None else evaluating(teacher.to(device))
-    initial = evaluate(model, held).accuracy
+    initial = None if held is None else evaluate(model, held).accuracy
     best, best_epoch, best_state = initial, 0, _snapshot(model)
     history: list[EpochRecord] = []
     interrupted = False
@@ -172,10 +173,11 @@ def finetune(
                         f"far (epoch {best_epoch}) were kept. Try a smaller learning rate than "
                         f"{settings.lr}."
                     )
-                accuracy = evaluate(model, held).accuracy
+                accuracy = None if held is None else evaluate(model, held).accuracy
                 history.append(EpochRecord(epoch, loss, accuracy, time.perf_counter() - tick))
-                advance(0, f"loss {loss:.3f}  val {accuracy:.2%}")
-                if accuracy >= best:
+                told = "" if accuracy is None else f"  val {accuracy:.2%}"
+                advance(0, f"loss {loss:.3f}{told}")
+                if accuracy is None or best is None or accuracy >= best:
                     best, best_epoch, best_state = accuracy, epoch, _snapshot(model)
     except KeyboardInterrupt:
         interrupted = True

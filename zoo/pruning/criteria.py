@@ -22,6 +22,7 @@ from zoo.pruning.data_scores import (
     taylor_scores,
     taylor_weight_scores,
 )
+from zoo.pruning.filter_agent import reinforce_scores
 from zoo.pruning.weight_scores import (
     Scores,
     bn_scale_scores,
@@ -121,6 +122,7 @@ CRITERIA: dict[str, Criterion] = {
     "obd": _from_data(obd_scores),
     "snip": _from_data(snip_scores),
     "apoz": _from_data(apoz_scores),
+    "reinforce": Criterion(reinforce_scores, needs_data=True),
 }
 
 

@@ -4,67 +4,171 @@ Importing this module registers `zoo/Pruning-v0`, so that
 
     gymnasium.make("zoo.search.env:zoo/Pruning-v0", tasks=..., groups=..., cf=4, evaluate=...)
 
-makes one.
+makes one. `zoo.search.vector_env` steps many together.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.cost import cost_model
+from zoo.cost import CostModel, cost_model
 from zoo.errors import ZooError, unknown
 from zoo.groups import ChannelGroups
 from zoo.pruning.criteria import random_scores
-from zoo.search.evaluation import SEARCH_SEEDS, Task, check_tasks
-from zoo.search.observation import describe, length, observe, summarise
-from zoo.search.reward import gaussian
-from zoo.solver import FLOOR, round_widths, scale_curve, solve
+from zoo.search.evaluation import Evaluate
+from zoo.search.observation import VIEWS, describe, observe
+from zoo.search.reward import REWARDS, Outcome
+from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, check_tasks
+from zoo.solver import FLOOR, Solution, round_widths, scale_curve, solve
 
 try:
     import gymnasium
 except ImportError:
     raise ZooError("The search needs gymnasium: pip install 'prunezoo[search]'.") from None
 
-__all__ = ["ENV_ID", "PROJECTIONS", "PruningEnv", "keep_ratio"]
+__all__ = [
+    "ENV_ID",
+    "FEATURES",
+    "PROJECTIONS",
+    "Entry",
+    "EnvSettings",
+    "PruningEnv",
+    "Rollout",
+    "keep_ratio",
+]
 
 ENV_ID = "zoo/Pruning-v0"
-PROJECTIONS = ("none", "scale")
+PROJECTIONS = ("none", "scale", "bound")
+FEATURES = ("static", "live")
 
-Evaluate = Callable[[Task, Sequence[int], int], float]
+Array = NDArray[np.float32]
+LiveFeatures = Callable[[Candidate], tuple[NDArray, ...]]
 
 
-class PruningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
-    """One step per channel group, one profile per episode, one task per episode.
+@dataclass(frozen=True)
+class EnvSettings:
+    """The choices that make a decision process.
+
+    Raises:
+        ZooError: for an unknown projection, reward, observation or kind of features.
+    """
+
+    metric: Literal["params", "macs", "latency"] = "params"
+    """what is compressed"""
+    projection: Literal["none", "scale", "bound"] = "scale"
+    """scale: every profile meets the factor; bound: at least the factor; none: the reward asks"""
+    reward: Literal["gaussian", "n2n", "hyperbolic"] = "gaussian"
+    """of a finished profile"""
+    sigma: float | None = None
+    """of the gaussian reward, in units of the factor; a tenth of the asked one by default"""
+    observation: Literal["summary", "raw"] = "summary"
+    """what is shown of a layer's features: quantiles, or every channel"""
+    features: Literal["static", "live"] = "static"
+    """static: the dense network's features; live: those of the network as pruned so far"""
+
+    def __post_init__(self) -> None:
+        for kind, value, choices in (
+            ("projection", self.projection, PROJECTIONS),
+            ("reward", self.reward, REWARDS),
+            ("observation", self.observation, VIEWS),
+            ("features", self.features, FEATURES),
+        ):
+            if value not in choices:
+                raise unknown(kind, value, choices)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of the queue: a task and a factor to reach on it.
+
+    Attributes:
+        task, cf: the task and the asked compression factor.
+        equal: the keep ratio of the equal policy at `cf`.
+        channel_seed: of the channels kept in all episodes of the task.
+        order: per group, its channels; the first ones are kept.
+    """
+
+    task: Task
+    cf: float
+    equal: float
+    channel_seed: int
+    order: tuple[NDArray[np.intp], ...]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A finished episode whose accuracy is still to be measured.
+
+    Attributes:
+        entry: the entry of the queue that it was played on.
+        actions: the keep ratios that were asked for.
+        widths, keep_ratios: those of the profile, after projection.
+        factor: compression factor of `widths`.
+    """
+
+    entry: Entry
+    actions: tuple[float, ...]
+    widths: tuple[int, ...]
+    keep_ratios: tuple[float, ...]
+    factor: float
+
+    @property
+    def candidate(self) -> Candidate:
+        return Candidate(self.entry.task, self.widths, self.entry.channel_seed)
+
+    def outcome(self, accuracy: float, sigma: float | None) -> Outcome:
+        """What there is to reward."""
+        sizes = self.entry.task.groups.sizes
+        kept = [width / size for width, size in zip(self.widths, sizes, strict=True)]
+        entry, base = self.entry, self.entry.task.base_accuracy
+        return Outcome(accuracy, base, self.factor, entry.cf, kept, entry.equal, sigma)
+
+
+class PruningEnv(gymnasium.Env[Array, Array]):
+    """One step per channel group, one profile per episode, one task and factor per episode.
 
     An action in [-1, 1] is the keep ratio β of the group at hand, rescaled to [0.1, 1] (paper,
-    section 8.2); later groups are whole. The reward is 0 but at the end of an episode, where it is
-    `zoo.search.reward.gaussian` of the finished network. `zoo.search.observation` says what the
-    agent sees; features are `static`: the dense network's, masked by what the episode kept.
+    section 8.2); later groups are whole. The reward is 0 but at the end of an episode
+    (`zoo.search.reward`). `zoo.search.observation` says what the agent sees.
 
-    The tasks are a circular queue: `reset(seed=s)` rewinds it to task s modulo its length,
-    `reset()` advances to the next. Each task has one random choice of channels, the same in all its
-    episodes: what differs between two rewards is the profile, not the luck of the draw.
+    Tasks times factors are a circular queue: `reset(seed=s)` rewinds it to entry s modulo its
+    length, `reset()` advances to the next. Each task has one random choice of channels, the same in
+    all its episodes: what differs between two rewards is the profile, not the luck of the draw.
 
-    The last step's `info` holds the episode: `task` (name), `channel_seed`, `actions` (β as the
-    agent chose them), `widths`, `keep_ratios`, `factor`, `accuracy` and `reward`.
+    Projections: `none` takes the actions as they are. `scale` meets the factor, to the solver's
+    tolerance, by one common scale of all β after the last action. `bound` lowers an action, where
+    it must, to the most that leaves the factor within reach of the later groups at 0.1 (He et al.,
+    2018, AMC): the profile then has the factor or a larger one, rounding included, wherever keep
+    ratios of 0.1 have it; nothing keeps it from being much larger.
+
+    The last step's `info` holds the episode: `task` (name), `cf`, `channel_seed`, `actions` (β as
+    the agent chose them), `widths`, `keep_ratios`, `factor`, `accuracy` and `reward`.
 
     Args:
         tasks: of one architecture.
-        groups: of the reference network, whose factor is `cf`; the costs are its costs.
-        cf: the compression factor asked for.
-        evaluate: (task, widths, channel seed) -> validation accuracy in [0, 1].
-        metric: `params` or `macs`.
-        projection: `scale` meets `cf` exactly, by one common scale of all β after the last action;
-            `none` takes the actions as they are.
-        sigma: of the reward, in units of the factor; 0.1 · cf by default.
+        groups: of the reference network, whose factor is `cf`.
+        cf: the compression factor asked for; or several, for a policy that is told which.
+        evaluate: candidates -> validation accuracies in [0, 1].
+        settings: of the decision process.
+        cost: of the reference network; by default parameters and MACs of `groups`.
+        live_features: candidate -> Taylor features of the network pruned to its widths and
+            recalibrated, per group one entry per dense channel, 0 where pruned. With `live`
+            features it is asked before every decision but the first.
+
+    Attributes:
+        queue: its entries.
 
     Raises:
         FactorError: if no keep ratios of at least 0.1 reach `cf`, naming the reachable range.
-        ZooError: for no tasks, tasks of different architectures or an unknown projection.
+        ZooError: for no tasks or factors, tasks of different architectures, a latency that was not
+            measured, or live features without the function for them.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012
@@ -73,94 +177,171 @@ class PruningEnv(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
         self,
         tasks: Sequence[Task],
         groups: ChannelGroups,
-        cf: float,
+        cf: float | Sequence[float],
         evaluate: Evaluate,
-        metric: str = "params",
-        projection: Literal["none", "scale"] = "scale",
-        sigma: float | None = None,
+        settings: EnvSettings = EnvSettings(),
+        *,
+        cost: CostModel | None = None,
+        live_features: LiveFeatures | None = None,
     ) -> None:
         check_tasks(tasks)
-        if tasks[0].groups.names != groups.names or tasks[0].groups.sizes != groups.sizes:
+        self.cost = cost_model(groups) if cost is None else cost
+        theirs = tasks[0].groups
+        if (theirs.names, theirs.sizes) != (groups.names, groups.sizes):
             raise ZooError(f"The task {tasks[0].name} does not have the reference's groups.")
-        if projection not in PROJECTIONS:
-            raise unknown("projection", projection, PROJECTIONS)
+        if self.cost.sizes != groups.sizes:
+            raise ZooError("The cost model is that of another network than the reference.")
+        if settings.features == "live" and live_features is None:
+            raise ZooError("Live features need live_features, the function that computes them.")
         self.tasks, self.groups, self.evaluate = tuple(tasks), groups, evaluate
-        self.cf, self.metric, self.projection, self.sigma = cf, metric, projection, sigma
-        self.model = cost_model(groups)
-        sizes = groups.sizes
-        solve(self.model, scale_curve([1.0] * len(sizes)), cf, metric)
-        self._largest_factor = self.model.factor(round_widths(sizes, [FLOOR] * len(sizes)), metric)
-        self._descriptors = describe(self.model)
+        self.settings = settings
+        self._live_features = live_features if settings.features == "live" else None
+        self.factors = tuple(float(factor) for factor in np.atleast_1d(cf))
+        if not self.factors:
+            raise ZooError("A search needs at least one compression factor.")
+        self.queue = self._make_queue()
+        self._floor = round_widths(groups.sizes, [FLOOR] * len(groups.sizes))
+        self._largest_factor = self._factor(self._floor)
+        self._descriptors = describe(self.cost)
+        self._next = 0
+        self.begin(0)
+        length = len(self.observe())
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
-        self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (length(len(sizes)),), np.float32)
-        self._position = -1
-        self._betas: list[float] = []
+        self.observation_space = gymnasium.spaces.Box(0.0, 1.0, (length,), np.float32)
 
     def reset(
         self,
         *,
         seed: int | None = None,
         options: dict[str, Any] | None = None,  # noqa: ARG002
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Begin an episode on the next task of the queue, or on the one that `seed` fixes."""
+    ) -> tuple[Array, dict[str, Any]]:
+        """Begin an episode on the next entry of the queue, or on the one that `seed` fixes."""
         super().reset(seed=seed)
-        self._position = (self._position + 1 if seed is None else seed) % len(self.tasks)
-        self._betas = []
-        self._channel_seed = SEARCH_SEEDS[0] + self._position
-        self._scores = [np.array(s) for s in random_scores(self.groups, self._channel_seed)]
-        return self._observation(), {"task": self.task.name}
+        number = self._next if seed is None else seed
+        self.begin(number)
+        self._next = number + 1
+        return self.observe(), {"task": self.entry.task.name, "cf": self.entry.cf}
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """Keep the share of the next group's channels that `action`, of shape (1,), asks for."""
-        self._betas.append(keep_ratio(float(np.asarray(action).item())))
-        if len(self._betas) < len(self.groups.sizes):
-            return self._observation(), 0.0, False, False, {}
-        observation, info = self._observation(), self._finish()
-        return observation, info["reward"], True, False, info
+        self.decide(keep_ratio(float(np.asarray(action).item())))
+        if not self.finished:
+            return self.observe(), 0.0, False, False, {}
+        [info] = self.score([self.finish()])
+        return self.observe(), info["reward"], True, False, info
+
+    def begin(self, number: int) -> None:
+        """Begin episode `number` (0, 1, ...) of the circular queue."""
+        self.entry = self.queue[number % len(self.queue)]
+        self._asked: list[float] = []
+        self._betas: list[float] = []
+
+    def decide(self, beta: float) -> None:
+        """Keep `beta` of the next group's channels, or what the projection leaves of it."""
+        self._asked.append(beta)
+        bound = self.settings.projection == "bound"
+        self._betas.append(self._bounded(beta) if bound else beta)
 
     @property
-    def task(self) -> Task:
-        """The task of the running episode."""
-        return self.tasks[self._position]
+    def finished(self) -> bool:
+        """Whether every group was decided on."""
+        return len(self._asked) == len(self.groups.sizes)
 
-    def _finish(self) -> dict[str, Any]:
-        sizes = self.groups.sizes
-        if self.projection == "scale":
-            solution = solve(self.model, scale_curve(self._betas), self.cf, self.metric)
-            widths, ratios = solution.widths, solution.keep_ratios
-        else:
-            widths, ratios = round_widths(sizes, self._betas), tuple(self._betas)
-        factor = self.model.factor(widths, self.metric)
-        accuracy = self.evaluate(self.task, widths, self._channel_seed)
-        return {
-            "task": self.task.name,
-            "channel_seed": self._channel_seed,
-            "actions": tuple(self._betas),
-            "widths": widths,
-            "keep_ratios": ratios,
-            "factor": factor,
-            "accuracy": accuracy,
-            "reward": gaussian(accuracy, self.task.base_accuracy, factor, self.cf, self.sigma),
-        }
+    def finish(self) -> Rollout:
+        """The episode that the decisions so far, one per group, make."""
+        widths, betas = round_widths(self.groups.sizes, self._betas), tuple(self._betas)
+        if self.settings.projection == "scale":
+            solution = self._solve(betas, self.entry.cf)
+            widths, betas = solution.widths, solution.keep_ratios
+        return Rollout(self.entry, tuple(self._asked), widths, betas, self._factor(widths))
 
-    def _observation(self) -> NDArray[np.float32]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[dict[str, Any]]:
+        """The infos of finished episodes, which are evaluated together.
+
+        Raises:
+            ZooError: for what is no accuracy in [0, 1].
+        """
+        reward, sigma = REWARDS[self.settings.reward], self.settings.sigma
+        accuracies = map(float, self.evaluate([rollout.candidate for rollout in rollouts]))
+        return [
+            {
+                "task": rollout.entry.task.name,
+                "cf": rollout.entry.cf,
+                "channel_seed": rollout.entry.channel_seed,
+                "actions": rollout.actions,
+                "widths": rollout.widths,
+                "keep_ratios": rollout.keep_ratios,
+                "factor": rollout.factor,
+                "accuracy": accuracy,
+                "reward": float(reward(rollout.outcome(accuracy, sigma))),
+            }
+            for rollout, accuracy in zip(rollouts, accuracies, strict=True)
+        ]
+
+    def observe(self) -> Array:
+        """What there is to see now."""
         step, sizes = len(self._betas), self.groups.sizes
         betas = self._betas + [1.0] * (len(sizes) - step)
         widths = round_widths(sizes, betas)
         previous = (step - 1) % len(sizes)
-        order = np.argsort(-self._scores[previous], kind="stable")
         kept = np.zeros(sizes[previous], dtype=bool)
-        kept[order[: widths[previous]]] = True
-        summary = summarise(self.task.features, previous, kept)
-        factor = self.model.factor(widths, self.metric)
-        compression = np.log(factor) / np.log(self._largest_factor)
-        return observe(self._descriptors, step, summary, compression, betas[previous])
+        kept[self.entry.order[previous][: widths[previous]]] = True
+        features = self.entry.task.features
+        if self._live_features and 0 < step < len(sizes):
+            candidate = Candidate(self.entry.task, widths, self.entry.channel_seed)
+            features = self._live_features(candidate)
+        view = VIEWS[self.settings.observation](features, previous, kept)
+        rest = [self._scaled(self._factor(widths)), betas[previous]]
+        if len(self.factors) > 1:
+            rest.append(self._scaled(self.entry.cf))
+        return observe(self._descriptors, step, view, rest)
+
+    def _make_queue(self) -> tuple[Entry, ...]:
+        whole = [1.0] * len(self.groups.sizes)
+        equal = {cf: fmean(self._solve(whole, cf).keep_ratios) for cf in self.factors}
+        queue = []
+        for position, task in enumerate(self.tasks):
+            seed = SEARCH_SEEDS[0] + position
+            scores = random_scores(self.groups, seed)
+            order = tuple(np.argsort(-np.array(group), kind="stable") for group in scores)
+            queue += [Entry(task, cf, equal[cf], seed, order) for cf in self.factors]
+        return tuple(queue)
+
+    def _bounded(self, beta: float) -> float:
+        """`beta`, or the most below it that leaves the factor in reach of the later groups."""
+        group, sizes = len(self._betas), self.groups.sizes
+        decided = round_widths(sizes[: group + 1], [*self._betas, beta])
+        widths = [*decided, *self._floor[group + 1 :]]
+        least, asked = self._floor[group], widths[group]
+
+        def misses(width: int) -> bool:
+            widths[group] = width
+            return self._factor(widths) < self.entry.cf
+
+        if not misses(asked):
+            return beta
+        most = least + bisect_left(range(least + 1, asked + 1), True, key=misses)
+        return max(FLOOR, most / sizes[group])
+
+    def _solve(self, betas: Sequence[float], cf: float) -> Solution:
+        return solve(self.cost, scale_curve(betas), cf, self.settings.metric)
+
+    def _factor(self, widths: Sequence[int]) -> float:
+        return self.cost.factor(widths, self.settings.metric)
+
+    def _scaled(self, factor: float) -> float:
+        """A compression factor on a scale from 0 to 1, as the observation has it."""
+        return float(np.log(factor) / np.log(self._largest_factor))
 
 
 def keep_ratio(action: float) -> float:
-    """An action in [-1, 1] as a keep ratio in [0.1, 1]."""
+    """An action in [-1, 1] as a keep ratio in [0.1, 1].
+
+    Raises:
+        ZooError: if it is not a number.
+    """
+    if np.isnan(action):
+        raise ZooError("An action of nan is no keep ratio: the policy has diverged.")
     return FLOOR + (min(1.0, max(-1.0, action)) + 1) / 2 * (1 - FLOOR)
 
 

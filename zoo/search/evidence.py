@@ -1,82 +1,81 @@
-"""Evidence for profiles: every policy fine-tuned alike on a base network that no search saw."""
+"""Evidence for profiles: every policy fine-tuned alike on base networks that no search saw."""
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from zoo.cost import cost_model
+from zoo.cost import CostModel
 from zoo.data import ImageSet
 from zoo.profile import Evidence
-from zoo.pruning.known_groups import reference_groups
-from zoo.search.evaluation import Task, cut, recalibrate, sample, say
-from zoo.training import Recipe, evaluate, finetune
+from zoo.search.evaluation import Evaluator, FineTuning, Recalibration
+from zoo.search.tasks import Candidate, Task
+from zoo.training import evaluate
 
-__all__ = ["evidence"]
+__all__ = ["evidence", "examined"]
 
 Widths = tuple[int, ...]
 
 
+def examined(task: Task, test: ImageSet) -> Task:
+    """`task` with its accuracies measured on `test`: for the final evidence, never for a search."""
+    return dataclasses.replace(
+        task,
+        val=test,
+        split_digest=test.digest(),
+        base_accuracy=evaluate(task.module, test).accuracy,
+    )
+
+
 def evidence(
-    arch: str,
     policies: Mapping[str, Widths],
-    base: Task,
-    test: ImageSet,
-    recipe: Recipe,
+    exam: Task,
+    evaluator: Evaluator,
+    fidelity: FineTuning,
     seeds: Sequence[int],
-    train_images: int | None = None,
+    cost: CostModel,
 ) -> tuple[Evidence, ...]:
     """Test accuracy of every policy after the same fine-tune, and of the dense network as it is.
 
     Args:
-        arch: the architecture; costs are stated at its reference.
         policies: name -> channels to keep, per group in order.
-        base: a base network that no search saw, and its data.
-        test: the split that accuracies are measured on.
-        recipe: of the fine-tune on `base.train`; the best epoch is chosen on `base.val`.
+        exam: a base network that no search saw, measured on the test split.
+        evaluator: what measures, and keeps what it measured.
+        fidelity: of the fine-tune; its last weights are measured, so that the test split chooses
+            nothing.
         seeds: of the channels kept and of the training, the same for every policy.
-        train_images: of the fine-tune; all by default.
+        cost: of the architecture's reference, at which parameters and MACs are stated.
 
     Returns:
         `base` first, then the policies in order. Standard deviations divide by n - 1.
     """
-    model = cost_model(reference_groups(arch))
-    start = evaluate(base.module, test).accuracy
-    rows = [
-        _evidence("base", model.sizes, model, [start], [0], (), "dense, as trained", test),
-    ]
-    fidelity = (
-        f"fine-tuned {recipe.epochs} epochs of {train_images or len(base.train)} images "
+    recipe, images = fidelity.recipe, fidelity.train_images
+    told = (
+        f"fine-tuned {recipe.epochs} epochs of {images or len(exam.train)} images "
         f"({recipe.optimizer}, batch {recipe.batch_size}, lr {recipe.lr:g}), random channels"
     )
-    train = sample(base.train, train_images)
-    for policy, widths in policies.items():
-        before, after = [], []
-        for seed in seeds:
-            module = cut(base, widths, seed).to(next(base.module.parameters()).device)
-            recalibrate(module, base.module, sample(base.train, 2048))
-            before.append(evaluate(module, test).accuracy)
-            module = cut(base, widths, seed)
-            if finetune(
-                module, train, base.val, recipe=recipe, seed=seed, progress=False
-            ).interrupted:
-                raise KeyboardInterrupt
-            after.append(evaluate(module, test).accuracy)
-            say(f"{policy}, seed {seed}: {before[-1]:.2%} before, {after[-1]:.2%} after")
-        rows.append(_evidence(policy, widths, model, after, seeds, before, fidelity, test))
+    dense = [exam.base_accuracy]
+    rows = [_row("base", cost.sizes, cost, dense, [0], (), "dense, as trained", exam)]
+    candidates = [Candidate(exam, widths, seed) for widths in policies.values() for seed in seeds]
+    sources = [policy for policy in policies for _ in seeds]
+    before = evaluator(candidates, Recalibration(), sources)
+    after = evaluator(candidates, fidelity, sources)
+    for number, (policy, widths) in enumerate(policies.items()):
+        own = slice(number * len(seeds), (number + 1) * len(seeds))
+        rows.append(_row(policy, widths, cost, after[own], seeds, before[own], told, exam))
     return tuple(rows)
 
 
-def _evidence(
+def _row(
     policy: str,
     widths: Widths,
-    model: Any,
+    model: CostModel,
     accuracies: Sequence[float],
     seeds: Sequence[int],
     before: Sequence[float],
     fidelity: str,
-    test: ImageSet,
+    exam: Task,
 ) -> Evidence:
     cost = model(widths)
     return Evidence(
@@ -88,6 +87,6 @@ def _evidence(
         seeds=tuple(seeds),
         accuracies=tuple(accuracies),
         fidelity=fidelity,
-        data=f"{test.name}, test split",
+        data=f"{exam.val.name}, test split",
         before=tuple(before),
     )

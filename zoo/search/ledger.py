@@ -7,15 +7,24 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from zoo.documents import SCHEMA_VERSION, decode, encode
-from zoo.errors import DocumentError, ZooError
+from zoo.errors import DocumentError, ZooError, unknown
 
-__all__ = ["Key", "Ledger", "Row", "merge", "read_parquet"]
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: runs are not guarded there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["FILE", "Key", "Ledger", "Row", "merge", "read"]
+
+FILE = "ledger.jsonl"
+"""the name of a ledger in its run's folder"""
 
 
 @dataclass(frozen=True)
@@ -43,30 +52,50 @@ class Key:
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation: validation accuracy in [0, 1], and the seconds it took."""
+    """One evaluation: validation accuracy in [0, 1], and the seconds it took.
+
+    `source` is the agent or policy that asked for it first, such as "ppo" or "equal".
+    """
 
     key: Key
     accuracy: float
     seconds: float
+    source: str | None = None
 
 
 class Ledger:
-    """The rows of one file, by key; a file that exists is read back, so that reruns replay it.
+    """The rows of one run's file, by key; a file that exists is read back, so reruns replay it.
 
-    A last line without its newline, left by a run that was killed, is dropped from the file.
+    The file is this process's to write, until `close` or its end however sudden; `read` needs no
+    leave. A last line without its newline, left by a run that was killed, is dropped from the file.
 
     Args:
         path: the JSON lines file; None keeps the rows in memory alone.
 
     Raises:
+        ZooError: if another process, or another `Ledger` of this one, is writing the file.
         DocumentError: for a row that is malformed or has another schema version.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._rows: dict[Key, Row] = {}
-        if path is not None and path.exists():
-            self._read(path)
+        self._stream: BinaryIO | None = None
+        if path is not None:
+            self._stream = _open_alone(path)
+            try:
+                self._rows = {row.key: row for row in _read_lines(path)}
+                _drop_torn_line(path)
+            except BaseException:
+                self.close()
+                raise
+            _OPEN.add(self)
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -80,70 +109,137 @@ class Ledger:
 
     def add(self, row: Row) -> None:
         """Keep `row`, and append it to the file at once."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._stream is not None:
             line = json.dumps({"schema_version": SCHEMA_VERSION, **encode(row)})
-            with self.path.open("a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            self._stream.write(line.encode() + b"\n")
+            self._stream.flush()
         self._rows[row.key] = row
 
-    def _read(self, path: Path) -> None:
-        whole, _, torn = path.read_bytes().rpartition(b"\n")
-        if torn:
-            os.truncate(path, len(whole) + 1 if whole else 0)
-        for number, line in enumerate(whole.splitlines(), start=1):
-            where = f"{path}, line {number}"
-            try:
-                raw = json.loads(line)
-            except ValueError:
-                raise DocumentError(f"{where}: not valid JSON; move the file away.") from None
-            if not isinstance(raw, dict) or raw.pop("schema_version", None) != SCHEMA_VERSION:
-                raise DocumentError(
-                    f"{where}: not a row of schema_version {SCHEMA_VERSION}, the one that this "
-                    f"version reads; move the file away or name another folder."
-                )
-            row = decode(Row, raw, where)
-            self._rows[row.key] = row
+    def close(self) -> None:
+        """Let others write the file; the rows can still be read here."""
+        if self._stream is not None:
+            self._stream.close()
 
 
-def merge(ledgers: Iterable[Iterable[Row]], path: Path) -> int:
-    """Write the rows of all `ledgers` to one parquet file, the last of equal keys; their count.
+_OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+def _close_inherited() -> None:
+    """In a forked worker, which would else keep the file locked after its parent was killed."""
+    for ledger in list(_OPEN):
+        ledger.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
+def _open_alone(path: Path) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("ab")
+    if fcntl is not None:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            raise ZooError(
+                f"{path} is being written by another run: wait for its end, or name another folder."
+            ) from None
+    return stream
+
+
+def _drop_torn_line(path: Path) -> None:
+    whole, newline, torn = path.read_bytes().rpartition(b"\n")
+    if torn:
+        os.truncate(path, len(whole) + len(newline))
+
+
+def read(paths: Iterable[Path]) -> list[Row]:
+    """The rows of several ledgers; of equal keys, the last.
+
+    Nothing is locked or changed: of a run that is still being written, it has the rows so far.
+
+    Args:
+        paths: JSON lines (.jsonl), merged ledgers (.parquet) or folders of runs, in any mix.
 
     Raises:
-        ZooError: when the `search` extra is not installed.
+        DocumentError: for a file that is missing, malformed, of another schema version or suffix.
+        ZooError: for a merged ledger where pyarrow is not installed.
     """
-    rows = {row.key: row for ledger in ledgers for row in ledger}
-    flat = [{**encode(r.key), "accuracy": r.accuracy, "seconds": r.seconds} for r in rows.values()]
+    return list({row.key: row for path in paths for row in _read_file(path)}.values())
+
+
+def merge(paths: Iterable[Path], target: Path) -> int:
+    """Write the rows that `read` gives of `paths` to one parquet file, atomically; their count.
+
+    The same rows make the same bytes, whatever their order.
+
+    Raises:
+        DocumentError, ZooError: as `read`.
+    """
+    flat = [
+        {**encode(row.key), "accuracy": row.accuracy, "seconds": row.seconds, "source": row.source}
+        for row in read(paths)
+    ]
     flat.sort(key=lambda row: tuple(map(str, row.values())))
     pyarrow, parquet = _pyarrow()
     table = pyarrow.Table.from_pylist(flat)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         parquet.write_table(
             table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), temporary
         )
-        os.replace(temporary, path)
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
     return len(flat)
 
 
-def read_parquet(path: Path) -> list[Row]:
-    """The rows of a merged ledger.
+def _read_file(path: Path) -> list[Row]:
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise DocumentError(f"{file} does not exist.")
+    if file.suffix not in _READERS:
+        raise unknown(f"suffix of {file.name}:", file.suffix, _READERS, DocumentError)
+    return _READERS[file.suffix](file)
 
-    Raises:
-        DocumentError: for another schema version, or columns that are not a ledger's.
-    """
-    table = _pyarrow()[1].read_table(path)
+
+def _read_lines(path: Path) -> list[Row]:
+    rows = []
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    for number, line in enumerate(whole.splitlines(), start=1):
+        where = f"{path}, line {number}"
+        try:
+            raw = json.loads(line)
+        except ValueError:
+            raise DocumentError(f"{where}: not valid JSON; move the file away.") from None
+        if not isinstance(raw, dict) or raw.pop("schema_version", None) != SCHEMA_VERSION:
+            raise DocumentError(
+                f"{where}: not a row of schema_version {SCHEMA_VERSION}, the one that this "
+                f"version reads; move the file away or name another folder."
+            )
+        rows.append(decode(Row, raw, where))
+    return rows
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    pyarrow, parquet = _pyarrow()
+    try:
+        table = parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise DocumentError(f"{path} is not a parquet file: {error}") from None
     version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
     if version != str(SCHEMA_VERSION):
         raise DocumentError(f"{path}: schema_version is {version}, not {SCHEMA_VERSION}.")
     rows = []
     for raw in table.to_pylist():
-        measured = {name: raw.pop(name, None) for name in ("accuracy", "seconds")}
-        rows.append(decode(Row, {"key": raw, **measured}, str(path)))
+        own = {name: raw.pop(name, None) for name in ("accuracy", "seconds", "source")}
+        rows.append(decode(Row, {"key": raw, **own}, str(path)))
     return rows
+
+
+_READERS = {".jsonl": _read_lines, ".parquet": _read_parquet}
 
 
 def _pyarrow() -> tuple[Any, Any]:

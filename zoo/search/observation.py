@@ -1,31 +1,26 @@
 """What the agent sees: a float32 vector in [0, 1], of one length for every step of a network.
 
 The vector that precedes the decision on group t holds, in this order: the one-hot index of t and
-four descriptors of group t (`describe`), `SUMMARY` numbers on the Taylor features of group t - 1 as
-pruned (`summarise`; before the first decision those of the last group, paper section 4.1), the
-running compression and the previous keep ratio.
+four descriptors of group t (`describe`), a view of the Taylor features of group t - 1 as pruned
+(`VIEWS`; before the first decision those of the last group, paper section 4.1), the running
+compression, the previous keep ratio and, where several are searched for at once, the asked factor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zoo.cost import CostModel
 
-__all__ = ["QUANTILES", "SUMMARY", "describe", "length", "observe", "summarise"]
+__all__ = ["QUANTILES", "VIEWS", "describe", "observe", "pad", "summarise"]
 
 QUANTILES = 8
-SUMMARY = QUANTILES + 1
 
 Array = NDArray[np.float32]
-
-
-def length(groups: int) -> int:
-    """Entries of the observation of a network with this many channel groups."""
-    return groups + 4 + SUMMARY + 2
+View = Callable[[Sequence[NDArray], int, NDArray], Array]
 
 
 def describe(model: CostModel) -> Array:
@@ -48,26 +43,41 @@ def summarise(features: Sequence[NDArray], group: int, kept: NDArray) -> Array:
     """The features of one group as `QUANTILES` quantiles and its weight in the network.
 
     Args:
-        features: E|∂ε/∂L · L| of the dense network, one vector per group, one entry per channel.
+        features: E|∂ε/∂L · L| of a network, one vector per group, one entry per channel.
         group: the group to summarise.
         kept: boolean, per channel; features of pruned channels count as 0 (paper, equation 9).
 
     Returns:
-        The quantiles over the channels, relative to the group's largest dense feature, then the
-        mean over the channels, relative to the largest dense mean of any group.
+        The quantiles over the channels, relative to the group's largest feature, then the mean over
+        the channels, relative to the largest mean of any group.
     """
-    own = features[group]
-    masked = np.where(kept, own, 0.0)
-    largest = max(float(own.max()), 1e-12)
     heaviest = max(max(float(layer.mean()) for layer in features), 1e-12)
-    quantiles = np.quantile(masked / largest, np.linspace(0, 1, QUANTILES))
-    return np.append(quantiles, masked.mean() / heaviest).astype(np.float32)
+    quantiles = np.quantile(_masked(features[group], kept), np.linspace(0, 1, QUANTILES))
+    mean = np.where(kept, features[group], 0.0).mean()
+    return np.append(quantiles, mean / heaviest).astype(np.float32)
 
 
-def observe(
-    descriptors: Array, step: int, summary: Array, compression: float, last: float
-) -> Array:
+def pad(features: Sequence[NDArray], group: int, kept: NDArray) -> Array:
+    """The features of one group, channel by channel (paper, equation 9), with the same arguments.
+
+    Returns:
+        One entry per channel, relative to the group's largest feature; zeros up to the length of
+        the network's largest group.
+    """
+    vector = np.zeros(max(map(len, features)), dtype=np.float32)
+    vector[: len(kept)] = _masked(features[group], kept)
+    return vector
+
+
+VIEWS: dict[str, View] = {"summary": summarise, "raw": pad}
+"""The observations by name: by what they show of a group's features."""
+
+
+def observe(descriptors: Array, step: int, view: Array, rest: Sequence[float]) -> Array:
     """The observation before the decision on group `step`; after the last one, that of group 0."""
     row = descriptors[step % len(descriptors)]
-    vector = np.concatenate([row, summary, [compression, last]])
-    return np.clip(vector, 0.0, 1.0).astype(np.float32)
+    return np.clip(np.concatenate([row, view, rest]), 0.0, 1.0).astype(np.float32)
+
+
+def _masked(features: NDArray, kept: NDArray) -> NDArray:
+    return np.where(kept, features, 0.0) / max(float(features.max()), 1e-12)

@@ -1,0 +1,165 @@
+"""Which fidelity may a search use? Rank random profiles by each, and by a long fine-tune.
+
+    python scripts/gate.py --arch resnet20-16 --task base.safetensors@cifar10 --data-dir DIR \
+        --size 16 --out runs/gate
+
+Every accuracy goes into `ledger.jsonl` in `--out` as it comes; a run that is started again goes on.
+`--masked-epochs 0` leaves out the base network that is trained under random masks.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from zoo.artefacts import save_checkpoint
+from zoo.cost import cost_model
+from zoo.pruning.known_groups import reference_groups
+from zoo.pruning.policies import policy_solution
+from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration
+from zoo.search.gate import ENOUGH, Agreement, agreement
+from zoo.search.ledger import Ledger
+from zoo.search.masked_training import train_under_masks
+from zoo.search.tasks import Candidate, Task, load_tasks, say
+from zoo.search.workers import pool_of
+from zoo.training import Recipe
+
+
+@dataclass(frozen=True)
+class Gate:
+    arch: str
+    """architecture"""
+    task: str
+    """CHECKPOINT@DATA of the base network"""
+    out: Path
+    """folder of the ledger"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int = 32
+    """pixels per side"""
+    cf: float = 4.0
+    """compression factor of every profile"""
+    metrics: tuple[str, ...] = ("params", "macs")
+    """metrics to meet it in"""
+    profiles: int = 32
+    """random profiles per metric"""
+    images: int = 10_000
+    """training images of the fine-tunes"""
+    epochs: int = 20
+    """of the long fine-tune"""
+    masked_epochs: int = 4
+    """of training under random masks"""
+    workers: int | None = None
+    """processes; one per core by default"""
+
+
+def main(config: Gate) -> None:
+    """Measure what is missing and print the table."""
+    model = cost_model(reference_groups(config.arch))
+    (task,) = load_tasks(config.arch, [config.task], "", config.data_dir, config.size)
+    profiles = {
+        metric: [
+            policy_solution("random", model, config.cf, metric, seed).widths
+            for seed in range(config.profiles)
+        ]
+        for metric in config.metrics
+    }
+    columns: dict[str, tuple[Task, Fidelity]] = {
+        "recalibration, 1,024 + 2,000 images": (task, Recalibration(1024, 2000)),
+        "recalibration, 2,048 + all images": (task, Recalibration()),
+        "fine-tune, 1 epoch of a quarter": (task, tuned(1, config.images // 4)),
+        "fine-tune, 1 epoch": (task, tuned(1, config.images)),
+    }
+    if config.masked_epochs:
+        twin = masked_twin(task, config)
+        columns["recalibration, base trained under masks"] = (twin, Recalibration(1024, 2000))
+    long = tuned(config.epochs, config.images)
+    config.out.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(config.out / "ledger.jsonl")
+    pool = pool_of(config.workers)
+    evaluator = Evaluator(ledger, pool)
+    accuracies: dict[tuple[str, str], list[float]] = {}
+    for name, (on, fidelity) in [*columns.items(), ("long", (task, long))]:
+        for metric, widths in profiles.items():
+            candidates = [Candidate(on, w, seed) for seed, w in enumerate(widths)]
+            accuracies[name, metric] = evaluator(candidates, fidelity, "gate")
+            say(f"{name}: {len(candidates)} profiles of {config.cf:g}x {metric}")
+    pool.close()
+    agreements = {
+        key: agreement(values, accuracies["long", key[1]])
+        for key, values in accuracies.items()
+        if key[0] != "long"
+    }
+    costs = {
+        name: seconds(ledger, *pair) for name, pair in {**columns, "long": (task, long)}.items()
+    }
+    print_table(config, agreements, costs)
+
+
+def tuned(epochs: int, images: int) -> FineTuning:
+    return FineTuning(Recipe(epochs=epochs, lr=0.05, precision="fp32"), images)
+
+
+def masked_twin(task: Task, config: Gate) -> Task:
+    """The same task with its base network trained on, under random masks; kept in a file."""
+    path = config.out / "masked.safetensors"
+    if not path.exists():
+        module = copy.deepcopy(task.module)
+        recipe = Recipe(epochs=config.masked_epochs, lr=0.05, precision="fp32")
+        torch.set_num_threads(1)
+        train_under_masks(module, task.groups, task.train, recipe)
+        save_checkpoint(module, path, {"split_digest": task.split_digest})
+    data = config.task.partition("@")[2]
+    (twin,) = load_tasks(config.arch, [f"{path}@{data}"], "", config.data_dir, config.size)
+    return dataclasses.replace(twin, name="masked")
+
+
+def seconds(ledger: Ledger, task: Task, fidelity: Fidelity) -> float:
+    """The median that an evaluation took."""
+    return statistics.median(
+        row.seconds
+        for row in ledger
+        if (row.key.network, row.key.fidelity) == (task.network, fidelity.name)
+    )
+
+
+def print_table(
+    config: Gate, agreements: dict[tuple[str, str], Agreement], costs: dict[str, float]
+) -> None:
+    print(
+        f"Spearman's rank correlation with {config.epochs} epochs of {config.images:,} images, "
+        f"{config.profiles} random profiles of {config.cf:g}x, one seed each\n"
+    )
+    heads = "".join(f" {m}, all | {m}, top half |" for m in config.metrics)
+    print(f"| fidelity | seconds |{heads}\n|---|---:|" + "---:|---:|" * len(config.metrics))
+    for name in [name for name in costs if name != "long"]:
+        own = [agreements[name, metric] for metric in config.metrics]
+        cells = "".join(f" {a.overall:.2f} | {a.top_half:.2f} |" for a in own)
+        print(f"| {name} | {costs[name]:.2f} |{cells}")
+    print(f"| the long fine-tune | {costs['long']:.2f} |" + " 1 | 1 |" * len(config.metrics))
+    for metric in config.metrics:
+        print(verdict(metric, [name for name in costs if name != "long"], agreements, costs))
+
+
+def verdict(
+    metric: str,
+    names: Sequence[str],
+    agreements: dict[tuple[str, str], Agreement],
+    costs: dict[str, float],
+) -> str:
+    """Which fidelity searches of `metric` use."""
+    good = [name for name in names if agreements[name, metric].top_half >= ENOUGH]
+    if not good:
+        return f"{metric}: no fidelity reaches {ENOUGH} in the top half."
+    return f"{metric}: the cheapest with {ENOUGH} in the top half is {min(good, key=costs.get)}."
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Gate, description=__doc__))

@@ -1,0 +1,192 @@
+"""The paper's figures by Matplotlib: its only importer.
+
+Each function returns a new `Figure` and touches no global state; `save` writes one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from zoo.errors import ZooError, unknown
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError:
+    raise ZooError("Plots need matplotlib: pip install 'prunezoo[plots]'.") from None
+
+__all__ = [
+    "SUFFIXES",
+    "Panel",
+    "accuracy_against_factor",
+    "keep_ratios",
+    "reward_curve",
+    "reward_landscape",
+    "save",
+]
+
+SUFFIXES = (".png", ".svg")
+
+LINES = ("equal", "increasing", "decreasing", "greedy")
+"""Series with one profile at each factor, drawn as lines; the others are clouds of points."""
+
+COLOURS = {"random": "silver", "searched": "deeppink", "equal": "black", "greedy": "darkgreen"}
+"""The same in every plot; other series take Matplotlib's colours in order."""
+
+COLUMNS = 4
+"""Most panels in a row."""
+
+Points = Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """What figure 4 shows of one network and data set.
+
+    Attributes:
+        title: above the panel.
+        series: name -> (compression factor, accuracy in [0, 1]) of its profiles.
+        base: accuracy of the dense network; None draws no line.
+    """
+
+    title: str
+    series: Mapping[str, Points]
+    base: float | None = None
+
+
+def accuracy_against_factor(panels: Sequence[Panel], metric: str) -> Figure:
+    """The paper's figure 4: what profiles keep at each factor of `metric`, `searched` on top.
+
+    Raises:
+        ZooError: when there is nothing to show.
+    """
+    if not any(panel.series for panel in panels):
+        raise ZooError("There is no profile to plot the accuracy of.")
+    names = sorted({name for panel in panels for name in panel.series}, key=_depth)
+    others = [name for name in names if name not in COLOURS]
+    colours = {**COLOURS, **{name: f"C{index}" for index, name in enumerate(others)}}
+    columns = min(len(panels), COLUMNS)
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(max(6, 4 * columns), 4 * rows), layout="constrained")
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, panel in zip(grid, panels, strict=False):
+        axes.set(title=panel.title, xlabel=f"compression factor ({metric})", ylabel="accuracy")
+        if panel.base is not None:
+            axes.axhline(panel.base, color="grey", linestyle="--", label="base")
+        for name in names:
+            if panel.series.get(name):
+                _draw(axes, name, panel.series[name], colours[name])
+        axes.legend()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    return figure
+
+
+def _depth(name: str) -> tuple[bool, bool, str]:
+    """The order of drawing: `random` below all, `searched` above all."""
+    return name == "searched", name != "random", name
+
+
+def _draw(axes: Axes, name: str, points: Points, colour: str) -> None:
+    factors, accuracies = zip(*sorted(points), strict=True)
+    if name in LINES:
+        axes.plot(factors, accuracies, marker="s", color=colour, label=name)
+    else:
+        size = 80 if name == "searched" else 16
+        # the lines' zorder, so that what is drawn last is on top
+        axes.scatter(factors, accuracies, size, color=colour, label=name, zorder=2)
+
+
+def reward_curve(rewards: Sequence[float], window: int = 32) -> Figure:
+    """The reward of each episode in order, its mean over the last `window`, and the best so far.
+
+    Raises:
+        ZooError: for no rewards.
+    """
+    if not len(rewards):
+        raise ZooError("No episode was finished: there is no reward to plot.")
+    values = np.asarray(rewards, dtype=float)
+    episodes = np.arange(1, len(values) + 1)
+    first = np.maximum(0, episodes - window)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    means = (sums[episodes] - sums[first]) / (episodes - first)
+    figure, axes = _single("episode", "reward")
+    axes.scatter(episodes, values, s=8, color="silver", label="episode")
+    axes.plot(episodes, means, color="C0", label=f"mean of the last {window}")
+    axes.plot(episodes, np.maximum.accumulate(values), color="deeppink", label="best so far")
+    axes.legend()
+    return figure
+
+
+def keep_ratios(profiles: Mapping[str, Mapping[str, float]]) -> Figure:
+    """The keep ratio β of every channel group, a bar for each of several profiles.
+
+    Args:
+        profiles: label -> group name -> β; all of the same groups.
+
+    Raises:
+        ZooError: for no profiles, or profiles of different groups.
+    """
+    if not profiles:
+        raise ZooError("There is no profile to plot the keep ratios of.")
+    first, *rest = profiles
+    groups = list(profiles[first])
+    for other in rest:
+        if set(profiles[other]) != set(groups):
+            raise ZooError(f"{first} and {other} cannot share a plot: their groups differ.")
+    figure, axes = _single("channel group", "keep ratio β", width=max(6.0, 0.6 * len(groups)))
+    thickness = 0.8 / len(profiles)
+    for index, (label, ratios) in enumerate(profiles.items()):
+        offset = (index - (len(profiles) - 1) / 2) * thickness
+        heights = [ratios[name] for name in groups]
+        axes.bar(np.arange(len(groups)) + offset, heights, thickness, label=label)
+    axes.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
+    axes.set_ylim(0, 1)
+    figure.legend(loc="outside upper center", ncols=COLUMNS)
+    return figure
+
+
+def reward_landscape(
+    xs: ArrayLike, ys: ArrayLike, values: ArrayLike, title: str, labels: tuple[str, str]
+) -> Figure:
+    """A reward as contours over two quantities, as in the paper's figures 9 to 11.
+
+    Args:
+        xs, ys: of shapes (X,) and (Y,), or both (Y, X).
+        values: of shape (Y, X).
+        title: above the plot.
+        labels: of the two axes.
+    """
+    figure, axes = _single(*labels)
+    axes.set_title(title)
+    filled = axes.contourf(xs, ys, values, levels=20)
+    figure.colorbar(filled, ax=axes, label="reward")
+    return figure
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, as PNG or SVG by the suffix of `path`; equal figures make equal files.
+
+    Raises:
+        ZooError: for another suffix.
+    """
+    if path.suffix not in SUFFIXES:
+        raise unknown(f"kind of image for {path.name}:", path.suffix, SUFFIXES)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    undated = {"Date": None} if path.suffix == ".svg" else {}
+    with rc_context({"svg.hashsalt": "zoo"}):
+        figure.savefig(path, dpi=120, metadata=undated)
+
+
+def _single(xlabel: str, ylabel: str, width: float = 6.0) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    return figure, axes

@@ -1,0 +1,240 @@
+"""Tasks: the (base network, data set) pairs of a search, and candidates, which are pruned tasks.
+
+The search sees the training and validation splits alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from zoo.checkpoints import load_dense
+from zoo.data import DeviceLoader, ImageSet, Splits, load_data
+from zoo.errors import ZooError
+from zoo.groups import ChannelGroups
+from zoo.pruning.criteria import random_scores, taylor_features
+from zoo.pruning.known_groups import reference_groups
+from zoo.pruning.plan import Plan, make_plan
+from zoo.pruning.surgery import apply, named_tensors
+from zoo.training import evaluate
+
+__all__ = [
+    "CRITERION",
+    "SEARCH_SEEDS",
+    "Candidate",
+    "Task",
+    "check_tasks",
+    "cut",
+    "device",
+    "layer_features",
+    "load_task",
+    "load_tasks",
+    "make_task",
+    "plan_of",
+    "sample",
+    "say",
+    "task_data",
+]
+
+SEARCH_SEEDS = (1_000, 2**30)
+"""Channel seeds that episodes draw from: [first, last). Other seeds are fresh to every search."""
+
+CRITERION = "random"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One (base network, data set) pair of the search queue.
+
+    Attributes:
+        name: what reports call it.
+        network: sha256 of the base network's checkpoint, or its name where there is none.
+        module: the base network, in eval mode; never changed.
+        groups: its channel groups at the data's image size.
+        train: images for recalibration and fine-tuning.
+        val: images for accuracies, on which the base network was not trained.
+        base_accuracy: of the base network on `val`, in [0, 1].
+        split_digest: of `val`.
+        features: E|∂ε/∂L · L| of the base network on `val`, one vector per group.
+    """
+
+    name: str
+    network: str
+    module: nn.Module
+    groups: ChannelGroups
+    train: ImageSet
+    val: ImageSet
+    base_accuracy: float
+    split_digest: str
+    features: tuple[NDArray, ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one evaluation is of: `task` pruned to `widths`, with the channels that `seed` draws."""
+
+    task: Task
+    widths: tuple[int, ...]
+    seed: int
+
+
+def make_task(
+    name: str,
+    module: nn.Module,
+    groups: ChannelGroups,
+    train: ImageSet,
+    val: ImageSet,
+    *,
+    network: str | None = None,
+    feature_images: int = 1024,
+) -> Task:
+    """The `Task` of a base network: its validation accuracy and Taylor features are measured.
+
+    Args:
+        name, module, groups, train, val: as in `Task`.
+        network: sha256 of the checkpoint; `name` by default.
+        feature_images: validation images for the features.
+
+    Raises:
+        DataError: if a label does not fit the base network's outputs.
+        ZooError: if the base network is near chance (below 1.5 / classes).
+    """
+    module = module.to(device()).eval()
+    accuracy = evaluate(module, val).accuracy
+    classes = len(val.classes)
+    if accuracy < 1.5 / classes:
+        raise ZooError(
+            f"The base network of {name} has {accuracy:.1%} on the validation split, which is near "
+            f"chance for {classes} classes: train it first, or check that it belongs to this data."
+        )
+    features = layer_features(module, groups, sample(val, feature_images))
+    return Task(name, network or name, module, groups, train, val, accuracy, val.digest(), features)
+
+
+def layer_features(
+    module: nn.Module, groups: ChannelGroups, images: ImageSet
+) -> tuple[NDArray, ...]:
+    """E|∂ε/∂L · L| of `module` on `images`: one float64 vector per group, an entry per channel."""
+    vectors = taylor_features(module, groups, DeviceLoader(images, 256, device=device()))
+    return tuple(vector.detach().double().cpu().numpy() for vector in vectors)
+
+
+def check_tasks(tasks: Sequence[Task]) -> None:
+    """Refuse an empty queue, and tasks of different architectures.
+
+    Raises:
+        ZooError: naming the two tasks whose channel groups differ.
+    """
+    if not tasks:
+        raise ZooError("A search needs at least one task: a base network and its data set.")
+    first = tasks[0]
+    for task in tasks[1:]:
+        if (task.groups.names, task.groups.sizes) != (first.groups.names, first.groups.sizes):
+            raise ZooError(
+                f"All tasks of a search must have one architecture: {task.name} and {first.name} "
+                f"have different channel groups."
+            )
+
+
+def load_tasks(
+    arch: str, tasks: Sequence[str], data: str, data_dir: Path | None, size: int
+) -> tuple[Task, ...]:
+    """The tasks that references name.
+
+    Args:
+        arch: the architecture of every base network.
+        tasks: references, `CHECKPOINT@DATA`, or `CHECKPOINT` on the data set `data`.
+        data, data_dir, size: as in `zoo.data.load_data`.
+
+    Raises:
+        CheckpointError, DataError: when a checkpoint or the data cannot be read.
+        ZooError: for no tasks, a base network near chance or kept from another validation split.
+    """
+    if not tasks:
+        raise ZooError("A search needs at least one task: name base checkpoints in tasks.")
+    splits: dict[str, Splits] = {}
+    loaded = []
+    for reference in tasks:
+        path, name = task_data(reference, data)
+        if name not in splits:
+            splits[name] = load_data(name, data_dir, size=size)
+        loaded.append(load_task(arch, path, splits[name]))
+    return tuple(loaded)
+
+
+def task_data(reference: str, data: str) -> tuple[str, str]:
+    """`CHECKPOINT@DATA` as its two parts; without `@DATA` the data set is `data`."""
+    path, _, named = reference.partition("@")
+    return path, named or data
+
+
+def load_task(arch: str, path: str, splits: Splits) -> Task:
+    """The task of the base network in the checkpoint at `path`, on the data of `splits`.
+
+    Raises:
+        CheckpointError: when the checkpoint cannot be read or is of another architecture.
+        ZooError: for a base network near chance, or one kept from another validation split.
+    """
+    size = splits.val.image_size
+    module, checkpoint, classes, _ = load_dense(arch, path, image_size=size)
+    if classes != splits.num_classes:
+        raise ZooError(
+            f"{path} has {classes} classes, the data set {splits.val.name} {splits.num_classes}."
+        )
+    trained_beside = checkpoint.metadata.get("split_digest")
+    if trained_beside is None:
+        say(f"{path} does not say which validation split it was kept from; it is taken on trust.")
+    elif trained_beside != splits.digest:
+        raise ZooError(
+            f"{path} was trained beside another validation split ({trained_beside[:12]}) than that "
+            f"of {splits.val.name} ({splits.digest[:12]}): it may have seen the images that score "
+            f"the search. Train a base network on this data."
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
+    own = reference_groups(arch).adapted(shapes, size)
+    return make_task(
+        Path(path).name, module, own, splits.train, splits.val, network=checkpoint.source.sha256
+    )
+
+
+def sample(data: ImageSet, count: int | None) -> ImageSet:
+    """`count` images of `data` chosen once and for all (seed 0), or all of them; shuffled."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return data.subset(order[:count])
+
+
+def plan_of(candidate: Candidate) -> Plan:
+    """What a candidate keeps; the channels of one seed are nested in the width."""
+    groups, seed = candidate.task.groups, candidate.seed
+    return make_plan(
+        groups,
+        dict(zip(groups.names, candidate.widths, strict=True)),
+        random_scores(groups, seed),
+        profile="search",
+        metric="params",
+        asked=1.0,
+        criterion=CRITERION,
+        seed=seed,
+    )
+
+
+def cut(candidate: Candidate) -> nn.Module:
+    """The pruned network of a candidate."""
+    return apply(candidate.task.module, candidate.task.groups, plan_of(candidate))
+
+
+def device() -> torch.device:
+    """Where networks are measured: CUDA when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()

@@ -1,0 +1,175 @@
+"""Where evaluations run: in this process, or in several that each have one thread."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from zoo.errors import ZooError
+from zoo.search.tasks import Candidate, Task
+
+if TYPE_CHECKING:
+    from zoo.search.evaluation import Fidelity
+
+__all__ = ["InProcess", "Pool", "Processes", "Result", "measured", "pool_of"]
+
+Result = tuple[int, float, float]
+"""The index of a candidate, its accuracy in [0, 1] and the seconds that it took."""
+
+
+class Pool(Protocol):
+    """Something that measures candidates, in any order."""
+
+    def run(self, candidates: Sequence[Candidate], fidelity: Fidelity) -> Iterator[Result]: ...
+
+    def close(self) -> None: ...
+
+
+class InProcess:
+    """Candidates one after the other in this process, on the CPU with one thread."""
+
+    def run(self, candidates: Sequence[Candidate], fidelity: Fidelity) -> Iterator[Result]:
+        for index, candidate in enumerate(candidates):
+            with _one_thread():
+                accuracy, seconds = measured(candidate, fidelity)
+            yield index, accuracy, seconds
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Processes:
+    """Candidates shared out among processes of one thread each; all give what one process gives.
+
+    A process that dies is replaced and its candidates are measured again. Processes are started
+    when they are first needed and end with this one, however it ends.
+
+    Args:
+        count: of processes.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._tasks: dict[int, Task] = {}
+        self._executor: ProcessPoolExecutor | None = None
+
+    def run(self, candidates: Sequence[Candidate], fidelity: Fidelity) -> Iterator[Result]:
+        """Measure `candidates` as processes become free.
+
+        Raises:
+            ZooError: when processes die again and again without finishing one evaluation.
+        """
+        remaining = list(range(len(candidates)))
+        while remaining:
+            finished: set[int] = set()
+            try:
+                for result in self._round(candidates, remaining, fidelity):
+                    finished.add(result[0])
+                    yield result
+            except BrokenProcessPool:
+                self.close()
+                if not finished:
+                    raise ZooError(
+                        "The processes that measure candidates die before they finish one; they "
+                        "may lack memory: use fewer workers."
+                    ) from None
+            except BaseException:
+                self.close()
+                raise
+            remaining = [index for index in remaining if index not in finished]
+
+    def close(self) -> None:
+        """End the processes; what they were measuring is lost."""
+        if self._executor is None:
+            return
+        for process in list((self._executor._processes or {}).values()):
+            process.terminate()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._executor = None
+
+    def _round(
+        self, candidates: Sequence[Candidate], indices: Sequence[int], fidelity: Fidelity
+    ) -> Iterator[Result]:
+        executor = self._started([candidates[index].task for index in indices])
+        futures: dict[Future, int] = {}
+        for index in indices:
+            candidate = candidates[index]
+            job = id(candidate.task), candidate.widths, candidate.seed, fidelity
+            futures[executor.submit(_measure, *job)] = index
+        for future in as_completed(futures):
+            yield futures[future], *future.result()
+
+    def _started(self, tasks: Sequence[Task]) -> ProcessPoolExecutor:
+        """The processes, which know these tasks; others that they were sent stay known."""
+        new = {id(task): task for task in tasks if id(task) not in self._tasks}
+        if new:
+            self.close()
+            self._tasks |= new
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(
+                self.count,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_install,
+                initargs=(self._tasks,),
+            )
+        return self._executor
+
+
+def pool_of(workers: int | None) -> Pool:
+    """`workers` processes; by default one per CPU core, and this process alone where CUDA is."""
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return InProcess() if workers <= 1 else Processes(workers)
+
+
+def measured(candidate: Candidate, fidelity: Fidelity) -> tuple[float, float]:
+    """One accuracy in [0, 1], and the seconds that it took."""
+    started = time.perf_counter()
+    accuracy = fidelity.measure(candidate)
+    return accuracy, time.perf_counter() - started
+
+
+_installed: dict[int, Task] = {}
+
+
+def _install(tasks: dict[int, Task]) -> None:
+    """Make a fresh process ready: its tasks, one thread, deaf to Ctrl-C, gone with its parent."""
+    global _installed
+    _installed = tasks
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_follow_parent, daemon=True).start()
+
+
+def _follow_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _measure(
+    task: int, widths: tuple[int, ...], seed: int, fidelity: Fidelity
+) -> tuple[float, float]:
+    return measured(Candidate(_installed[task], widths, seed), fidelity)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
