@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -116,6 +120,32 @@ def test_a_rerun_replays_and_a_killed_run_goes_on(config, searched, monkeypatch)
     assert kept == [line.partition(seconds)[0] for line in whole.splitlines()]
     with pytest.raises(ZooError, match="holds a run already: add --resume"):
         search(config)
+
+
+def test_sigkill_loses_at_most_what_was_being_measured(config, tmp_path):
+    flags = ["search", "--arch", "cnet", "--tasks", config.tasks[0], "--out", str(tmp_path)]
+    flags += ["--cf", "2", "--data", "digits", "--size", "8", "--episodes", "16", "--workers", "1"]
+    flags += ["--candidates", "1", "--finalists", "1", "--final-seeds", "1"]
+    command = [sys.executable, "-c", "import sys, zoo.cli; sys.exit(zoo.cli.main(sys.argv[1:]))"]
+    ledger = tmp_path / "ledger.jsonl"
+    running = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while time.monotonic() < end and running.poll() is None:
+        if ledger.exists() and ledger.read_bytes().count(b"\n") >= 5:
+            break
+        time.sleep(0.01)
+    running.kill()
+    running.communicate()
+    assert running.returncode == -signal.SIGKILL
+    before = ledger.read_bytes()
+    assert 5 <= before.count(b"\n") < 16
+    whole = before[: before.rindex(b"\n") + 1]
+    again = subprocess.run([*command, *flags, "--resume"], capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert ledger.read_bytes().startswith(whole)
+    keys = [row.key for row in read([tmp_path])]
+    assert len(keys) == len(set(keys)) > 16
+    assert (tmp_path / "params-cf2.json").is_file()
 
 
 def test_the_search_does_not_touch_the_test_split(config, searched, monkeypatch, tmp_path):

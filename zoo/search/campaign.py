@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import OmitArgPrefixes
 
 from zoo.cost import CostModel, cost_model
-from zoo.errors import ZooError
+from zoo.errors import FactorError, ZooError
 from zoo.groups import ChannelGroups
 from zoo.latency import latency_table
 from zoo.models import architecture, build_model
 from zoo.profile import Profile
 from zoo.pruning.known_groups import reference_groups
+from zoo.pruning.policies import POLICIES, policy_solution
 from zoo.search.agents import agent
 from zoo.search.env import EnvSettings, PruningEnv
 from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration, live_features
@@ -194,6 +195,7 @@ class _Search:
             proposals = self._learn(factors, deadline)
             for cf in factors:
                 own = [proposal for proposal in proposals if proposal["cf"] == cf]
+                self._measure_policies(cf)
                 widths, fidelity = self._choose(self._candidates(cf, own))
                 played = sum(episode["cf"] == cf for episode in self.episodes)
                 found.append(self._found(cf, widths, played, fidelity))
@@ -239,15 +241,32 @@ class _Search:
         curve = scale_curve(episode["keep_ratios"])
         return solve(self.cost, curve, episode["cf"], self.config.env.metric).widths
 
+    def _measure_policies(self, cf: float) -> None:
+        """What profiles without a search keep, measured as candidates are, for the report."""
+        for policy in POLICIES:
+            try:
+                found = policy_solution(policy, self.cost, cf, self.config.env.metric)
+            except FactorError as error:
+                say(f"{policy}: {error}")
+                continue
+            say(f"{policy} at {found.got:.2f}x:")
+            self._rank([found.widths], self.tasks, *self._fresh, policy)
+
+    @property
+    def _fresh(self) -> tuple[range, Fidelity]:
+        """Channel seeds that no episode used, and the fidelity that candidates are measured at."""
+        first = SEARCH_SEEDS[1]
+        seeds = range(first, first + self.config.final_seeds)
+        return seeds, Recalibration(self.config.calibration_images)
+
     def _choose(self, candidates: Sequence[Widths]) -> tuple[Widths, Fidelity]:
         """The candidate of best mean over base networks and fresh seeds, and what measured it."""
-        config, first = self.config, SEARCH_SEEDS[1]
-        seeds = range(first, first + config.final_seeds)
-        ranked = self._rank(candidates, self.tasks, seeds, Recalibration(config.calibration_images))
+        config, (seeds, fidelity) = self.config, self._fresh
+        finalists = self._rank(candidates, self.tasks, seeds, fidelity)[: config.finalists]
         recipe = Recipe(epochs=config.finetune_epochs, lr=config.finetune_lr, precision="fp32")
-        fidelity = FineTuning(recipe, config.finetune_images)
-        seeds = range(first + config.final_seeds, first + 2 * config.final_seeds)
-        return self._rank(ranked[: config.finalists], self.judges, seeds, fidelity)[0], fidelity
+        tuned = FineTuning(recipe, config.finetune_images)
+        seeds = range(seeds.stop, seeds.stop + config.final_seeds)
+        return self._rank(finalists, self.judges, seeds, tuned)[0], tuned
 
     def _rank(
         self,
@@ -255,10 +274,11 @@ class _Search:
         tasks: Sequence[Task],
         seeds: Sequence[int],
         fidelity: Fidelity,
+        source: str = "choice",
     ) -> list[Widths]:
         """The profiles, best mean share of the base accuracy over tasks and seeds first."""
         candidates = [Candidate(t, w, s) for w in profiles for t in tasks for s in seeds]
-        accuracies = self.evaluator(candidates, fidelity, "choice")
+        accuracies = self.evaluator(candidates, fidelity, source)
         shares: dict[Widths, list[float]] = {}
         for candidate, accuracy in zip(candidates, accuracies, strict=True):
             share = accuracy / candidate.task.base_accuracy
