@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import time
@@ -23,7 +24,7 @@ from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
 from zoo.pruning.surgery import named_tensors
 from zoo.search.evaluation import FineTuning, Recalibration
-from zoo.search.tasks import Candidate, Task, cut
+from zoo.search.tasks import Candidate, Task, cut, device
 from zoo.search.workers import Pool, pool_of
 from zoo.training import Recipe
 
@@ -51,7 +52,8 @@ class Search:
 
 def bench_search(config: Search) -> None:
     """Print the ratio of the engine at equal fidelity, and of the ladder's lowest step."""
-    threads = torch.get_num_threads()
+    threads = os.cpu_count() or 1
+    torch.set_num_threads(threads)
     print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}")
     task = noise_task(config)
     cost = cost_model(reference_groups(ARCH))
@@ -62,7 +64,7 @@ def bench_search(config: Search) -> None:
     pool = pool_of(config.workers)
     tuned = FineTuning(Recipe(epochs=1, lr=0.05, precision="fp32"), config.images)
     cheap = Recalibration(1024, 2000)
-    run(pool, candidates, Recalibration(64, 64))  # starts the processes
+    run(pool, candidates, Recalibration(64, 500))  # starts the processes
     sides: dict[str, Callable[[], None]] = {
         f"naive loop, {threads} threads": lambda: naive(candidates, config, 0),
         f"naive loop, {threads} threads and 2 loader processes": lambda: naive(
@@ -82,8 +84,8 @@ def bench_search(config: Search) -> None:
     fastest = min(own for name, own in medians.items() if name.startswith("naive"))
     for name, own in medians.items():
         print(f"{name:<48}{own:8.2f} s a candidate  {fastest / own:6.2f}x")
-    print("Ratios are to the faster naive loop. Which rank fidelity recalibration has beside the")
-    print("short fine-tune is scripts/gate.py's table.")
+    print("Ratios are to the faster naive loop, each candidate fine-tuned. How well recalibration")
+    print("and the fine-tune rank profiles, each beside a long one, is scripts/gate.py's table.")
 
 
 def run(pool: Pool, candidates: list[Candidate], fidelity: FineTuning | Recalibration) -> None:
@@ -129,7 +131,7 @@ def naive(candidates: list[Candidate], workers: int) -> None:
     train = Pictures(task.train, transforms.Compose([*crop, *plain]))
     val = Pictures(task.val, transforms.Compose(plain))
     for candidate in candidates:
-        model = cut(candidate)
+        model = cut(candidate).to(device())
         fit(model, DataLoader(train, 128, shuffle=True, drop_last=True, num_workers=workers))
         validate(model, DataLoader(val, 500, num_workers=workers))
 
@@ -142,7 +144,7 @@ def fit(model: nn.Module, batches: DataLoader) -> None:
     model.train()
     for images, labels in batches:
         optimizer.zero_grad()
-        functional.cross_entropy(model(images), labels).backward()
+        functional.cross_entropy(model(images.to(device())), labels.to(device())).backward()
         optimizer.step()
         falling.step()
 
@@ -152,5 +154,5 @@ def validate(model: nn.Module, batches: DataLoader) -> float:
     correct = 0
     with torch.no_grad():
         for images, labels in batches:
-            correct += int((model(images).argmax(1) == labels).sum())
+            correct += int((model(images.to(device())).argmax(1).cpu() == labels).sum())
     return correct / len(batches.dataset)  # type: ignore[arg-type]

@@ -10,26 +10,26 @@ Started again it goes on: what its ledgers hold is not measured again.
 from __future__ import annotations
 
 import dataclasses
-import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import tyro
 
-from zoo.cost import CostModel, cost_model
+from zoo.cost import CostModel
 from zoo.data import load_data
-from zoo.errors import FactorError
+from zoo.errors import FactorError, ZooError
 from zoo.profile import Evidence, Profile
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
 from zoo.registry import folder_name, write_index
-from zoo.search.campaign import SearchConfig, search_profile
-from zoo.search.certificate import certify
+from zoo.search.campaign import search_profile
+from zoo.search.certificate import Certificate, Pair, certify
 from zoo.search.evaluation import Evaluator, FineTuning
 from zoo.search.evidence import evidence, examined
 from zoo.search.ledger import Ledger
+from zoo.search.settings import SearchConfig, cost_of, pool_for
 from zoo.search.tasks import Candidate, Task, load_tasks, say, task_data
-from zoo.search.workers import Pool, pool_of
 from zoo.training import Recipe
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
@@ -63,26 +63,49 @@ class Campaign:
 
 
 def main(campaign: Campaign) -> None:
-    """Search, then examine the profile of every factor."""
+    """Search, let other agents search on the same terms, examine the profile of every factor."""
     config = dataclasses.replace(campaign.search, resume=True)
+    exams, cost = load_exams(campaign), cost_of(config, reference_groups(config.arch))
     searched = search_profile(config)
-    agents = {
-        name: search_profile(dataclasses.replace(config, agent=name, out=config.out / name))
-        for name in campaign.rival_agents
-    }
-    cost = cost_model(reference_groups(config.arch))
-    exams = load_exams(campaign)
-    pool = pool_of(config.workers)
-    for position, profile in enumerate(searched):
-        rivals = {name: widths(found[position]) for name, found in agents.items()}
-        examine(campaign, profile, rivals, exams, cost, pool)
+    rivals = [search_rivals(campaign, profile) for profile in searched]
+    pool = pool_for(config)
+    with Ledger(config.out / "evidence.jsonl") as ledger:
+        evaluator = Evaluator(ledger, pool)
+        for profile, others in zip(searched, rivals, strict=True):
+            examine(campaign, profile, others, exams, cost, evaluator)
     pool.close()
 
 
 def load_exams(campaign: Campaign) -> list[Task]:
-    """The exams, still measured on their validation splits."""
-    config = campaign.search
-    return list(load_tasks(config.arch, campaign.exams, config.data, config.data_dir, config.size))
+    """The exams, each measured on the test split of its data."""
+    config, exams = campaign.search, []
+    load = partial(
+        load_tasks, config.arch, data=config.data, data_dir=config.data_dir, size=config.size
+    )
+    seen = {task.network for task in load((*config.tasks, *config.held_back))}
+    for reference in campaign.exams:
+        (task,) = load([reference])
+        if task.network in seen:
+            raise ZooError(f"The search sees {reference}: an exam needs another base network.")
+        name = task_data(reference, config.data)[1]
+        test = load_data(name, config.data_dir, size=config.size).test
+        exams.append(examined(task, test))
+    return exams
+
+
+def search_rivals(campaign: Campaign, profile: Profile) -> dict[str, Widths]:
+    """What other agents find at the profile's factor, in as many episodes."""
+    config, made = campaign.search, profile.provenance
+    assert made is not None
+    found = {}
+    for name in campaign.rival_agents:
+        own = dataclasses.replace(
+            config, agent=name, cf=(profile.cf,), episodes=made.episodes, budget=None,
+            conditioned=False, out=config.out / name / profile.name, resume=True,
+        )  # fmt: skip
+        (rival,) = search_profile(own)
+        found[name] = widths(rival)
+    return found
 
 
 def examine(
@@ -91,54 +114,50 @@ def examine(
     rivals: dict[str, Widths],
     exams: list[Task],
     cost: CostModel,
-    pool: Pool,
+    evaluator: Evaluator,
 ) -> None:
     """Rank one profile among random ones, compare it with its rivals, print both and bundle it."""
-    config = campaign.search
-    with Ledger(config.out / "evidence.jsonl") as ledger:
-        evaluator = Evaluator(ledger, pool)
-        own, random = ranked(campaign, profile, exams[0], cost, evaluator)
-        best = max(random, key=lambda item: random[item])
-        policies = {"searched": widths(profile), "random, best": best, **rivals}
-        policies |= {name: w for name in campaign.rivals if (w := solved(name, cost, profile))}
-        fidelity = tuned(campaign, campaign.epochs)
-        rows: list[Evidence] = []
-        pairs: dict[str, dict[tuple[str, int], float]] = {name: {} for name in policies}
-        for exam, reference in zip(exams, campaign.exams, strict=True):
-            name = task_data(reference, config.data)[1]
-            test = load_data(name, config.data_dir, size=config.size).test
-            found = evidence(
-                policies, examined(exam, test), evaluator, fidelity, campaign.seeds, cost
-            )
-            rows += found
-            for row in found[1:]:
-                measured = zip(row.seeds, row.accuracies, strict=True)
-                pairs[row.policy] |= {(exam.name, seed): value for seed, value in measured}
-    candidate = pairs.pop("searched")
-    certificate = certify(candidate, pairs, own, list(random.values()))
+    own, random = ranked(campaign, profile, exams[0], cost, evaluator)
+    best = max(random, key=lambda item: random[item])
+    policies = {"searched": widths(profile), "random, best": best, **rivals}
+    policies |= {name: w for name in campaign.rivals if (w := solved(name, cost, profile))}
+    fidelity = tuned(campaign, campaign.epochs)
+    rows: list[Evidence] = []
+    pairs: dict[str, dict[Pair, float]] = {name: {} for name in policies}
+    for exam in exams:
+        found = evidence(policies, exam, evaluator, fidelity, campaign.seeds, cost)
+        rows += found
+        for row in found[1:]:
+            measured = zip(row.seeds, row.accuracies, strict=True)
+            pairs[row.policy] |= {(exam.network, seed): value for seed, value in measured}
     print(f"\n{profile.architecture} {profile.cf:g}x {profile.metric}")
     for row in rows:
         print(
             f"{row.policy:<14}{cost.dense.params / row.params:6.2f}x params "
             f"{cost.dense.macs / row.macs:6.2f}x MACs  {row.mean:.2%} ± {row.sd:.2%}  {row.data}"
         )
-    rank = certificate.rank
-    print(
-        f"{rank.at_least_as_good} of {rank.profiles} random profiles are as good after "
-        f"{campaign.short_epochs} epoch: {rank.probability:.1%} "
-        f"(95 % interval {rank.low:.1%} to {rank.high:.1%}); own {own:.2%}, random "
-        f"{statistics.mean(random.values()):.2%} on average, {max(random.values()):.2%} at best"
-    )
-    for test_ in certificate.comparisons:
-        print(
-            f"against {test_.rival:<14}{test_.difference:+.2%} ± {test_.sd:.2%} over {test_.pairs} "
-            f"pairs, p {test_.p:.2g}, Holm {test_.adjusted:.2g}"
-        )
-    print("passes" if certificate.passes else "does not pass")
+    candidate = pairs.pop("searched")
+    print_certificate(campaign, certify(candidate, pairs, own, list(random.values())))
     if campaign.bundle:
         bundled = dataclasses.replace(profile, evidence=tuple(rows))
         bundled.write(REGISTRY / folder_name(profile.architecture) / f"{profile.name}.json")
         write_index(REGISTRY)
+
+
+def print_certificate(campaign: Campaign, certificate: Certificate) -> None:
+    rank = certificate.rank
+    print(
+        f"{rank.at_least_as_good} of {rank.profiles} random profiles are as good on the first exam "
+        f"after {campaign.short_epochs} epoch: {rank.probability:.1%} (95 % interval "
+        f"{rank.low:.1%} to {rank.high:.1%})"
+    )
+    for rival in certificate.comparisons:
+        print(
+            f"against {rival.rival:<14}{rival.difference:+.2%} ± {rival.sd:.2%} over {rival.pairs} "
+            f"pairs of {len(campaign.exams)} base networks, p {rival.p:.2g}, Holm "
+            f"{rival.adjusted:.2g}"
+        )
+    print("passes" if certificate.passes else "does not pass")
 
 
 def ranked(

@@ -3,7 +3,9 @@
     python scripts/gate.py --arch resnet20-16 --task base.safetensors@cifar10 --data-dir DIR \
         --size 16 --out runs/gate
 
-Every accuracy goes into `ledger.jsonl` in `--out` as it comes; a run that is started again goes on.
+The cheap and the long accuracy of a profile share one draw of channels, and so its luck: as in a
+search, whose episodes all share one draw per task. Every accuracy goes into `ledger.jsonl` in
+`--out` as it comes; a run that is started again goes on.
 `--masked-epochs 0` leaves out the base network that is trained under random masks.
 """
 
@@ -109,7 +111,7 @@ def tuned(epochs: int, images: int) -> FineTuning:
 
 def masked_twin(task: Task, config: Gate) -> Task:
     """The same task with its base network trained on, under random masks; kept in a file."""
-    path = config.out / "masked.safetensors"
+    path = config.out / f"masked-{task.network[:12]}-{config.masked_epochs}.safetensors"
     if not path.exists():
         module = copy.deepcopy(task.module)
         recipe = Recipe(epochs=config.masked_epochs, lr=0.05, precision="fp32")
@@ -135,13 +137,17 @@ def print_table(
 ) -> None:
     print(
         f"Spearman's rank correlation with {config.epochs} epochs of {config.images:,} images, "
-        f"{config.profiles} random profiles of {config.cf:g}x, one seed each\n"
+        f"{config.profiles} random profiles of {config.cf:g}x, one seed each, "
+        f"95 % bootstrap intervals\n"
     )
     heads = "".join(f" {m}, all | {m}, top half |" for m in config.metrics)
     print(f"| fidelity | seconds |{heads}\n|---|---:|" + "---:|---:|" * len(config.metrics))
     for name in [name for name in costs if name != "long"]:
         own = [agreements[name, metric] for metric in config.metrics]
-        cells = "".join(f" {a.overall:.2f} | {a.top_half:.2f} |" for a in own)
+        cells = "".join(
+            f" {a.overall:.2f} | {a.top_half:.2f} ({a.interval[0]:.2f} to {a.interval[1]:.2f}) |"
+            for a in own
+        )
         print(f"| {name} | {costs[name]:.2f} |{cells}")
     print(f"| the long fine-tune | {costs['long']:.2f} |" + " 1 | 1 |" * len(config.metrics))
     for metric in config.metrics:

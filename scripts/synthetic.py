@@ -33,9 +33,6 @@ from zoo.solver import FLOOR
 
 __all__ = ["Synthetic"]
 
-BASE_ACCURACIES = (0.9, 0.6)
-"""Of the two tasks of the queue; the share that a profile keeps is the same on both."""
-
 
 @dataclass(frozen=True)
 class Synthetic:
@@ -48,6 +45,8 @@ class Synthetic:
     """of the equal policy, in continuous keep ratios"""
     spread: float = 1.2
     """standard deviation of the log importances"""
+    base_accuracies: tuple[float, ...] = (0.9, 0.6)
+    """of the tasks of the queue; the share that a profile keeps is the same on all"""
 
     def env(self, num_envs: int = 8) -> PruningVectorEnv:
         """Environments to search it in."""
@@ -100,7 +99,7 @@ class Synthetic:
     def tasks(self) -> tuple[Task, ...]:
         return tuple(
             _task(f"base-{index}", self.groups, accuracy)
-            for index, accuracy in enumerate(BASE_ACCURACIES)
+            for index, accuracy in enumerate(self.base_accuracies)
         )
 
     @cached_property

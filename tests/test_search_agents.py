@@ -12,6 +12,7 @@ import torch
 
 from zoo.cost import cost_model
 from zoo.errors import ZooError
+from zoo.pruning.known_groups import reference_groups
 from zoo.search.agents import AGENTS, agent
 from zoo.solver import FLOOR, round_widths, scale_curve, solve
 
@@ -207,6 +208,14 @@ def test_the_graph_carries_the_present_cost_of_every_operation():
     before, after = Actor(13)(make(np.ones((1, 13)), np.zeros(1))), Actor(13)(graphs)
     assert before.shape == (1, 13)
     assert not torch.equal(after[0], after[1])
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "cnet", "torchvision:densenet121"])
+def test_a_layer_between_several_maps_is_shared_out_among_its_operations(arch):
+    groups = reference_groups(arch)
+    [operations] = Architecture(groups)(np.ones((1, len(groups.sizes))), np.zeros(1)).operations
+    assert float(operations[:, 3].sum()) == pytest.approx(1, abs=1e-4)
+    assert 0.95 < float(operations[:, 2].sum()) <= 1
 
 
 def test_gnn_ends_an_episode_at_the_constraint():

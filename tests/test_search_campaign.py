@@ -1,29 +1,35 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from zoo.artefacts import save_checkpoint
 from zoo.cost import cost_model
 from zoo.data import load_data
-from zoo.errors import ZooError
+from zoo.errors import FactorError, ZooError
 from zoo.models import build_model
 from zoo.profile import Profile
+from zoo.pruning.policies import POLICIES
 from zoo.registry import stored_groups
 from zoo.search import campaign
-from zoo.search.campaign import SearchConfig, parse_budget, search_profile
+from zoo.search.campaign import SearchConfig, search_profile
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator, FineTuning
 from zoo.search.evidence import evidence, examined
 from zoo.search.ledger import Ledger, read
-from zoo.search.tasks import Task, load_tasks
+from zoo.search.provenance import command_of
+from zoo.search.settings import parse_budget
+from zoo.search.tasks import Task, load_tasks, task_data
 from zoo.training import Recipe, evaluate, finetune
 
 pytest.importorskip("stable_baselines3")
@@ -80,10 +86,13 @@ def test_the_profile_meets_its_factor_at_the_reference_and_is_on_disk(config, se
 def test_provenance_is_complete(config, searched):
     made = searched.provenance
     assert made.episodes == 16
-    assert made.evaluations >= len(read([config.out]))
+    policies = sum(row.source in POLICIES for row in read([config.out]))
+    assert made.evaluations == len(read([config.out]))
+    assert policies == 5 * 2
     assert made.split_digest == load_data("digits", size=8).digest
     assert [task.split()[0] for task in made.tasks] == ["base-0.safetensors", "base-1.safetensors"]
     assert "--cf 2.0" in made.command
+    assert "--episodes 16" in made.command
     assert str(config.out.parent) not in made.command
     assert {"torch", "stable-baselines3", "python"} <= set(made.versions)
 
@@ -161,12 +170,13 @@ def test_a_second_process_cannot_write_the_same_run(config, searched):
 
 
 def test_two_runs_agree_on_their_common_prefix(config, tmp_path):
-    short = dataclasses.replace(config, out=tmp_path / "short", episodes=8)
-    long = dataclasses.replace(config, out=tmp_path / "long")
+    short = dataclasses.replace(config, out=tmp_path / "short")
+    long = dataclasses.replace(config, out=tmp_path / "long", episodes=24)
     search(short)
     search(long)
-    rows = [[(row.key, row.accuracy) for row in read([run.out])][:8] for run in (short, long)]
+    rows = [[(row.key, row.accuracy) for row in read([run.out])][:16] for run in (short, long)]
     assert rows[0] == rows[1]
+    assert {row.source for row in read([short.out])[:16]} == {"ppo"}
 
 
 def test_ctrl_c_ends_the_episodes_and_a_profile_comes_of_it(config, monkeypatch, tmp_path):
@@ -179,8 +189,8 @@ def test_ctrl_c_ends_the_episodes_and_a_profile_comes_of_it(config, monkeypatch,
         return original(self, candidate)
 
     monkeypatch.setattr(campaign.Recalibration, "measure", measure)
-    profile = search(dataclasses.replace(config, out=tmp_path, episodes=64))
-    assert profile.provenance.episodes == 8
+    profile = search(dataclasses.replace(config, out=tmp_path, cf=(2.0, 3.0), episodes=64))
+    assert (profile.cf, profile.provenance.episodes) == (2.0, 8)
     assert profile.got == pytest.approx(2.0, rel=0.02)
     assert len(calls) > 12
 
@@ -192,12 +202,18 @@ def test_a_budget_ends_the_episodes_of_every_factor(config, tmp_path):
     two, three = search_profile(many)
     assert (two.cf, three.cf) == (2.0, 3.0)
     assert three.got == pytest.approx(3.0, rel=0.02)
+    played = [profile.provenance.episodes for profile in (two, three)]
+    assert min(played) > 0
+    assert max(played) < 4 * min(played) < 100_000  # choosing at 2x took nothing from 3x
     for profile in (two, three):
-        assert 0 < profile.provenance.episodes < 100_000
         assert Profile.read(tmp_path / f"{profile.name}.json") == profile
     report = (tmp_path / "report.md").read_text()
-    assert "params-cf2" in report or "2x" in report
+    assert "params-cf2.json" in report
+    assert "params-cf3.json" in report
     assert (tmp_path / "keep_ratios.png").stat().st_size > 1000
+    again = search_profile(dataclasses.replace(many, resume=True))
+    for before, profile in zip(played, again, strict=True):  # what was replayed counts, too
+        assert before <= profile.provenance.episodes <= 2 * before
 
 
 def test_one_policy_serves_several_factors(config, tmp_path):
@@ -205,6 +221,103 @@ def test_one_policy_serves_several_factors(config, tmp_path):
     profiles = search_profile(both)
     assert [profile.cf for profile in profiles] == [2.0, 3.0]
     assert [profile.provenance.episodes for profile in profiles] == [8, 8]
+
+
+def test_the_best_of_every_task_are_candidates_though_one_is_easier():
+    def episode(number: int, task: str, reward: float) -> dict:
+        return {"cf": 2.0, "task": task, "widths": (number,), "reward": reward}
+
+    easy = [episode(number, "easy", 0.9 - number / 100) for number in range(5)]
+    hard = [episode(10 + number, "hard", 0.2 - number / 100) for number in range(5)]
+    search = campaign._Search.__new__(campaign._Search)
+    search.episodes = [*easy, *hard, {**easy[0], "cf": 3.0, "widths": (99,)}]
+    search.tasks = [SimpleNamespace(name="easy"), SimpleNamespace(name="hard")]
+    search.config = SearchConfig("cnet", ("a",), Path("out"), candidates=4)
+    found = search._candidates(2.0, [episode(50, "hard", 0.0)])
+    assert found == [(0,), (10,), (1,), (11,), (50,)]
+
+
+@pytest.mark.parametrize("agent", ["ppo", "random"])
+def test_ctrl_c_before_any_episode_leaves_nothing_and_says_so(
+    config, monkeypatch, tmp_path, capsys, agent
+):
+    calls = []
+
+    def measure(*arguments):
+        calls.append(arguments)
+        if len(calls) <= 1:
+            raise KeyboardInterrupt
+        return 0.5
+
+    monkeypatch.setattr(campaign.Recalibration, "measure", measure)
+    monkeypatch.setattr(campaign.FineTuning, "measure", lambda *_: 0.5)
+    found = search_profile(dataclasses.replace(config, out=tmp_path, agent=agent, cf=(2.0, 3.0)))
+    assert len(found) == (1 if agent == "ppo" else 0)
+    if agent == "random":
+        assert "nothing to choose from" in capsys.readouterr().err
+        assert "without a choice" in (tmp_path / "report.md").read_text()
+
+
+def test_a_folder_holds_the_runs_of_one_search(config, searched):
+    del searched
+    first, second = config.tasks
+    for changes in ({"tasks": (second,)}, {"tasks": (first,), "held_back": (second,)}):
+        with pytest.raises(ZooError, match="other base networks"):
+            search(dataclasses.replace(config, resume=True, **changes))
+
+
+def test_a_search_that_could_not_start_leaves_the_folder_free(config, tmp_path):
+    with pytest.raises(FactorError, match="reaches"):
+        search(dataclasses.replace(config, out=tmp_path, cf=(500.0,)))
+    assert search(dataclasses.replace(config, out=tmp_path, episodes=8)).cf == 2.0
+
+
+def test_the_command_of_a_profile_is_its_search(tmp_path):
+    import tyro
+
+    config = SearchConfig(
+        arch="cnet", tasks=("a@cifar10[:5]", "hf:o/r/b.pt@v1@imagefolder:data[5:]"), out=tmp_path,
+        cf=(2.0, 4.5), env=EnvSettings(metric="macs", sigma=0.5), val_images=None, budget="20m",
+        finetune_images=None, conditioned=True, cluster="ray://head:10001", seed=0, resume=True,
+    )  # fmt: skip
+    program, command, *flags = shlex.split(command_of(config, 160))
+    assert (program, command) == ("zoo", "search")
+    again = tyro.cli(SearchConfig, args=flags)
+    assert again == dataclasses.replace(
+        config, out=Path(tmp_path.name), episodes=160, budget=None, resume=False
+    )
+    absolute = dataclasses.replace(config, tasks=("/x/y/s0.pt@imagefolder:/data/tiny[:50]",))
+    assert "s0.pt@imagefolder:tiny[:50]" in command_of(absolute, 1)
+    assert "/x" not in command_of(absolute, 1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"episodes": 0}, {"episodes": -8}, {"calibration_images": 0}, {"val_images": -60},
+        {"finalists": 0}, {"final_seeds": 0}, {"workers": 0}, {"finetune_images": 0},
+        {"std": 0.0}, {"finetune_lr": -1.0}, {"cf": ()}, {"budget": "soon"},
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_at_once(changes):
+    (name,) = changes
+    with pytest.raises(ZooError, match="factor" if name == "cf" else name):
+        SearchConfig("cnet", ("a",), Path("out"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("a.pt", ("a.pt", "digits")),
+        ("a.pt@cifar10", ("a.pt", "cifar10")),
+        ("a.pt@cifar10[:5]", ("a.pt", "cifar10[:5]")),
+        ("a.pt@imagefolder:/x/y[5:]", ("a.pt", "imagefolder:/x/y[5:]")),
+        ("hf:o/r/a.pt@v1", ("hf:o/r/a.pt@v1", "digits")),
+        ("hf:o/r/a.pt@v1@cifar10", ("hf:o/r/a.pt@v1", "cifar10")),
+    ],
+)
+def test_a_task_names_its_data_behind_the_last_at(reference, parts):
+    assert task_data(reference, "digits") == parts
 
 
 def test_held_back_networks_judge_the_finalists_alone(config, tmp_path):
@@ -250,7 +363,6 @@ def test_bad_input_is_refused(config, tmp_path):
     refused("reaches", cf=(500.0,))
     refused("at least one task", tasks=())
     refused("Did you mean 'ppo'", agent="ppp")
-    refused("no budget", budget="soon")
     splits = load_data("digits", size=8)
     path = str(tmp_path / "base.safetensors")
     save_checkpoint(build_model("cnet", 10, image_size=8), path, {"split_digest": "f00"})
@@ -278,4 +390,5 @@ def test_evidence_treats_every_policy_alike(config):
     assert thin.sd == pytest.approx(statistics.stdev(thin.accuracies))
     assert len(thin.before) == len(thin.accuracies) == 2
     assert whole.fidelity == thin.fidelity
-    assert {row.key.split for row in ledger} == {splits.test.digest()}
+    assert (exam.val, exam.split_digest) == (splits.test, splits.test.digest())
+    assert {row.key.split for row in ledger} == {exam.data_digest}

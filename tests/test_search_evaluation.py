@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -163,15 +164,36 @@ def test_an_evaluation_is_paid_for_once(cnet, tmp_path):
         evaluator = Evaluator(ledger)
         candidates = [halved(cnet, seed) for seed in (1, 2, 1)]
         assert evaluator(candidates, fidelity, ["a", "b", "c"]) == [0.6, 0.7, 0.6]
-        assert (len(fidelity.calls), evaluator.measured, evaluator.replayed) == (2, 2, 1)
-        assert {row.key.seed: row.source for row in ledger} == {1: "c", 2: "b"}
+        assert (len(fidelity.calls), evaluator.measured, evaluator.spent[0]) == (2, 2, 2)
+        assert {row.key.seed: row.source for row in ledger} == {1: "a", 2: "b"}
     with Ledger(tmp_path / "ledger.jsonl") as ledger:
         again = Evaluator(ledger)
-        assert again([halved(cnet, 2)], fidelity) == [0.7]
-        assert len(fidelity.calls) == 2
+        assert again([halved(cnet, 2)] * 2, fidelity) == [0.7] * 2
+        assert (len(fidelity.calls), again.measured, again.spent[0]) == (2, 0, 1)
         again([halved(cnet, 2)], other)
         again([Candidate(cnet, (1,) * 6, 2)], fidelity)
         assert (len(fidelity.calls), len(other.calls)) == (3, 1)
+
+
+def test_what_a_measurement_depends_on_tells_ledger_keys_apart(cnet):
+    """The same images normalised, mirrored or trained on otherwise give other accuracies."""
+    fidelity, ledger = Counted("one"), Ledger()
+    variants = [
+        cnet,
+        replace(cnet, val=replace(cnet.val, mean=(0.4,) * 3)),
+        replace(cnet, train=replace(cnet.train, flip=True)),
+        replace(cnet, train=cnet.train.subset(torch.arange(100))),
+        replace(cnet, network="another"),
+    ]
+    Evaluator(ledger)([halved(task, 1) for task in variants], fidelity)
+    assert len(ledger) == len(fidelity.calls) == len(variants)
+
+
+def test_a_fine_tune_that_diverges_keeps_nothing(cnet):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        recipe = Recipe(epochs=1, lr=1e30, augment=False, clip_norm=None, warmup=0.0)
+        assert FineTuning(recipe).measure(halved(cnet, 0)) == 0.0
 
 
 @pytest.mark.parametrize("seed", [math.nan, math.inf, 6, -6])

@@ -16,7 +16,8 @@ from zoo.cost import CostModel, CostTerm
 from zoo.errors import ZooError
 from zoo.profile import Profile, Provenance, Reference
 from zoo.search.ledger import Key, Ledger, Row
-from zoo.search.report import ledger_report, plot_ledger, summarise, write_report
+from zoo.search.report import write_report
+from zoo.search.summary import ledger_report, plot_ledger, summarise
 
 REGISTRY = Path(__file__).parent.parent / "registry"
 MODEL = CostModel((10, 20), (CostTerm((0,), 3, 300), CostTerm((0, 1), 9, 9)))
@@ -170,14 +171,16 @@ def test_figure_4_of_a_ledger_has_its_sources_the_bundled_profiles_and_the_base(
     kept = Profile.read(REGISTRY / "cnet" / "params-cf4.json").kept.values()
     rows = [
         row((32,) * 6, 0.8),
-        row(kept, 0.7, source="ppo"),
-        row(kept, 0.6, seed=1, source="ppo"),
+        row(kept, 0.7, source="choice"),
+        row(kept, 0.6, seed=1, source="choice"),
         row((16,) * 6, 0.5, source="equal"),
+        row(kept, 0.9, source="ppo", fidelity="z, what the search saw"),
     ]
     plot_ledger([written(tmp_path / "ledger.jsonl", rows)], "cnet", tmp_path / "plot.svg", "params")
-    [([panel], metric)] = drawn
+    [([panel, seen], metric)] = drawn
     assert (metric, panel.base) == ("params", 0.8)
-    assert panel.series["searched"] == panel.series["ppo"]
+    assert panel.series["searched"] == panel.series["choice"]
+    assert (len(seen.series["ppo"]), seen.series["searched"]) == (1, [])
     [(factor, accuracy)] = panel.series["searched"]
     assert (factor, accuracy) == (pytest.approx(4, rel=0.02), pytest.approx(0.65))
     assert [accuracy for _, accuracy in panel.series["equal"]] == [0.5]
@@ -223,37 +226,37 @@ EPISODES = [
 ROWS = [
     row((5, 10), 0.61, source="ppo"),
     row((6, 9), 0.52, source="equal"),
-    row((5, 10), 0.71, source="ppo", fidelity=SLOW),
+    row((5, 10), 0.71, source="choice", fidelity=SLOW),
+    row((8, 15), 0.79, source="choice", fidelity=SLOW),
 ]
 
 
 def test_the_report_says_in_words_what_the_search_did(tmp_path, drawn):
-    path = write_report(
-        tmp_path, [profile(), profile("equal", (6, 9))], EPISODES, ROWS, MODEL, {"a" * 64: 0.8}
-    )
+    path = write_report(tmp_path, [profile()], EPISODES, ROWS, MODEL, {"a" * 64: 0.8})
     text = path.read_text()
     for words in (
         "# Search of tiny",
         "it chose params-cf4.json: 3.94x params, 2.46x macs",
         "ppo, scale projection, seed 3: 3 episodes and 1,234 evaluations in 568 s",
         "    zoo search --arch tiny --cf 4",
-        "best of 3 episodes was number 2, on two: reward 0.900, accuracy 45.00% at 3.98x",
+        "| two | 4x | 1 | 0.900 | 0.900 | 3.98x | 45.00% |",
         "| one | 4x | 2 | 0.600 | 0.700 | 3.98x | 35.00% |",
-        "| first | 5 (0.500) | 6 (0.600) |",
+        "| first | 5 (0.500) |",
     ):
         assert words in text
     assert re.findall(r"!\[.*?\]\((.*?)\)", text) == [
-        "rewards.png",
+        "rewards_cf4.png",
         "keep_ratios.png",
         "accuracy_params.png",
     ]
     assert "left out" not in text
+    assert "8 15" not in text  # at 2x it is the better one
     for name in re.findall(r"\((\w+\.png)\)", text):
         assert min(Image.open(tmp_path / name).size) >= 400
     [([slow, fast], metric)] = drawn
     assert (metric, slow.base, fast.base) == ("params", 0.8, 0.8)
     assert [accuracy for _, accuracy in slow.series["searched"]] == [0.71]
-    assert [accuracy for _, accuracy in fast.series["searched"]] == [0.61]
+    assert fast.series["searched"] == []
     assert [accuracy for _, accuracy in fast.series["equal"]] == [0.52]
 
 
@@ -274,13 +277,18 @@ def test_the_report_is_the_same_every_time(tmp_path):
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "two").iterdir()}
 
 
-def test_several_factors_and_metrics_each_get_their_place(tmp_path):
-    chosen = [profile(), profile(cf=2.0, widths=(8, 15)), profile(metric="macs", cf=2.0)]
-    text = write_report(tmp_path, chosen, EPISODES, ROWS, MODEL, {}).read_text()
-    for name in ("params-cf4", "params-cf2", "macs-cf2"):
+def test_factors_are_not_mixed(tmp_path):
+    chosen = [profile(), profile(cf=1.66, widths=(8, 15))]
+    later = [{**info, "cf": 1.66} for info in EPISODES]
+    text = write_report(tmp_path, chosen, [*EPISODES, *later], ROWS, MODEL, {}).read_text()
+    for name in ("params-cf4", "params-cf1.66"):
         assert f"it chose {name}.json" in text
-    assert (tmp_path / "accuracy_params.png").exists()
-    assert (tmp_path / "accuracy_macs.png").exists()
+    four, less = text.split("at 1.66x params", 1)
+    assert "5 10" in four
+    assert "8 15" not in four
+    assert "8 15" in less
+    assert (tmp_path / "rewards_cf4.png").exists()
+    assert (tmp_path / "rewards_cf1.66.png").exists()
 
 
 def test_without_matplotlib_there_is_a_report_that_says_so(tmp_path, monkeypatch):
@@ -289,14 +297,13 @@ def test_without_matplotlib_there_is_a_report_that_says_so(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write_report(tmp_path, [profile()], EPISODES, ROWS, MODEL, {})
     text = path.read_text()
-    for name in ("rewards.png", "keep_ratios.png", "accuracy_params.png"):
+    for name in ("rewards_cf4.png", "keep_ratios.png", "accuracy_params.png"):
         assert f"{name} was left out: Plots need matplotlib: pip install" in text
-    assert "reward 0.900" in text
+    assert "| 0.900 |" in text
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_search_stopped_before_anything_was_found_still_has_a_report(tmp_path):
     text = write_report(tmp_path, [], [], [], MODEL, {}).read_text()
     assert "without a choice" in text
-    assert "rewards.png was left out: No episode was finished" in text
     assert "|" not in text

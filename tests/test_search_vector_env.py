@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("gymnasium")
 
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from test_search_env import CHOICES, LAYERS, TASKS, accuracies, make, run
 
 from zoo.errors import ZooError
@@ -24,6 +25,16 @@ class Counting:
     def __call__(self, candidates):
         self.calls.append(len(candidates))
         return accuracies(candidates)
+
+
+def test_gymnasiums_wrappers_apply():
+    env = RecordEpisodeStatistics(PruningVectorEnv(make, 3))
+    env.reset(seed=0)
+    for _ in range(LAYERS):
+        _, rewards, _, _, infos = env.step(np.zeros((3, 1), np.float32))
+    assert infos["episode"]["l"].tolist() == [LAYERS] * 3
+    assert infos["episode"]["r"] == pytest.approx(rewards)
+    assert [episode["reward"] for episode in infos["played"]] == rewards.tolist()
 
 
 def actions_of(number):
@@ -44,12 +55,12 @@ def together(env, rounds, first=0):
             assert not cut_short.any()
             assert ended.tolist() == [step == LAYERS - 1] * env.num_envs
             assert rewards.tolist() == [
-                episode.get("reward", 0.0) for episode in info.get("episode", [{}] * env.num_envs)
+                episode.get("reward", 0.0) for episode in info.get("played", [{}] * env.num_envs)
             ]
             steps.append(observations)
         steps[-1] = info["final_obs"]
         seen += list(np.stack(steps, axis=1))
-        infos += info["episode"]
+        infos += list(info["played"])
     return seen, infos
 
 
@@ -90,7 +101,7 @@ def test_reset_goes_on_and_its_seed_rewinds():
     def names():
         for _ in range(LAYERS):
             *_, info = env.step(np.zeros((2, 1), dtype=np.float32))
-        return [episode["task"] for episode in info["episode"]]
+        return [episode["task"] for episode in info["played"]]
 
     env.reset()
     assert names() == ["a", "bb"]

@@ -119,6 +119,12 @@ def test_a_killed_worker_loses_nothing(pool, candidates, tmp_path):
     ledger.close()
 
 
+def test_a_death_before_anything_was_finished_is_no_reason_to_give_up(candidates, tmp_path):
+    pool, fidelity = Processes(1), Deadly(tmp_path / "mark")
+    assert accuracies(pool, [candidates[3]], fidelity) == [0.3]
+    pool.close()
+
+
 def test_workers_that_always_die_are_an_error_and_the_pool_goes_on(candidates):
     pool = Processes(1)
     with pytest.raises(ZooError, match="die before they finish one"):

@@ -351,7 +351,7 @@ class LedgerCommand:
 
 def ledger(command: LedgerCommand) -> None:
     from zoo.rendering import print_tables
-    from zoo.search.report import ledger_report, plot_ledger
+    from zoo.search.summary import ledger_report, plot_ledger
 
     print_tables(
         ledger_report(

@@ -328,7 +328,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 def _some_classes(data: ImageSet, chosen: slice, name: str) -> ImageSet:
     """The images of some classes, which are numbered from 0 again."""
     classes = range(len(data.classes))[chosen]
-    if len(classes) < 2:
+    if len(classes) < 2 or (chosen.stop or 0) > len(data.classes):
         raise DataError(f"{name} leaves {len(classes)} of {len(data.classes)} classes.")
     inside = (data.labels >= classes[0]) & (data.labels <= classes[-1])
     part = data.subset(inside.nonzero().flatten())

@@ -9,6 +9,7 @@ from numbers import Integral
 __all__ = [
     "CheckpointError",
     "DataError",
+    "DivergenceError",
     "DocumentError",
     "ExportError",
     "FactorError",
@@ -41,6 +42,10 @@ class FactorError(ZooError):
 
 class DataError(ZooError):
     """A data set cannot be found or read, or does not fit the network."""
+
+
+class DivergenceError(ZooError):
+    """A training's loss stopped being a finite number."""
 
 
 class ExportError(ZooError):

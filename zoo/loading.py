@@ -25,6 +25,7 @@ from zoo.pruning.known_groups import groups_of, traced_groups
 from zoo.pruning.plan import Plan, PruningRecord, Source
 from zoo.pruning.program import check_prunable
 from zoo.pruning.surgery import evaluating, named_tensors
+from zoo.seeding import seeded
 
 __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
 
@@ -284,8 +285,7 @@ def _cut(
 
 
 def _reinitialise(module: nn.Module, seed: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         for name, layer in module.named_modules():
             reset = getattr(layer, "reset_parameters", None)
             if callable(reset):

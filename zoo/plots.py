@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,7 +17,7 @@ from numpy.typing import ArrayLike
 from zoo.errors import ZooError, unknown
 
 try:
-    from matplotlib import rc_context
+    from matplotlib import colormaps, rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 except ImportError:
@@ -34,11 +35,11 @@ __all__ = [
 
 SUFFIXES = (".png", ".svg")
 
-LINES = ("equal", "increasing", "decreasing", "greedy")
-"""Series with one profile at each factor, drawn as lines; the others are clouds of points."""
+SQUARES = ("equal", "increasing", "decreasing", "greedy")
+"""Series with few profiles at each factor; the others are clouds of points."""
 
 COLOURS = {"random": "silver", "searched": "deeppink", "equal": "black", "greedy": "darkgreen"}
-"""The same in every plot; other series take Matplotlib's colours in order."""
+"""The same in every plot; other series take the next of twenty."""
 
 COLUMNS = 4
 """Most panels in a row."""
@@ -67,11 +68,12 @@ def accuracy_against_factor(panels: Sequence[Panel], metric: str) -> Figure:
     Raises:
         ZooError: when there is nothing to show.
     """
-    if not any(panel.series for panel in panels):
+    if not any(points for panel in panels for points in panel.series.values()):
         raise ZooError("There is no profile to plot the accuracy of.")
     names = sorted({name for panel in panels for name in panel.series}, key=_depth)
     others = [name for name in names if name not in COLOURS]
-    colours = {**COLOURS, **{name: f"C{index}" for index, name in enumerate(others)}}
+    many = colormaps["tab20"](range(20))
+    colours = {**COLOURS, **{name: many[index % 20] for index, name in enumerate(others)}}
     columns = min(len(panels), COLUMNS)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6, 4 * columns), 4 * rows), layout="constrained")
@@ -94,14 +96,11 @@ def _depth(name: str) -> tuple[bool, bool, str]:
     return name == "searched", name != "random", name
 
 
-def _draw(axes: Axes, name: str, points: Points, colour: str) -> None:
+def _draw(axes: Axes, name: str, points: Points, colour: Any) -> None:
     factors, accuracies = zip(*sorted(points), strict=True)
-    if name in LINES:
-        axes.plot(factors, accuracies, marker="s", color=colour, label=name)
-    else:
-        size = 80 if name == "searched" else 16
-        # the lines' zorder, so that what is drawn last is on top
-        axes.scatter(factors, accuracies, size, color=colour, label=name, zorder=2)
+    marker = "s" if name in SQUARES else "o"
+    size = {"searched": 80, **dict.fromkeys(SQUARES, 36)}.get(name, 16)
+    axes.scatter(factors, accuracies, size, color=colour, label=name, marker=marker, zorder=2)
 
 
 def reward_curve(rewards: Sequence[float], window: int = 32) -> Figure:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.data import DeviceLoader, ImageSet, check_labels, load_data
-from zoo.errors import DataError, ZooError, unknown
+from zoo.errors import DataError, DivergenceError, unknown
 from zoo.pruning.surgery import evaluating
 
 __all__ = ["RECIPES", "EpochRecord", "Evaluation", "Recipe", "TrainResult", "evaluate", "finetune"]
@@ -137,7 +137,7 @@ def finetune(
 
     Raises:
         DataError: when a label does not fit the network's outputs.
-        ZooError: when the loss stops being finite; the best weights so far are in place.
+        DivergenceError: when the loss stops being finite; the best weights so far are in place.
     """
     started = time.perf_counter()
     settings = _recipe(recipe)
@@ -168,7 +168,7 @@ def finetune(
                     check=epoch == 1,
                 )  # fmt: skip
                 if not math.isfinite(loss):
-                    raise ZooError(
+                    raise DivergenceError(
                         f"The training loss became {loss} in epoch {epoch}; the best weights so "
                         f"far (epoch {best_epoch}) were kept. Try a smaller learning rate than "
                         f"{settings.lr}."

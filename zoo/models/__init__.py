@@ -10,7 +10,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from zoo.errors import CheckpointError, ZooError, integer, unknown
@@ -18,6 +17,7 @@ from zoo.models.cnet import CNet
 from zoo.models.mobilenet import ProjectedMobileNetV2, small_stem_mobilenet_v2
 from zoo.models.resnet import ResNet, Shortcut, small_stem_resnet
 from zoo.models.vgg import VGG
+from zoo.seeding import seeded
 
 __all__ = ["ARCHITECTURES", "STORED", "Architecture", "architecture", "build_model"]
 
@@ -298,6 +298,5 @@ def build_model(
     size = known.image_size if image_size is None else integer("image_size", image_size, 1)
     if known.flatten_stride and (size < known.flatten_stride or size % known.flatten_stride):
         raise ZooError(f"{arch} needs an image size divisible by {known.flatten_stride}: {size}.")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         return known.build(classes, size)

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
 from zoo.data import check_labels
-from zoo.errors import ZooError
+from zoo.errors import ZooError, integer
 from zoo.groups import ChannelGroups, Group
 from zoo.pruning.data_scores import Batches
 from zoo.pruning.surgery import named_tensors
 from zoo.pruning.weight_scores import Scores, filter_slots
+from zoo.seeding import seeded
 
 __all__ = ["FilterAgent", "reinforce_scores"]
 
@@ -44,6 +45,9 @@ class FilterAgent:
     """of gradient descent; divided by the number of channels, with which the gradient grows"""
     certainty: float = 0.98
     """an agent has converged when so sure, on average, of the likelier decision on a channel"""
+
+    def __post_init__(self) -> None:
+        integer("samples", self.samples, 2)
 
 
 def reinforce_scores(
@@ -87,8 +91,7 @@ def reinforce_scores(
     whole = [_accuracy(network, *batch) for batch in batches]
     scores = []
     for group in groups.groups:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with seeded(seed):
             trials = itertools.cycle(zip(batches, whole, strict=True))
             scores.append(_learn(network, group, trials, settings).tolist())
     return scores

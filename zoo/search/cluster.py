@@ -55,7 +55,9 @@ class RayPool:
             )
         except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ZooError(f"The Ray cluster {address!r} cannot be used: {error}") from None
-        gpus = GPU_SHARE if ray.cluster_resources().get("GPU") else 0
+        resources = ray.cluster_resources()
+        self.size = int(resources.get("CPU", 1))
+        gpus = GPU_SHARE if resources.get("GPU") else 0
         self._measure = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_measure)
         self._tasks: dict[int, tuple[Task, Any]] = {}
 

@@ -71,7 +71,8 @@ class EnvSettings:
     observation: Literal["summary", "raw"] = "summary"
     """what is shown of a layer's features: quantiles, or every channel"""
     features: Literal["static", "live"] = "static"
-    """static: the dense network's features; live: those of the network as pruned so far"""
+    """static: the dense network's features; live: those of the network as pruned so far, computed
+    anew whenever a search is run or resumed"""
 
     def __post_init__(self) -> None:
         for kind, value, choices in (
@@ -82,6 +83,8 @@ class EnvSettings:
         ):
             if value not in choices:
                 raise unknown(kind, value, choices)
+        if self.sigma is not None and not self.sigma > 0:
+            raise ZooError(f"sigma must be positive, got {self.sigma}.")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.data import DeviceLoader, ImageSet
 from zoo.documents import encode
-from zoo.errors import ZooError
+from zoo.errors import DivergenceError, ZooError
 from zoo.pruning.masking import masked
 from zoo.search.ledger import Key, Ledger, Row
 from zoo.search.tasks import (
@@ -86,7 +86,7 @@ class Recalibration:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Surgery and a fine-tune, of which the last weights are measured.
+    """Surgery and a fine-tune, of which the last weights are measured; 0 if it diverges.
 
     Attributes:
         recipe: how to train.
@@ -108,9 +108,12 @@ class FineTuning:
     def measure(self, candidate: Candidate) -> float:
         module, task = cut(candidate), candidate.task
         train = sample(task.train, self.train_images)
-        result = finetune(
-            module, train, None, recipe=self.recipe, seed=candidate.seed, progress=False
-        )
+        try:
+            result = finetune(
+                module, train, None, recipe=self.recipe, seed=candidate.seed, progress=False
+            )
+        except DivergenceError:
+            return 0.0
         if result.interrupted:
             raise KeyboardInterrupt
         return evaluate(module, task.val).accuracy
@@ -124,14 +127,21 @@ class Evaluator:
         pool: what measures; this process by default.
 
     Attributes:
-        measured, replayed: evaluations that were run, and that the ledger already had.
-        replayed_seconds: what the latter took when they were run.
+        measured: how many evaluations were run.
+        replayed: those that the ledger had from an earlier run.
     """
 
     def __init__(self, ledger: Ledger, pool: Pool | None = None) -> None:
         self.ledger, self.pool = ledger, pool or InProcess()
-        self.measured = self.replayed = 0
-        self.replayed_seconds = 0.0
+        self.measured = 0
+        self.replayed: dict[Key, Row] = {}
+        self._earlier = {row.key for row in ledger}
+
+    @property
+    def spent(self) -> tuple[int, float]:
+        """Evaluations asked for, replayed ones among them, and the seconds that these took."""
+        seconds = sum(row.seconds for row in self.replayed.values())
+        return self.measured + len(self.replayed), seconds
 
     def __call__(
         self,
@@ -152,25 +162,23 @@ class Evaluator:
         keys = [_key(candidate, fidelity) for candidate in candidates]
         if source is None or isinstance(source, str):
             source = [source or ""] * len(keys)
-        sources = dict(zip(keys, source, strict=True))
-        missing: dict[Key, Candidate] = {}
-        for key, candidate in zip(keys, candidates, strict=True):
+        missing: dict[Key, tuple[Candidate, str]] = {}
+        for key, candidate, asking in zip(keys, candidates, source, strict=True):
             known = self.ledger.get(key)
-            if known is None and key not in missing:
-                missing[key] = candidate
-            else:
-                self.replayed += 1
-                self.replayed_seconds += known.seconds if known else 0.0
+            if known is None:
+                missing.setdefault(key, (candidate, asking))
+            elif key in self._earlier:
+                self.replayed[key] = known
         for key, accuracy, seconds in self._measured(missing, fidelity):
-            self.ledger.add(Row(key, accuracy, round(seconds, 3), sources[key] or None))
+            self.ledger.add(Row(key, accuracy, round(seconds, 3), missing[key][1] or None))
             self.measured += 1
         rows = [self.ledger.get(key) for key in keys]
         return [row.accuracy for row in rows if row is not None]
 
     def _measured(
-        self, missing: dict[Key, Candidate], fidelity: Fidelity
+        self, missing: dict[Key, tuple[Candidate, str]], fidelity: Fidelity
     ) -> Iterator[tuple[Key, float, float]]:
-        keys, candidates = list(missing), list(missing.values())
+        keys, candidates = list(missing), [candidate for candidate, _ in missing.values()]
         for index, accuracy, seconds in self.pool.run(candidates, fidelity):
             if not math.isfinite(accuracy) or not 0 <= accuracy <= 1:
                 raise ZooError(
@@ -184,7 +192,7 @@ def _key(candidate: Candidate, fidelity: Fidelity) -> Key:
     task = candidate.task
     return Key(
         network=task.network,
-        split=task.split_digest,
+        split=task.data_digest,
         classes=len(task.val.classes),
         image_size=task.val.image_size,
         widths=tuple(int(width) for width in candidate.widths),
@@ -247,7 +255,7 @@ def _reset_statistics(module: nn.Module, norms: list[_BatchNorm], train: ImageSe
         layer.reset_running_stats()
         layer.momentum = None  # cumulative average
         layer.train()
-    batch = min(512, len(train))
+    batch = len(train) // max(1, round(len(train) / 512))
     with torch.no_grad():
         for images, _ in DeviceLoader(train, batch, device=device(), drop_last=True):
             module(images.to(memory_format=torch.channels_last))

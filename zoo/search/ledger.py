@@ -33,7 +33,7 @@ class Key:
 
     Attributes:
         network: sha256 of the base network's checkpoint, or its name where there is none.
-        split: digest of the validation split.
+        split: digest of the training and validation images.
         classes, image_size: of the task.
         widths: channels kept, per group in order.
         criterion, seed: what chose the channels.
@@ -155,7 +155,7 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of several ledgers; of equal keys, the last.
+    """The rows of several ledgers; of equal keys, the first.
 
     Nothing is locked or changed: of a run that is still being written, it has the rows so far.
 
@@ -166,7 +166,11 @@ def read(paths: Iterable[Path]) -> list[Row]:
         DocumentError: for a file that is missing, malformed, of another schema version or suffix.
         ZooError: for a merged ledger where pyarrow is not installed.
     """
-    return list({row.key: row for path in paths for row in _read_file(path)}.values())
+    rows: dict[Key, Row] = {}
+    for path in paths:
+        for row in _read_file(path):
+            rows.setdefault(row.key, row)
+    return list(rows.values())
 
 
 def merge(paths: Iterable[Path], target: Path) -> int:

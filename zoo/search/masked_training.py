@@ -72,8 +72,11 @@ def train_under_masks(
     """Train `module` in place under random masks; its last weights are kept, in eval mode.
 
     Its statistics fit no single width after that: they are recalibrated for the whole network.
+
+    Raises:
+        KeyboardInterrupt: when the training was interrupted.
     """
-    finetune(
-        RandomlyMasked(module, groups, seed), train, None, recipe=recipe, seed=seed, progress=False
-    )
+    wrapper = RandomlyMasked(module, groups, seed)
+    if finetune(wrapper, train, None, recipe=recipe, seed=seed, progress=False).interrupted:
+        raise KeyboardInterrupt
     recalibrate(module, module, sample(train, 2048))

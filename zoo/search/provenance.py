@@ -20,9 +20,19 @@ from zoo.profile import Profile, Provenance, Reference
 from zoo.search.tasks import Task
 
 if TYPE_CHECKING:
-    from zoo.search.campaign import SearchConfig
+    from zoo.search.settings import SearchConfig
 
-__all__ = ["Found", "profile_of"]
+PACKAGES = (
+    "prunezoo",
+    "torch",
+    "numpy",
+    "gymnasium",
+    "stable-baselines3",
+    "cmaes",
+    "pymoo",
+)
+
+__all__ = ["Found", "command_of", "profile_of"]
 
 
 @dataclass(frozen=True)
@@ -33,7 +43,8 @@ class Found:
         cf, got: the factor asked for, and that of `widths`.
         widths: channels kept, per group in order.
         episodes: played at this factor.
-        evaluations: of the whole search so far, replayed ones included; `seconds` likewise.
+        evaluations: of these episodes and the choice, replayed ones included.
+        seconds: wall time of both; what replayed evaluations took is shared out among workers.
         tasks: that episodes were played on.
         judges: that finalists were compared on.
         fidelity: of the episodes and of the choice.
@@ -66,7 +77,7 @@ def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Pro
         },
         kept=dict(zip(groups.names, found.widths, strict=True)),
         provenance=Provenance(
-            command=_command(config),
+            command=command_of(config, found.episodes),
             agent=f"{config.agent}, {env.projection} projection, {env.reward} reward",
             seed=config.seed,
             episodes=found.episodes,
@@ -92,25 +103,35 @@ def _named(task: Task) -> str:
     )
 
 
-def _command(config: SearchConfig) -> str:
-    """The command line of this configuration; absolute paths are shortened to their last part."""
-    return shlex.join(["zoo", "search", *_flags(config)])
+def command_of(config: SearchConfig, episodes: int) -> str:
+    """The command line of this configuration, with what it has played in place of its budget.
+
+    Absolute paths are shortened to their last part.
+    """
+    played = dataclasses.replace(config, episodes=max(1, episodes), budget=None, resume=False)
+    return shlex.join(["zoo", "search", *_flags(played)])
 
 
 def _flags(settings: Any) -> Iterator[str]:
+    """What differs from the defaults."""
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
-        flag = item.name.replace("_", "-")
+        flag = f"--{item.name.replace('_', '-')}"
         if dataclasses.is_dataclass(value):
             yield from _flags(value)
-        elif item.name == "resume" or value in (None, (), False):
-            continue
         elif value is True:
-            yield f"--{flag}"
-        else:
-            yield f"--{flag}"
+            yield flag
+        elif value != item.default:
+            yield flag
             for word in value if isinstance(value, tuple) else (value,):
-                yield re.sub(r"(?:^|(?<=[@:]))/\S*/", "", str(word))
+                yield _shortened(str(word))
+
+
+def _shortened(reference: str) -> str:
+    """`/some/folder/file@imagefolder:/other/data[:50]` as `file@imagefolder:data[:50]`."""
+    if "://" in reference:
+        return reference
+    return re.sub(r"(^|[@:])/[^@:]*/", r"\1", reference)
 
 
 def _machine() -> str:
@@ -121,7 +142,7 @@ def _machine() -> str:
 
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
-    for name in ("prunezoo", "torch", "numpy", "gymnasium", "stable-baselines3"):
+    for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -5,9 +5,12 @@ The search sees the training and validation splits alone.
 
 from __future__ import annotations
 
+import hashlib
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from zoo.checkpoints import load_dense
-from zoo.data import DeviceLoader, ImageSet, Splits, load_data
+from zoo.data import DATASETS, DeviceLoader, ImageSet, Splits, load_data
 from zoo.errors import ZooError
 from zoo.groups import ChannelGroups
 from zoo.pruning.criteria import random_scores, taylor_features
@@ -73,6 +76,13 @@ class Task:
     base_accuracy: float
     split_digest: str
     features: tuple[NDArray, ...]
+
+    @cached_property
+    def data_digest(self) -> str:
+        """sha256 of `train` and `val`, and of how they are normalised and mirrored."""
+        parts = self.train, self.val
+        state = [(part.digest(), part.mean, part.std, part.flip) for part in parts]
+        return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -159,19 +169,25 @@ def load_tasks(
     if not tasks:
         raise ZooError("A search needs at least one task: name base checkpoints in tasks.")
     splits: dict[str, Splits] = {}
-    loaded = []
+    loaded: list[Task] = []
     for reference in tasks:
         path, name = task_data(reference, data)
         if name not in splits:
             splits[name] = load_data(name, data_dir, size=size)
-        loaded.append(load_task(arch, path, splits[name]))
+        task = load_task(arch, path, splits[name])
+        same = sum(Path(other).name == task.name for other in tasks[: len(loaded)])
+        loaded.append(replace(task, name=f"{task.name} ({same + 1})") if same else task)
     return tuple(loaded)
 
 
 def task_data(reference: str, data: str) -> tuple[str, str]:
-    """`CHECKPOINT@DATA` as its two parts; without `@DATA` the data set is `data`."""
-    path, _, named = reference.partition("@")
-    return path, named or data
+    """`CHECKPOINT@DATA` as its two parts; without `@DATA` the data set is `data`.
+
+    An `@` before anything that is no data set belongs to the checkpoint (`hf:ORG/REPO@REVISION`).
+    """
+    path, _, named = reference.rpartition("@")
+    known = re.sub(r"[:\[].*", "", named) in (*DATASETS, "imagefolder")
+    return (path, named) if path and known else (reference, data)
 
 
 def load_task(arch: str, path: str, splits: Splits) -> Task:

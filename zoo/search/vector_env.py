@@ -32,7 +32,7 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
     `reset(seed=s)` starts again at number s, `reset()` goes on to the next numbers.
 
     All episodes end together. That step returns the first observations of the next ones, and its
-    infos hold `episode`, the finished episodes as `PruningEnv` has them, one dict per environment,
+    infos hold `played`, the finished episodes as `PruningEnv` has them, one dict per environment,
     and `final_obs`, their last observations.
 
     Args:
@@ -76,7 +76,14 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
         if ended.all():
             episodes = self.envs[0].score([env.finish() for env in self.envs])
             rewards = np.array([episode["reward"] for episode in episodes])
-            infos = {"episode": episodes, "final_obs": observations}
+            infos = {
+                "played": np.array(episodes, dtype=object),
+                "_played": ended,
+                "final_obs": observations,
+                "_final_obs": ended,
+                "final_info": {},
+                "_final_info": ended,
+            }
             observations = self._begin()
         return observations, rewards, ended, np.zeros(self.num_envs, dtype=bool), infos
 

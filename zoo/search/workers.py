@@ -24,12 +24,18 @@ if TYPE_CHECKING:
 
 __all__ = ["InProcess", "Pool", "Processes", "Result", "measured", "pool_of"]
 
+PATIENCE = 3
+"""Rounds in a row in which processes may die without finishing one candidate."""
+
 Result = tuple[int, float, float]
 """The index of a candidate, its accuracy in [0, 1] and the seconds that it took."""
 
 
 class Pool(Protocol):
-    """Something that measures candidates, in any order."""
+    """Something that measures candidates, in any order; `size` of them at a time."""
+
+    @property
+    def size(self) -> int: ...
 
     def run(self, candidates: Sequence[Candidate], fidelity: Fidelity) -> Iterator[Result]: ...
 
@@ -38,6 +44,8 @@ class Pool(Protocol):
 
 class InProcess:
     """Candidates one after the other in this process, on the CPU with one thread."""
+
+    size = 1
 
     def run(self, candidates: Sequence[Candidate], fidelity: Fidelity) -> Iterator[Result]:
         for index, candidate in enumerate(candidates):
@@ -56,11 +64,11 @@ class Processes:
     when they are first needed and end with this one, however it ends.
 
     Args:
-        count: of processes.
+        size: how many processes.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count = count
+    def __init__(self, size: int) -> None:
+        self.size = size
         self._tasks: dict[int, Task] = {}
         self._executor: ProcessPoolExecutor | None = None
 
@@ -70,7 +78,7 @@ class Processes:
         Raises:
             ZooError: when processes die again and again without finishing one evaluation.
         """
-        remaining = list(range(len(candidates)))
+        remaining, fruitless = list(range(len(candidates))), 0
         while remaining:
             finished: set[int] = set()
             try:
@@ -79,10 +87,12 @@ class Processes:
                     yield result
             except BrokenProcessPool:
                 self.close()
-                if not finished:
+                fruitless = 0 if finished else fruitless + 1
+                if fruitless == PATIENCE:
                     raise ZooError(
-                        "The processes that measure candidates die before they finish one; they "
-                        "may lack memory: use fewer workers."
+                        "The processes that measure candidates die before they finish one. They "
+                        "may lack memory: use fewer workers. Or the script that they import has "
+                        'no `if __name__ == "__main__":`.'
                     ) from None
             except BaseException:
                 self.close()
@@ -91,12 +101,11 @@ class Processes:
 
     def close(self) -> None:
         """End the processes; what they were measuring is lost."""
-        if self._executor is None:
-            return
-        for process in list((self._executor._processes or {}).values()):
-            process.terminate()
-        self._executor.shutdown(wait=True, cancel_futures=True)
-        self._executor = None
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            for process in list((executor._processes or {}).values()):
+                process.terminate()
+            executor.shutdown(wait=True, cancel_futures=True)
 
     def _round(
         self, candidates: Sequence[Candidate], indices: Sequence[int], fidelity: Fidelity
@@ -118,7 +127,7 @@ class Processes:
             self._tasks |= new
         if self._executor is None:
             self._executor = ProcessPoolExecutor(
-                self.count,
+                self.size,
                 mp_context=multiprocessing.get_context("spawn"),
                 initializer=_install,
                 initargs=(self._tasks,),

@@ -37,7 +37,7 @@ class DDPGSettings:
     """How DDPG explores and learns."""
 
     warmup: int = 80
-    """episodes of random actions at first, in whole rounds"""
+    """episodes of random actions at first, in whole rounds; they are noisy, too"""
     updates: int = 50
     """updates after every round"""
     batch_size: int = 128
@@ -84,7 +84,7 @@ def train_ddpg(
             lockstep,
             learning_rate=settings.lr,
             buffer_size=(episodes + env.num_envs) * steps,
-            learning_starts=rounds * steps * env.num_envs,
+            learning_starts=rounds * steps * env.num_envs - 1,
             batch_size=settings.batch_size,
             gamma=1.0,
             train_freq=(steps, "step"),

@@ -33,6 +33,7 @@ from torch.distributions import Normal
 from zoo.search.agents import Episode
 from zoo.search.agents.graphs import NODE_FEATURES, OPERATION_FEATURES, Architecture, Graphs
 from zoo.search.vector_env import PruningVectorEnv, play
+from zoo.seeding import seeded
 from zoo.solver import FLOOR, round_widths
 
 __all__ = ["Actor", "Critic", "GNNSettings", "GraphEncoder", "train_gnn"]
@@ -162,8 +163,7 @@ def train_gnn(
     Returns:
         One episode of the deterministic policy per entry of the queue.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         groups = len(env.groups.sizes)
         agent = _Agent(env, settings, actor or Actor(groups), critic or Critic())
         with suppress(KeyboardInterrupt):
@@ -231,7 +231,7 @@ class _Agent:
         with torch.no_grad():
             before = self._log_probability(walks)
             advantages = returns - self._critic(walks.graphs)
-            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
         clip = self._settings.clip
         for _ in range(self._settings.epochs):
             ratio = (self._log_probability(walks) - before).exp()

@@ -126,8 +126,16 @@ def _operations(groups: ChannelGroups) -> list[_Operation]:
         depthwise = not inputs.per and inputs.fixed == 1
         sources = [group for group, _ in inputs.per] or (targets if depthwise else [image])
         found += [
-            _Operation(source, target, inputs, outputs, area, positions)
+            _Operation(
+                source, target, _part(inputs, source), _part(outputs, target), area, positions
+            )
             for source in sources
             for target in targets
         ]
     return found
+
+
+def _part(extent: Extent, group: int) -> Extent:
+    """What one group has of a dimension; the image and the classes have what no group has."""
+    per = tuple((own, count) for own, count in extent.per if own == group)
+    return Extent(0, per) if per else Extent(extent.fixed)

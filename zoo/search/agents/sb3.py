@@ -57,10 +57,10 @@ class Lockstep(VecEnv):
         """Every info of an episode's end holds it as `episode_played`."""
         observations, rewards, dones, _, infos = self.env.step(self._actions)
         ends: list[dict[str, Any]] = [{} for _ in dones]
-        if "episode" in infos:
+        if "played" in infos:
             ends = [
                 {"episode_played": episode, "terminal_observation": last}
-                for episode, last in zip(infos["episode"], infos["final_obs"], strict=True)
+                for episode, last in zip(infos["played"], infos["final_obs"], strict=True)
             ]
         return observations, rewards, dones, ends
 
@@ -108,7 +108,7 @@ def _proposals(model: BaseAlgorithm, env: PruningVectorEnv) -> list[Episode]:
     while len(found) < len(env.queue):
         actions, _ = model.predict(observations, deterministic=True)
         observations, _, _, _, infos = env.step(actions)
-        found += infos.get("episode", ())
+        found.extend(infos.get("played", ()))
     return found[: len(env.queue)]
 
 
@@ -132,7 +132,7 @@ def _random_state_kept() -> Iterator[None]:
     """Stable-Baselines3 seeds the global generators; afterwards they are as before."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
             yield
     finally:
         random.setstate(python)
