@@ -16,6 +16,7 @@ from zoo.data import load_data
 from zoo.errors import ZooError
 from zoo.models import build_model
 from zoo.profile import Profile
+from zoo.recipes import Recipe
 from zoo.registry import stored_groups
 from zoo.search import campaign
 from zoo.search.campaign import SearchConfig, parse_budget, search_profile
@@ -24,7 +25,7 @@ from zoo.search.evaluation import Evaluator, FineTuning
 from zoo.search.evidence import evidence, examined
 from zoo.search.ledger import Ledger, read
 from zoo.search.tasks import Task, load_tasks
-from zoo.training import Recipe, evaluate, finetune
+from zoo.training import evaluate, finetune
 
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("sklearn")

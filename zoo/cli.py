@@ -7,6 +7,7 @@ Heavy imports are inside those functions: `zoo --help` waits for none of them.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -24,7 +25,8 @@ from zoo.errors import ZooError, unknown
 if TYPE_CHECKING:
     from torch import nn
 
-    from zoo.training import Recipe, TrainResult
+    from zoo.recipes import Recipe
+    from zoo.training import TrainResult
 
 __all__ = ["COMMANDS", "main"]
 
@@ -104,6 +106,8 @@ class TrainCommand:
     """peak learning rate"""
     seed: int = 0
     """of the initial weights, shuffling and augmentation"""
+    resume: bool = False
+    """go on from the last epoch that an interrupted training finished"""
 
 
 def train(command: TrainCommand) -> int | None:
@@ -115,7 +119,16 @@ def train(command: TrainCommand) -> int | None:
     model = zoo.create_model(
         command.arch, splits.num_classes, image_size=command.size, seed=command.seed
     )
-    result = zoo.finetune(model, splits.train, splits.val, recipe=recipe, seed=command.seed)
+    folder = command.out.with_name(f"{command.out.name}.training")
+    result = zoo.finetune(
+        model,
+        splits.train,
+        splits.val,
+        recipe=recipe,
+        seed=command.seed,
+        checkpoint=folder,
+        resume=command.resume,
+    )
     test = zoo.evaluate(model, splits.test).accuracy
     metadata = {
         "architecture": command.arch,
@@ -129,7 +142,7 @@ def train(command: TrainCommand) -> int | None:
         "seed": str(command.seed),
     }
     save_checkpoint(model, command.out, metadata)
-    return _report_training(result, test, recipe, command.out)
+    return _report_training(result, test, recipe, command.out, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,6 +242,8 @@ class FinetuneCommand:
     """of shuffling and augmentation"""
     out: Path | None = None
     """folder to write to; by default the folder it came from"""
+    resume: bool = False
+    """go on from the last epoch that an interrupted fine-tune into this folder finished"""
 
 
 def finetune(command: FinetuneCommand) -> int | None:
@@ -245,11 +260,18 @@ def finetune(command: FinetuneCommand) -> int | None:
             record.architecture, record.num_classes, pretrained=command.teacher, image_size=size
         )
     result = zoo.finetune(
-        model, splits.train, splits.val, teacher=teacher, recipe=recipe, seed=command.seed
+        model,
+        splits.train,
+        splits.val,
+        teacher=teacher,
+        recipe=recipe,
+        seed=command.seed,
+        checkpoint=out,
+        resume=command.resume,
     )
     test = zoo.evaluate(model, splits.test).accuracy
     zoo.save(model, out)
-    return _report_training(result, test, recipe, out)
+    return _report_training(result, test, recipe, out, out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -441,9 +463,21 @@ def _check_writable(path: Path) -> None:
         raise ZooError(f"{path} cannot be written: no permission in {folder}.")
 
 
-def _report_training(result: TrainResult, test: float, recipe: Recipe, out: Path) -> int | None:
+def _report_training(
+    result: TrainResult, test: float, recipe: Recipe, out: Path, folder: Path
+) -> int | None:
+    """What the training did, and its curves beside its history in `folder`."""
     from zoo.rendering import training_summary
+    from zoo.savepoints import discard
 
     print(training_summary(result, test, recipe.epochs))
     print(f"Wrote {out}")
-    return INTERRUPTED if result.interrupted else None
+    if importlib.util.find_spec("matplotlib"):
+        from zoo import plots
+
+        plots.save(plots.training_curves(result.history), folder / "history.png")
+    if result.interrupted:
+        print("Add --resume to go on.")
+        return INTERRUPTED
+    discard(folder)
+    return None

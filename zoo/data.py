@@ -76,8 +76,8 @@ class ImageSet(torch.utils.data.Dataset):
     def digest(self) -> str:
         """sha256 over shape, pixels and labels: the same split always has the same digest."""
         state = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        state.update(self.images.contiguous().numpy().tobytes())
-        state.update(self.labels.numpy().tobytes())
+        state.update(self.images.cpu().contiguous().numpy().tobytes())
+        state.update(self.labels.cpu().numpy().tobytes())
         return state.hexdigest()
 
 

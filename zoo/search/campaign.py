@@ -22,6 +22,7 @@ from zoo.models import architecture, build_model
 from zoo.profile import Profile
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.recipes import Recipe
 from zoo.search.agents import agent
 from zoo.search.env import EnvSettings, PruningEnv
 from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration, live_features
@@ -31,7 +32,6 @@ from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, device, load_tasks, 
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.search.workers import pool_of
 from zoo.solver import scale_curve, solve
-from zoo.training import Recipe
 
 if TYPE_CHECKING:
     from zoo.search.workers import Pool

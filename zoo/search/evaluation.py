@@ -19,6 +19,7 @@ from zoo.data import DeviceLoader, ImageSet
 from zoo.documents import encode
 from zoo.errors import ZooError
 from zoo.pruning.masking import masked
+from zoo.recipes import Recipe
 from zoo.search.ledger import Key, Ledger, Row
 from zoo.search.tasks import (
     CRITERION,
@@ -30,7 +31,7 @@ from zoo.search.tasks import (
     sample,
 )
 from zoo.search.workers import InProcess, Pool
-from zoo.training import Recipe, evaluate, finetune
+from zoo.training import evaluate, finetune
 
 __all__ = [
     "Evaluate",

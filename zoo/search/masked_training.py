@@ -16,10 +16,11 @@ from zoo.data import ImageSet
 from zoo.groups import ChannelGroups
 from zoo.pruning.plan import kept_positions
 from zoo.pruning.surgery import named_tensors
+from zoo.recipes import Recipe
 from zoo.search.evaluation import recalibrate
 from zoo.search.tasks import sample
 from zoo.solver import round_widths
-from zoo.training import Recipe, finetune
+from zoo.training import finetune
 
 __all__ = ["train_under_masks"]
 
