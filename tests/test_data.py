@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.data import DeviceLoader, ImageSet, load_data
+from zoo.batches import DeviceLoader
+from zoo.data import ImageSet, load_data
 from zoo.errors import DataError
 
 

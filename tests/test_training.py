@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
 from zoo import engine, training
-from zoo.data import ImageSet, check_labels
+from zoo.batches import check_labels
+from zoo.data import ImageSet
 from zoo.errors import DataError, ZooError
 from zoo.recipes import RECIPES, Recipe
 from zoo.training import evaluate, finetune

@@ -100,10 +100,12 @@ class TrainCommand:
     """folder of the data set's files"""
     size: int = 32
     """pixels per side that the images are resized to"""
-    epochs: int = 20
-    """passes over the training images"""
-    lr: float = 0.1
-    """peak learning rate"""
+    recipe: str = "standard"
+    """quick, standard, long, or a TOML file"""
+    epochs: int | None = None
+    """instead of the recipe's"""
+    lr: float | None = None
+    """peak learning rate, instead of the recipe's"""
     seed: int = 0
     """of the initial weights, shuffling and augmentation"""
     resume: bool = False
@@ -113,7 +115,7 @@ class TrainCommand:
 def train(command: TrainCommand) -> int | None:
     from zoo.artefacts import save_checkpoint
 
-    recipe = _recipe("standard", command.epochs, command.lr)
+    recipe = _recipe(command.recipe, command.epochs, command.lr)
     _check_writable(command.out)
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
     model = zoo.create_model(
@@ -231,7 +233,7 @@ class FinetuneCommand:
     size: int | None = None
     """pixels per side; by default what the network was pruned for"""
     recipe: str = "standard"
-    """quick, standard or long"""
+    """quick, standard, long, or a TOML file"""
     epochs: int | None = None
     """instead of the recipe's"""
     lr: float | None = None
@@ -430,14 +432,14 @@ def _flags(name: str, given: Sequence[str]) -> Any:
 
 
 def _recipe(name: str, epochs: int | None, lr: float | None) -> Recipe:
-    if name not in zoo.RECIPES:
-        raise unknown("recipe", name, zoo.RECIPES)
+    from zoo.recipes import read_recipe
+
     given = {"epochs": epochs, "lr": lr}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in changes.items():
         if not value > 0:
             raise ZooError(f"--{key} must be positive, got {value}.")
-    return dataclasses.replace(zoo.RECIPES[name], **changes)
+    return dataclasses.replace(read_recipe(name), **changes)
 
 
 def _network(path: str, arch: str | None, size: int | None) -> tuple[nn.Module, int]:

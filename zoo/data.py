@@ -1,7 +1,4 @@
-"""Image sets by name or folder, their splits with digests, and a loader that lives on the device.
-
-Small images are decoded once into one uint8 tensor; batches are cropped, flipped and normalised as
-tensors where the network is, without worker processes.
+"""Image sets by name or folder, and their splits with digests.
 
 Every split follows one rule: the *validation* split is the last tenth of each class of the training
 images, in file order, and no base network is trained on it; the *test* split is the data set's own
@@ -13,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +21,7 @@ from torch.nn import functional
 
 from zoo.errors import DataError, unknown
 
-__all__ = ["DATASETS", "DeviceLoader", "ImageSet", "Splits", "check_labels", "load_data"]
+__all__ = ["DATASETS", "ImageSet", "Splits", "load_data"]
 
 VALIDATION_SHARE = 0.1
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
@@ -96,76 +92,6 @@ class Splits:
     @property
     def num_classes(self) -> int:
         return len(self.train.classes)
-
-
-class DeviceLoader:
-    """Batches (images, labels) of an `ImageSet` on a device, reshuffled every pass.
-
-    Args:
-        data: the image set; its bytes are copied to `device` once.
-        batch_size: images per batch; the last batch of a pass may be smaller unless `drop_last`.
-        augment: random crops after reflecting one eighth of the side, and mirroring if the set
-            allows it. Each process of several sees its own share of one common permutation.
-        seed: of the shuffling and the augmentation; pass n of seed s is always the same.
-    """
-
-    def __init__(
-        self,
-        data: ImageSet,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        augment: bool = False,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.data = replace(data, images=data.images.to(device), labels=data.labels.to(device))
-        self.batch_size = batch_size
-        self.augment, self.shuffle, self.drop_last = augment, shuffle, drop_last
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        share = len(self.data) // self.world_size if self.world_size > 1 else len(self.data)
-        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        self.epoch += 1
-        count = len(self.data)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        if self.world_size > 1:
-            order = order[self.rank :: self.world_size][: count // self.world_size]
-        order = order.to(self.data.images.device)
-        for batch in range(len(self)):
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images, labels = self.data.images[index], self.data.labels[index]
-            if self.augment:
-                images = _augment(images, self.data.flip, generator)
-            yield self.data.normalise(images), labels
-
-
-def _augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    count, _, size, _ = images.shape
-    pad = max(1, size // 8)
-    shifts = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    steps = torch.arange(size)
-    rows, columns = (_reflect(shift + steps - pad, size) for shift in shifts)
-    if flip:
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    pick = torch.arange(count, device=images.device)[:, None, None]
-    # Advanced indices around a slice put the sliced axis (channels) last.
-    return images[pick, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _reflect(positions: Tensor, size: int) -> Tensor:
-    """Positions beyond the edges of `size` pixels, mirrored back in without repeating the edge."""
-    return (size - 1) - (size - 1 - positions.abs()).abs()
 
 
 def _digits(root: Path | None, size: int) -> Splits:
@@ -307,22 +233,6 @@ def _cifar10(root: Path | None, size: int) -> Splits:
     mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
     parts = (splits.train, splits.val, splits.test)
     return Splits(*(replace(part, mean=mean, std=std) for part in parts))
-
-
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Refuse labels (N,) that a network with these outputs (N, classes) cannot be asked for.
-
-    Raises:
-        DataError: for a label below 0 or beyond the outputs, or outputs of another shape.
-    """
-    if logits.ndim != 2:
-        raise DataError(f"Expected logits (N, classes), the network gives {tuple(logits.shape)}.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
-        raise DataError(
-            f"The data has labels from {low} to {high}, but the network has {logits.shape[1]} "
-            f"outputs."
-        )
 
 
 def _some_classes(data: ImageSet, chosen: slice, name: str) -> ImageSet:

@@ -14,7 +14,9 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.data import DeviceLoader, check_labels
+from zoo.batches import DeviceLoader, check_labels
+from zoo.errors import DataError
+from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe
 
 __all__ = ["Engine", "make_accelerator"]
@@ -54,6 +56,7 @@ class Engine:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(warm, steps))
         self._average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
         self._forward, self._optimizer = accelerator.prepare(model, optimizer)
+        self._logits: Tensor | None = None
         self.kept: nn.Module = self._average.module if self._average else model
 
     def train(self, advance: Callable[..., None], *, check: bool) -> float:
@@ -87,18 +90,40 @@ class Engine:
         device = self.accelerator.device
         images = images.to(device, memory_format=torch.channels_last)
         labels = labels.to(device)
-        logits = self._forward(images)
         if check:
-            check_labels(labels, logits)
+            check_labels(labels, self._outputs(images))
+        if self.recipe.mixup or self.recipe.cutmix:
+            images, labels = self._mixed(images, labels)
+        logits = self._forward(images)
         loss = functional.cross_entropy(
             logits.float(), labels, label_smoothing=self.recipe.label_smoothing
         )
         if self.teacher is not None:
             with torch.no_grad():
                 target = self.teacher(images).float()
+            if target.shape != logits.shape:
+                raise DataError(
+                    f"The teacher has {target.shape[1]} outputs, the network {logits.shape[1]}."
+                )
             share = self.recipe.distill
             loss = (1 - share) * loss + share * _distillation(logits, target)
         return loss
+
+    def _outputs(self, images: Tensor) -> Tensor:
+        """The network's logits of one image, asked for once; they tell how many there are."""
+        if self._logits is None:
+            with evaluating(self.model), torch.no_grad():
+                self._logits = self.model(images[:1])
+        return self._logits
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images mixed with one another, and their labels as probabilities (N, classes)."""
+        from torchvision.transforms import v2
+
+        kinds = ((v2.MixUp, self.recipe.mixup), (v2.CutMix, self.recipe.cutmix))
+        classes = self._outputs(images).shape[1]
+        wanted = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+        return v2.RandomChoice(wanted)(images, labels)
 
     def _step(self) -> None:
         if self.recipe.clip_norm is not None:
@@ -115,7 +140,9 @@ class Engine:
 
     def close(self) -> None:
         """Leave `model` as it was, but for its weights, its layout and its device."""
-        self.accelerator.unwrap_model(self._forward, keep_fp32_wrapper=False)
+        self.accelerator.unwrap_model(
+            self._forward, keep_fp32_wrapper=False, keep_torch_compile=False
+        )
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, from which `restore` goes on bit by bit on the same device."""
@@ -158,7 +185,8 @@ def make_accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
     # Accelerate keeps one state per process and refuses another precision or device after the
     # first; unless processes are joined through it, it can simply be forgotten.
     AcceleratorState._reset_state(reset_partial_state=PartialState(cpu=cpu).num_processes == 1)
-    return Accelerator(mixed_precision=mixed, cpu=cpu)
+    compiler = "inductor" if recipe.compile else None
+    return Accelerator(mixed_precision=mixed, cpu=cpu, dynamo_backend=compiler)
 
 
 def _distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zoo.data import DeviceLoader
+from zoo.batches import DeviceLoader
 from zoo.errors import ZooError
 from zoo.pruning.fingerprint import digest
 from zoo.recipes import Recipe

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data import DeviceLoader, ImageSet, check_labels, load_data
+from zoo.batches import Augmentation, DeviceLoader, check_labels
+from zoo.data import ImageSet, load_data
 from zoo.engine import Engine, make_accelerator
 from zoo.errors import DataError, ZooError
 from zoo.pruning.surgery import evaluating
@@ -27,6 +28,9 @@ from zoo.savepoints import identify, read_savepoint, write_savepoint
 __all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
 
 Data = Dataset | DataLoader | str
+
+EVALUATED_AT_ONCE = 500
+"""Images per batch where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,9 @@ def finetune(
     )
 
 
-def evaluate(model: nn.Module, data: Data | Iterable, *, batch_size: int = 500) -> Evaluation:
+def evaluate(
+    model: nn.Module, data: Data | Iterable, *, batch_size: int = EVALUATED_AT_ONCE
+) -> Evaluation:
     """Top-1 accuracy and mean cross-entropy of `model`, where it is, on `data`.
 
     Every layer is in eval mode meanwhile and in its own mode afterwards.
@@ -239,25 +245,33 @@ def evaluate(model: nn.Module, data: Data | Iterable, *, batch_size: int = 500) 
 def _loader(data: Data, split: str, recipe: Recipe, accelerator: Accelerator, seed: int) -> Any:
     """Batches of `data` on the accelerator's device, shared out between its processes."""
     training = split == "train"
+    size = recipe.batch_size if training else EVALUATED_AT_ONCE
     if isinstance(data, str):
         splits = load_data(*_name_and_root(data))
         data = splits.train if training else splits.val
     if isinstance(data, ImageSet):
+        if not training:
+            return DeviceLoader(data, size, device=accelerator.device)
         return DeviceLoader(
             data,
-            recipe.batch_size if training else 500,
+            size,
             device=accelerator.device,
-            augment=training and recipe.augment,
-            shuffle=training,
-            drop_last=training and len(data) >= recipe.batch_size * accelerator.num_processes,
+            augment=Augmentation(recipe.augment, recipe.rand_augment),
+            shuffle=True,
+            drop_last=len(data) >= size * accelerator.num_processes,
             seed=seed,
-            rank=accelerator.process_index if training else 0,
-            world_size=accelerator.num_processes if training else 1,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            accumulate=recipe.accumulate,
+        )
+    if training and recipe.rand_augment:
+        raise DataError(
+            f"rand_augment={recipe.rand_augment} is for the zoo's own image sets: put "
+            f"torchvision.transforms.v2.RandAugment into the {type(data).__name__}'s transforms."
         )
     if isinstance(data, Dataset):
         generator = torch.Generator().manual_seed(seed)
         workers = 2 if accelerator.device.type == "cuda" else 0
-        size = recipe.batch_size if training else 500
         data = DataLoader(
             data, size, shuffle=training, num_workers=workers, generator=generator,
             drop_last=training and len(data) >= size,  # type: ignore[arg-type]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from zoo.data import DeviceLoader, ImageSet
+from zoo.batches import DeviceLoader
+from zoo.data import ImageSet
 from zoo.errors import DataError, ZooError, unknown
 from zoo.groups import ChannelGroups
 from zoo.pruning.data_scores import (

@@ -5,12 +5,16 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from zoo.documents import decode
-from zoo.errors import ZooError, unknown
+from zoo.errors import DocumentError, ZooError, unknown
 
 __all__ = ["RECIPES", "Recipe", "read_recipe"]
+
+
+Optimizer = Literal["sgd", "adamw"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Recipe:
     """passes over the training data"""
     batch_size: int = 128
     """images per batch and process"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Optimizer = "sgd"
     """sgd (with Nesterov momentum) or adamw"""
     lr: float = 0.1
     """peak learning rate"""
@@ -43,7 +47,7 @@ class Recipe:
     """random crops and mirroring, for the zoo's own image sets"""
     distill: float = 0.7
     """weight of the teacher's term when there is a teacher (Hinton et al., temperature 4)"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16 where a CUDA device likes it, else fp32"""
     accumulate: int = 1
     """batches whose mean gradient makes one step"""
@@ -61,6 +65,9 @@ class Recipe:
     """whether torch.compile makes the training step"""
 
     def __post_init__(self) -> None:
+        for name, choices in (("optimizer", Optimizer), ("precision", Precision)):
+            if (value := getattr(self, name)) not in get_args(choices):
+                raise unknown(name, value, get_args(choices))
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
@@ -91,8 +98,9 @@ def read_recipe(recipe: str | Path | Recipe) -> Recipe:
     """The recipe of a name in `RECIPES`, or of a TOML file; a `Recipe` is returned as it is.
 
     Raises:
-        ZooError: for an unknown name, an unreadable file, or a value out of its range.
-        DocumentError: for an unknown key or a value of the wrong type.
+        ZooError: for an unknown name.
+        DocumentError: for a file that is unreadable or malformed, an unknown key, or a value of the
+            wrong type or out of its range.
     """
     if isinstance(recipe, Recipe):
         return recipe
@@ -107,9 +115,13 @@ def _read(path: Path) -> Recipe:
     try:
         return decode(Recipe, tomllib.loads(path.read_text(encoding="utf-8")), str(path))
     except tomllib.TOMLDecodeError as error:
-        raise ZooError(f"{path} is not valid TOML: {error}.") from None
+        raise DocumentError(f"{path} is not valid TOML: {error}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ZooError(f"The recipe {path} cannot be read: {error}.") from None
+        raise DocumentError(f"The recipe {path} cannot be read: {error}.") from None
+    except DocumentError:
+        raise
+    except ZooError as error:
+        raise DocumentError(f"{path}: {error}") from None
 
 
 RECIPES: dict[str, Recipe] = {

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo.data import DeviceLoader, ImageSet
+from zoo.batches import DeviceLoader
+from zoo.data import ImageSet
 from zoo.documents import encode
 from zoo.errors import ZooError
 from zoo.pruning.masking import masked

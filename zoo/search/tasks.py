@@ -14,8 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from zoo.batches import DeviceLoader
 from zoo.checkpoints import load_dense
-from zoo.data import DeviceLoader, ImageSet, Splits, load_data
+from zoo.data import ImageSet, Splits, load_data
 from zoo.errors import ZooError
 from zoo.groups import ChannelGroups
 from zoo.pruning.criteria import random_scores, taylor_features
