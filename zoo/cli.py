@@ -238,8 +238,9 @@ class FinetuneCommand:
     """instead of the recipe's"""
     lr: float | None = None
     """peak learning rate, instead of the recipe's"""
-    teacher: str | None = None
-    """dense checkpoint to distil from"""
+    teacher: str = "auto"
+    """dense checkpoint to distil from; source for the one that the network was pruned from, auto
+    for that where it can be read, or none"""
     seed: int = 0
     """of shuffling and augmentation"""
     out: Path | None = None
@@ -256,10 +257,10 @@ def finetune(command: FinetuneCommand) -> int | None:
     out = command.out or command.folder
     _check_writable(out)
     splits = zoo.load_data(command.data, command.data_dir, size=size)
-    teacher = None
-    if command.teacher is not None:
+    teacher: Any = None if command.teacher == "none" else command.teacher
+    if teacher not in (None, "auto", "source"):
         teacher = zoo.create_model(
-            record.architecture, record.num_classes, pretrained=command.teacher, image_size=size
+            record.architecture, record.num_classes, pretrained=teacher, image_size=size
         )
     result = zoo.finetune(
         model,

@@ -24,6 +24,7 @@ from zoo.errors import DataError, ZooError
 from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe, read_recipe
 from zoo.savepoints import identify, read_savepoint, write_savepoint
+from zoo.teachers import Teacher, find_teacher
 
 __all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
 
@@ -55,6 +56,7 @@ class TrainResult:
         interrupted: whether Ctrl-C ended it early.
         seconds: wall time, of this call alone.
         device: where it ran.
+        teacher: what taught it: the reference of the source, or the class of another network.
     """
 
     initial: float | None
@@ -64,6 +66,7 @@ class TrainResult:
     interrupted: bool
     seconds: float
     device: str
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def finetune(
     train: Data,
     val: Data | None,
     *,
-    teacher: nn.Module | None = None,
+    teacher: Teacher = "auto",
     recipe: str | Path | Recipe = "standard",
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -121,8 +124,10 @@ def finetune(
         train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set, of
             which the training and validation splits are taken. Without `val` nothing is measured
             and the last weights are kept.
-        teacher: a network with the same outputs to distil from; it is moved to the device, and its
-            mode is restored.
+        teacher: a network with the same outputs to distil from, which is moved to the device and
+            whose mode is restored; `source` for the dense network that a pruned one was cut from,
+            by its recorded reference and sha256; `auto` for that where it can be read and else
+            none; None for none.
         recipe: a name of `RECIPES`, the path of a TOML file, or a `Recipe`.
         seed: of shuffling, augmentation and dropout; the caller's random state is left alone.
         checkpoint: folder that holds the whole state of the training after every epoch, and its
@@ -137,7 +142,8 @@ def finetune(
         training early with the best weights so far in place.
 
     Raises:
-        DataError: when a label does not fit the network's outputs.
+        DataError: when a label or the teacher does not fit the network's outputs.
+        CheckpointError: when the source is asked for, and is not recorded or not what it was.
         ZooError: when the loss stops being finite, or `checkpoint` cannot be written, with the best
             weights so far in place; or when `checkpoint` is of another training.
     """
@@ -145,6 +151,7 @@ def finetune(
     settings = read_recipe(recipe)
     if resume and checkpoint is None:
         raise ZooError("resume=True needs checkpoint=, the folder to go on from.")
+    dense, taught_by = find_teacher(model, teacher)
     accelerator = make_accelerator(settings, cpu)
     device = accelerator.device
     model.to(device)
@@ -156,10 +163,10 @@ def finetune(
     identity, saved = {}, None
     if folder is not None:
         processes = accelerator.num_processes
-        identity = identify(settings, seed, model, teacher, batches, held, processes)
+        identity = identify(settings, seed, model, dense, batches, held, processes)
         saved = read_savepoint(folder, identity, resume=resume)
-    teaching = nullcontext() if teacher is None else evaluating(teacher.to(device))
-    engine = Engine(model, batches, settings, accelerator, teacher)
+    teaching = nullcontext() if dense is None else evaluating(dense.to(device))
+    engine = Engine(model, batches, settings, accelerator, dense)
     interrupted = False
     if saved is None:
         initial = None if held is None else evaluate(model, held).accuracy
@@ -200,6 +207,7 @@ def finetune(
         interrupted=interrupted,
         seconds=time.perf_counter() - started,
         device=str(device),
+        teacher=taught_by,
     )
 
 

@@ -111,7 +111,13 @@ class FineTuning:
         module, task = cut(candidate), candidate.task
         train = sample(task.train, self.train_images)
         result = finetune(
-            module, train, None, recipe=self.recipe, seed=candidate.seed, progress=False
+            module,
+            train,
+            None,
+            teacher=None,
+            recipe=self.recipe,
+            seed=candidate.seed,
+            progress=False,
         )
         if result.interrupted:
             raise KeyboardInterrupt

@@ -74,7 +74,6 @@ def train_under_masks(
 
     Its statistics fit no single width after that: they are recalibrated for the whole network.
     """
-    finetune(
-        RandomlyMasked(module, groups, seed), train, None, recipe=recipe, seed=seed, progress=False
-    )
+    masked = RandomlyMasked(module, groups, seed)
+    finetune(masked, train, None, teacher=None, recipe=recipe, seed=seed, progress=False)
     recalibrate(module, module, sample(train, 2048))
