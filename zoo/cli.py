@@ -131,6 +131,8 @@ def train(command: TrainCommand) -> int | None:
         checkpoint=folder,
         resume=command.resume,
     )
+    if not _main_process():
+        return None
     test = zoo.evaluate(model, splits.test).accuracy
     metadata = {
         "architecture": command.arch,
@@ -272,6 +274,8 @@ def finetune(command: FinetuneCommand) -> int | None:
         checkpoint=out,
         resume=command.resume,
     )
+    if not _main_process():
+        return None
     test = zoo.evaluate(model, splits.test).accuracy
     zoo.save(model, out)
     return _report_training(result, test, recipe, out, out)
@@ -464,6 +468,13 @@ def _check_writable(path: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise ZooError(f"{path} cannot be written: no permission in {folder}.")
+
+
+def _main_process() -> bool:
+    """Whether this is the one of several training processes that writes and reports."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
 
 
 def _report_training(

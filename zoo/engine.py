@@ -84,6 +84,7 @@ class Engine:
                 advance(0, mean)
                 if not math.isfinite(mean):
                     return mean
+        self._share_statistics()
         return self._mean(total) / max(count, 1)
 
     def _loss(self, images: Tensor, labels: Tensor, check: bool) -> Tensor:
@@ -133,6 +134,14 @@ class Engine:
         self._schedule.step()
         if self._average is not None:
             self._average.update(self.model, step=self._schedule.last_epoch)
+
+    def _share_statistics(self) -> None:
+        """Statistics that every process gathered of its own images become their mean."""
+        if self.accelerator.num_processes > 1:
+            for network in dict.fromkeys((self.model, self.kept)):
+                for buffer in network.buffers():
+                    if buffer.is_floating_point():
+                        buffer.copy_(self.accelerator.reduce(buffer, "mean"))
 
     def _mean(self, value: Tensor) -> float:
         """`value`, averaged over the processes."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
@@ -137,6 +138,9 @@ def finetune(
         progress: show a bar; by default when standard error is a terminal.
         cpu: stay on the CPU even where CUDA is available.
 
+    Under `torchrun` or `accelerate launch` the processes share the training data, and a step takes
+    the mean gradient of their batches; each of them measures and keeps the same weights.
+
     Returns:
         A `TrainResult`. The model stays on the device it was trained on, in eval mode. Ctrl-C ends
         training early with the best weights so far in place.
@@ -174,7 +178,9 @@ def finetune(
     else:
         standing = _Standing.restored(saved["standing"])
     try:
-        with teaching, _seeded(seed), _progress_bar(settings, batches, standing, progress) as tell:
+        show = sys.stderr.isatty() if progress is None else progress
+        show = show and accelerator.is_main_process
+        with teaching, _seeded(seed), _progress_bar(settings, batches, standing, show) as tell:
             if saved is not None:
                 engine.restore(saved["engine"])
             for epoch in range(len(standing.history) + 1, settings.epochs + 1):
@@ -187,6 +193,7 @@ def finetune(
                         f"than {settings.lr}."
                     )
                 accuracy = None if held is None else evaluate(engine.kept, held).accuracy
+                (accuracy,) = broadcast_object_list([accuracy])  # all keep the same weights
                 tell(0, loss, accuracy)
                 record = EpochRecord(epoch, loss, accuracy, time.perf_counter() - tick)
                 standing.note(record, engine.kept)
@@ -308,10 +315,10 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _progress_bar(
-    recipe: Recipe, batches: Any, standing: _Standing, show: bool | None
+    recipe: Recipe, batches: Any, standing: _Standing, show: bool
 ) -> Iterator[Callable[..., None]]:
     """A function (images done, loss, accuracy) that moves the bar, or does nothing without one."""
-    if not (sys.stderr.isatty() if show is None else show):
+    if not show:
         yield lambda *_: None
         return
     from tqdm import tqdm
