@@ -71,16 +71,22 @@ def main(config: Ablation) -> None:
     for seed in config.seeds:
         for init in INITS:
             for arm in config.arms:
-                key = asdict(config) | {"arm": arm, "init": init, "seed": seed}
-                for shared in ("out", "arms", "seeds", "data_dir"):
-                    del key[shared]
-                if results.find(key) is None:
-                    results.add(key, measure(config, splits, arm, init, seed))
+                if results.find(key_of(config, arm, init, seed)) is None:
+                    accuracy = measure(config, splits, arm, init, seed)
+                    results.add(key_of(config, arm, init, seed), accuracy)
+                    print(f"seed {seed}, {init} weights, {arm}: {accuracy:.2%}", flush=True)
     print_table(config, splits, results)
 
 
+def key_of(config: Ablation, arm: str, init: str, seed: int) -> dict[str, Any]:
+    """Everything that one accuracy depends on."""
+    shared = {"out", "arms", "seeds", "data_dir"}
+    settings = {name: value for name, value in asdict(config).items() if name not in shared}
+    return settings | {"arm": arm, "init": init, "seed": seed}
+
+
 class Results:
-    """Accuracies by what they are of, one flushed line of JSON each."""
+    """Accuracies by what they are of, one line of JSON each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,18 +100,10 @@ class Results:
         found = (row["accuracy"] for row in self.rows if row["key"] == key)
         return next(found, None)
 
-    def of(self, arm: str, init: str) -> list[float]:
-        """The accuracies of an arm, one per seed."""
-        keys = ((row["key"], row["accuracy"]) for row in self.rows)
-        return [value for key, value in keys if (key["arm"], key["init"]) == (arm, init)]
-
     def add(self, key: dict[str, Any], accuracy: float) -> None:
         self.rows.append({"key": key, "accuracy": accuracy})
         with self.path.open("a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
-        print(
-            f"seed {key['seed']}, {key['init']} weights, {key['arm']}: {accuracy:.2%}", flush=True
-        )
 
 
 def measure(
@@ -140,7 +138,11 @@ def print_table(config: Ablation, splits: Splits, results: Results) -> None:
     )
     print(f"\n| | {' | '.join(f'{init} weights' for init in INITS)} |\n|---|---:|---:|")
     for arm in config.arms:
-        print(f"| {arm} | {' | '.join(told(results.of(arm, init)) for init in INITS)} |")
+        cells = [
+            told([results.find(key_of(config, arm, init, seed)) for seed in config.seeds])
+            for init in INITS
+        ]
+        print(f"| {arm} | {' | '.join(cells)} |")
 
 
 def told(accuracies: list[float]) -> str:
