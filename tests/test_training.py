@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from zoo import engine, training
 from zoo.batches import check_labels
-from zoo.data import ImageSet
+from zoo.data import ImageSet, load_data
 from zoo.errors import DataError, ZooError
 from zoo.recipes import RECIPES, Recipe
 from zoo.training import evaluate, finetune
@@ -82,6 +82,18 @@ def test_every_kind_of_data_trains(toy_images, kind):
     model = network()
     assert finetune(model, data, data, recipe=replace(QUICK, epochs=8)).accuracy > 0.95
     assert evaluate(model, data).images == 96
+
+
+def test_files_train_and_evaluate_as_the_same_images_in_memory_do(image_tree, monkeypatch):
+    results = []
+    for limit in (2**31, 0):
+        monkeypatch.setattr("zoo.data.IN_MEMORY", limit)
+        splits = load_data(f"imagefolder:{image_tree}", size=8)
+        model = network(classes=2)
+        result = finetune(model, splits.train, splits.val, recipe=replace(QUICK, batch_size=6))
+        results.append((weights(model), result.accuracy, evaluate(model, splits.test)))
+    assert same(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:]
 
 
 def test_a_name_stands_for_its_splits(monkeypatch, toy_images):

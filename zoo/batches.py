@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from zoo.data import ImageSet
 from zoo.errors import DataError
+from zoo.images import AnyImages, ImageFiles, ImageSet
 
 __all__ = ["Augmentation", "DeviceLoader", "check_labels"]
+
+
+WORKERS = 8
+"""Most processes that decode files."""
+
+Share = tuple[Tensor, list[Tensor]]
+"""One batch to be made: the indices of its images, and the random numbers of each."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,11 @@ class Augmentation:
 
 
 class DeviceLoader:
-    """Batches (images, labels) of an `ImageSet` on a device, reshuffled every pass.
+    """Batches (images, labels) of an image set on a device, reshuffled every pass.
 
     Args:
-        data: the image set; its bytes are copied to `device` once.
+        data: the images. Those in memory are copied to `device` once, files are decoded and
+            augmented by worker processes; the batches are the same.
         batch_size: images per batch; the last batch of a pass may be smaller unless `drop_last`.
         augment: what is done to the images; True for crops and mirroring alone.
         seed: of the shuffling and the augmentation; pass n of seed s is always the same.
@@ -42,7 +52,7 @@ class DeviceLoader:
 
     def __init__(
         self,
-        data: ImageSet,
+        data: AnyImages,
         batch_size: int,
         *,
         device: torch.device | str = "cpu",
@@ -54,7 +64,10 @@ class DeviceLoader:
         world_size: int = 1,
         accumulate: int = 1,
     ) -> None:
-        self.data = replace(data, images=data.images.to(device), labels=data.labels.to(device))
+        if isinstance(data, ImageSet):
+            data = replace(data, images=data.images.to(device))
+        self.data = data
+        self.device, self.labels = device, data.labels.to(device)
         self.batch_size = batch_size
         self.augment = augment if isinstance(augment, Augmentation) else Augmentation(augment)
         self.shuffle, self.drop_last, self.seed = shuffle, drop_last, seed
@@ -68,6 +81,16 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
+        made: Iterable[tuple[Tensor, Tensor]]
+        if isinstance(self.data, ImageFiles):
+            made = _by_workers(self.data, list(self._plan(generator)), self.augment)
+        else:
+            made = (_made(self.data, own, self.augment) for own in self._plan(generator))
+        for images, index in made:
+            images = self.data.normalise(images.to(self.device))
+            yield images, self.labels[index.to(self.device)]
+
+    def _plan(self, generator: torch.Generator) -> Iterator[Share]:
         count = len(self.data)
         order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
         together = self.batch_size * self.world_size
@@ -79,7 +102,7 @@ class DeviceLoader:
                 share = len(batch) // self.world_size
                 if share:
                     own = batch[self.rank * share : (self.rank + 1) * share]
-                    yield self._batch(step[own], [draw[own] for draw in draws])
+                    yield step[own], [draw[own] for draw in draws]
 
     def _draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
         """The random numbers of `count` images, one row of each tensor per image."""
@@ -92,14 +115,48 @@ class DeviceLoader:
             draws.append(torch.randint(2**62, (count,), generator=generator))
         return draws
 
-    def _batch(self, index: Tensor, draws: list[Tensor]) -> tuple[Tensor, Tensor]:
-        index = index.to(self.data.images.device)
-        images = self.data.images[index]
-        if self.augment.crop:
-            images = _moved(images, draws[0], draws[1], draws[2] & self.data.flip)
-        if self.augment.rand_augment:
-            images = _rand_augmented(images, self.augment.rand_augment, draws[-1])
-        return self.data.normalise(images), self.data.labels[index]
+
+def _made(data: AnyImages, own: Share, augment: Augmentation) -> tuple[Tensor, Tensor]:
+    """One batch of uint8 images, augmented, and the indices that they have in `data`."""
+    index, draws = own
+    images = data.gather(index)
+    if augment.crop:
+        images = _moved(images, draws[0], draws[1], draws[2] & data.flip)
+    if augment.rand_augment:
+        images = _rand_augmented(images, augment.rand_augment, draws[-1])
+    return images, index
+
+
+@dataclass(frozen=True)
+class _Work(Dataset):
+    """The batches of a pass, each as one item, so that a worker makes it whole."""
+
+    data: ImageFiles
+    plan: list[Share]
+    augment: Augmentation
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        return _made(self.data, self.plan[number], self.augment)
+
+
+def _by_workers(
+    data: ImageFiles, plan: list[Share], augment: Augmentation
+) -> Iterator[tuple[Tensor, Tensor]]:
+    batches = DataLoader(
+        _Work(data, plan, augment),
+        batch_size=None,
+        num_workers=min(WORKERS, os.cpu_count() or 1, len(plan)),
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # the caller's random state is left alone
+    )
+    try:
+        yield from batches
+    except DataError as error:  # told with the worker's traceback, of which this is the last line
+        told = str(error).strip().splitlines()[-1]
+        raise DataError(told.rpartition(f"{DataError.__name__}: ")[2]) from None
 
 
 def _margin(size: int) -> int:

@@ -93,7 +93,7 @@ class TrainCommand:
     arch: str
     """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
     data: str
-    """data set: digits, cifar10 or imagefolder:PATH"""
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
     out: Path
     """checkpoint to write, a .safetensors file"""
     data_dir: Path | None = None
@@ -184,7 +184,7 @@ class PruneCommand:
     seed: int = 0
     """of the random choices"""
     data: str | None = None
-    """data set whose training images the criterion sees: digits, cifar10 or imagefolder:PATH"""
+    """data set whose training images the criterion sees, named as for zoo train"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int | None = None
@@ -229,7 +229,7 @@ class FinetuneCommand:
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """pruned network, as `zoo prune` writes it"""
     data: str
-    """data set: digits, cifar10 or imagefolder:PATH"""
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int | None = None
@@ -288,7 +288,7 @@ class EvaluateCommand:
     network: Annotated[Positional[str], arg(metavar="NETWORK")]
     """folder of a pruned network, or a checkpoint"""
     data: str
-    """data set: digits, cifar10 or imagefolder:PATH"""
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int | None = None

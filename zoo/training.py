@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.batches import Augmentation, DeviceLoader, check_labels
-from zoo.data import ImageSet, load_data
+from zoo.data import AnyImages, load_data
 from zoo.engine import Engine, make_accelerator
 from zoo.errors import DataError, ZooError
 from zoo.pruning.surgery import evaluating
@@ -238,7 +238,7 @@ def evaluate(
     if isinstance(data, str):
         data = load_data(*_name_and_root(data)).test
     batches: Any = data
-    if isinstance(data, ImageSet):
+    if isinstance(data, AnyImages):
         batches = DeviceLoader(data, batch_size, device=device)
     elif isinstance(data, Dataset):
         batches = DataLoader(data, batch_size)
@@ -264,7 +264,7 @@ def _loader(data: Data, split: str, recipe: Recipe, accelerator: Accelerator, se
     if isinstance(data, str):
         splits = load_data(*_name_and_root(data))
         data = splits.train if training else splits.val
-    if isinstance(data, ImageSet):
+    if isinstance(data, AnyImages):
         if not training:
             return DeviceLoader(data, size, device=accelerator.device)
         return DeviceLoader(
