@@ -110,6 +110,8 @@ class TrainCommand:
     """of the initial weights, shuffling and augmentation"""
     resume: bool = False
     """go on from the last epoch that an interrupted training finished"""
+    track: tuple[str, ...] = ()
+    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
 
 
 def train(command: TrainCommand) -> int | None:
@@ -130,6 +132,7 @@ def train(command: TrainCommand) -> int | None:
         seed=command.seed,
         checkpoint=folder,
         resume=command.resume,
+        trackers=command.track,
     )
     if not _main_process():
         return None
@@ -249,6 +252,8 @@ class FinetuneCommand:
     """folder to write to; by default the folder it came from"""
     resume: bool = False
     """go on from the last epoch that an interrupted fine-tune into this folder finished"""
+    track: tuple[str, ...] = ()
+    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
 
 
 def finetune(command: FinetuneCommand) -> int | None:
@@ -273,6 +278,7 @@ def finetune(command: FinetuneCommand) -> int | None:
         seed=command.seed,
         checkpoint=out,
         resume=command.resume,
+        trackers=command.track,
     )
     if not _main_process():
         return None

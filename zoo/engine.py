@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,11 @@ class Engine:
                     return mean
         self._share_statistics()
         return self._mean(total) / max(count, 1)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._schedule.get_last_lr()[0])
 
     def _loss(self, images: Tensor, labels: Tensor, check: bool) -> Tensor:
         device = self.accelerator.device
@@ -184,8 +190,14 @@ class Engine:
         return parts | {name: part for name, part in optional.items() if part is not None}
 
 
-def make_accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
-    """An accelerator of the recipe's precision, on CUDA where there is one unless `cpu`."""
+def make_accelerator(
+    recipe: Recipe, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
+    """An accelerator of the recipe's precision, on CUDA where there is one unless `cpu`.
+
+    Args:
+        trackers: names that Accelerate knows; what they write goes into `folder`.
+    """
     cuda = torch.cuda.is_available() and not cpu
     precision: str = recipe.precision
     if precision == "auto":
@@ -195,7 +207,13 @@ def make_accelerator(recipe: Recipe, cpu: bool) -> Accelerator:
     # first; unless processes are joined through it, it can simply be forgotten.
     AcceleratorState._reset_state(reset_partial_state=PartialState(cpu=cpu).num_processes == 1)
     compiler = "inductor" if recipe.compile else None
-    return Accelerator(mixed_precision=mixed, cpu=cpu, dynamo_backend=compiler)
+    return Accelerator(
+        mixed_precision=mixed,
+        cpu=cpu,
+        dynamo_backend=compiler,
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
 
 
 def _distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:

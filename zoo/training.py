@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from zoo.engine import Engine, make_accelerator
 from zoo.errors import DataError, ZooError
 from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe, read_recipe
+from zoo.reporting import check_trackers, progress_bar, tracking
 from zoo.savepoints import identify, read_savepoint, write_savepoint
 from zoo.teachers import Teacher, find_teacher
 
@@ -115,6 +116,7 @@ def finetune(
     seed: int = 0,
     checkpoint: str | Path | None = None,
     resume: bool = False,
+    trackers: Sequence[str] = (),
     progress: bool | None = None,
     cpu: bool = False,
 ) -> TrainResult:
@@ -135,6 +137,8 @@ def finetune(
             history.jsonl. The state of a finished training stays until it is removed.
         resume: go on from `checkpoint`, or begin where it holds nothing yet; on a CPU the result is
             that of a training that was never interrupted, bit by bit.
+        trackers: names of Accelerate's experiment trackers (`tensorboard`, `wandb`, ...) that are
+            told loss, accuracy and learning rate after every epoch; files go into `checkpoint`.
         progress: show a bar; by default when standard error is a terminal.
         cpu: stay on the CPU even where CUDA is available.
 
@@ -156,14 +160,15 @@ def finetune(
     if resume and checkpoint is None:
         raise ZooError("resume=True needs checkpoint=, the folder to go on from.")
     dense, taught_by = find_teacher(model, teacher)
-    accelerator = make_accelerator(settings, cpu)
+    folder = None if checkpoint is None else Path(checkpoint).expanduser()
+    check_trackers(trackers, folder)
+    accelerator = make_accelerator(settings, cpu, trackers, folder)
     device = accelerator.device
     model.to(device)
     batches = _loader(train, "train", settings, accelerator, seed)
     held = None if val is None else _loader(val, "val", settings, accelerator, seed)
     if len(batches) == 0:
         raise DataError("The training data holds no images.")
-    folder = None if checkpoint is None else Path(checkpoint).expanduser()
     identity, saved = {}, None
     if folder is not None:
         processes = accelerator.num_processes
@@ -180,10 +185,12 @@ def finetune(
     try:
         show = sys.stderr.isatty() if progress is None else progress
         show = show and accelerator.is_main_process
-        with teaching, _seeded(seed), _progress_bar(settings, batches, standing, show) as tell:
+        done = len(standing.history)
+        bar = progress_bar(batches, settings.epochs, done, show)
+        with teaching, _seeded(seed), tracking(accelerator, settings) as track, bar as tell:
             if saved is not None:
                 engine.restore(saved["engine"])
-            for epoch in range(len(standing.history) + 1, settings.epochs + 1):
+            for epoch in range(done + 1, settings.epochs + 1):
                 tick = time.perf_counter()
                 loss = engine.train(tell, check=epoch == 1)
                 if not math.isfinite(loss):
@@ -195,6 +202,7 @@ def finetune(
                 accuracy = None if held is None else evaluate(engine.kept, held).accuracy
                 (accuracy,) = broadcast_object_list([accuracy])  # all keep the same weights
                 tell(0, loss, accuracy)
+                track(epoch, {"loss": loss, "accuracy": accuracy, "lr": engine.lr})
                 record = EpochRecord(epoch, loss, accuracy, time.perf_counter() - tick)
                 standing.note(record, engine.kept)
                 if folder is not None and accelerator.is_main_process:
@@ -311,28 +319,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _progress_bar(
-    recipe: Recipe, batches: Any, standing: _Standing, show: bool
-) -> Iterator[Callable[..., None]]:
-    """A function (images done, loss, accuracy) that moves the bar, or does nothing without one."""
-    if not show:
-        yield lambda *_: None
-        return
-    from tqdm import tqdm
-
-    images = len(batches) * (getattr(batches, "batch_size", None) or 1)
-    done = len(standing.history) * images
-    total = recipe.epochs * images
-    with tqdm(total=total, initial=done, unit="img", leave=False, file=sys.stderr) as bar:
-
-        def tell(images: int, loss: float | None = None, accuracy: float | None = None) -> None:
-            bar.update(images)
-            if loss is not None:
-                best = standing.accuracy if accuracy is None else accuracy
-                told = "" if best is None else f", val {best:.2%}"
-                bar.set_postfix_str(f"loss {loss:.3f}{told}")
-
-        yield tell
