@@ -2,6 +2,7 @@
 
 python scripts/bench.py load
 python scripts/bench.py search
+python scripts/bench.py train
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import torchvision
 import tyro
 from bench_search import Search, bench_search
+from bench_train import Train, bench_train
 from rival import cut
 from torch import nn
 
@@ -114,6 +116,13 @@ def medians(repeats: int, *sides: Callable[[], object]) -> list[float]:
     return [statistics.median(own) for own in times]
 
 
+BENCHES = {
+    "load": (Load, bench_load),
+    "search": (Search, bench_search),
+    "train": (Train, bench_train),
+}
+
 if __name__ == "__main__":
-    chosen = tyro.extras.subcommand_cli_from_dict({"load": Load, "search": Search})
-    bench_load(chosen) if isinstance(chosen, Load) else bench_search(chosen)
+    flags = {name: kind for name, (kind, _) in BENCHES.items()}
+    chosen = tyro.extras.subcommand_cli_from_dict(flags)
+    next(run for kind, run in BENCHES.values() if isinstance(chosen, kind))(chosen)

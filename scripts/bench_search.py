@@ -23,10 +23,10 @@ from zoo.models import build_model
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
 from zoo.pruning.surgery import named_tensors
+from zoo.recipes import Recipe
 from zoo.search.evaluation import FineTuning, Recalibration
 from zoo.search.tasks import Candidate, Task, cut, device
 from zoo.search.workers import Pool, pool_of
-from zoo.training import Recipe
 
 ARCH, SIZE, CF = "resnet20-16", 16, 4.0
 

@@ -22,6 +22,7 @@ from zoo.errors import FactorError, ZooError
 from zoo.profile import Evidence, Profile
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
+from zoo.recipes import Recipe
 from zoo.registry import folder_name, write_index
 from zoo.search.campaign import search_profile
 from zoo.search.certificate import Certificate, Pair, certify
@@ -30,7 +31,6 @@ from zoo.search.evidence import evidence, examined
 from zoo.search.ledger import Ledger
 from zoo.search.settings import SearchConfig, cost_of, pool_for
 from zoo.search.tasks import Candidate, Task, load_tasks, say, task_data
-from zoo.training import Recipe
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
 Widths = tuple[int, ...]

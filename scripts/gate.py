@@ -25,13 +25,13 @@ from zoo.artefacts import save_checkpoint
 from zoo.cost import cost_model
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
+from zoo.recipes import Recipe
 from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration
 from zoo.search.gate import ENOUGH, Agreement, agreement
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import train_under_masks
 from zoo.search.tasks import Candidate, Task, load_tasks, say
 from zoo.search.workers import pool_of
-from zoo.training import Recipe
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ import zoo
 from zoo import cli, training
 from zoo.artefacts import save_checkpoint
 from zoo.cli import COMMANDS, main
+from zoo.engine import Engine
 from zoo.models import ARCHITECTURES, STORED, build_model
 from zoo.profile import Evidence, Profile, Reference
 from zoo.pruning.criteria import CRITERIA
@@ -297,7 +298,7 @@ def test_an_unwritable_output_is_refused_before_the_work(tmp_path, capsys, monke
 
 
 def test_ctrl_c_exits_with_130_and_keeps_the_best_weights(pruned, tmp_path, monkeypatch, capsys):
-    epoch = training._train_epoch
+    epoch = Engine.train
     count = 0
 
     def interrupted_in_the_third(*arguments, **options):
@@ -307,7 +308,7 @@ def test_ctrl_c_exits_with_130_and_keeps_the_best_weights(pruned, tmp_path, monk
             raise KeyboardInterrupt
         return epoch(*arguments, **options)
 
-    monkeypatch.setattr(training, "_train_epoch", interrupted_in_the_third)
+    monkeypatch.setattr(Engine, "train", interrupted_in_the_third)
     out = tmp_path / "tuned"
     flags = ["--data", "digits", "--epochs", "9", "--lr", "0.05", "--out", str(out)]
     assert main(["finetune", str(pruned), *flags]) == 130

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import io
 import os
+import sys
+import types
 import zlib
 from dataclasses import replace
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from zoo.data import DeviceLoader, ImageSet, load_data
+from zoo.batches import Augmentation, DeviceLoader
+from zoo.data import ImageSet, load_data
 from zoo.errors import DataError
+from zoo.images import ImageFiles
 
 
 def numbered(count: int, size: int = 8, flip: bool = True) -> ImageSet:
@@ -80,7 +84,7 @@ def test_folders_decode_to_their_pixels_and_sorted_classes(image_tree):
 
 def test_a_decoded_folder_is_read_again_only_when_its_files_change(image_tree, monkeypatch):
     load_data(f"imagefolder:{image_tree}", size=8)
-    monkeypatch.setattr("zoo.data._decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("zoo.data.decode_all", lambda *_: pytest.fail("decoded again"))
     load_data(f"imagefolder:{image_tree}", size=8)
     monkeypatch.undo()
     path = image_tree / "train" / "cat" / "00.png"
@@ -218,6 +222,110 @@ def test_augmentation_is_a_crop_of_the_reflected_image_mirrored_or_not(flip, siz
 def _crop(padded: np.ndarray, top: int, left: int, size: int, mirrored: bool) -> np.ndarray:
     crop = padded[:, top : top + size, left : left + size]
     return crop[:, :, ::-1] if mirrored else crop
+
+
+@pytest.mark.parametrize("magnitude", [0, 9])
+def test_processes_and_batches_share_a_step_without_changing_it(magnitude):
+    """One batch of 24; three of 8; two processes of two batches of 6: images and crops alike."""
+    augment = Augmentation(rand_augment=magnitude)
+    options = {"augment": augment, "shuffle": True, "drop_last": True, "seed": 4}
+    whole = list(DeviceLoader(numbered(50), 24, **options))
+    thirds = list(DeviceLoader(numbered(50), 8, accumulate=3, **options))
+    shares = [
+        list(DeviceLoader(numbered(50), 6, accumulate=2, rank=rank, world_size=2, **options))
+        for rank in (0, 1)
+    ]
+    taken = [batch for step in zip(*shares, strict=True) for batch in step]
+    for batches in (thirds, taken):
+        for part in (0, 1):
+            mine = torch.cat([batch[part] for batch in batches])
+            wanted = torch.cat([batch[part] for batch in whole])
+            assert torch.equal(mine[: len(wanted)], wanted)
+
+
+def test_files_that_do_not_fit_in_memory_give_the_same_batches(image_tree, monkeypatch):
+    resident = load_data(f"imagefolder:{image_tree}", size=8)
+    monkeypatch.setattr("zoo.data.IN_MEMORY", 3 * 8 * 8 * 19)
+    lazy = load_data(f"imagefolder:{image_tree}", size=8)  # 20 training images, 6 for the test
+    assert isinstance(lazy.train, ImageFiles)
+    assert not isinstance(lazy.test, ImageFiles)
+    assert lazy.train.name == resident.train.name
+    augment = Augmentation(rand_augment=9)
+    before = torch.random.get_rng_state()
+    loaders = [
+        DeviceLoader(splits.train, 7, augment=augment, shuffle=True, seed=2)
+        for splits in (resident, lazy)
+    ]
+    for _ in range(2):
+        for (images, labels), (same, same_labels) in zip(*loaders, strict=True):
+            assert torch.equal(images, same)
+            assert torch.equal(labels, same_labels)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for index in range(2):
+        assert torch.equal(lazy.val[index][0], resident.val[index][0])
+        assert lazy.val[index][1] == resident.val[index][1]
+    assert lazy.digest == load_data(f"imagefolder:{image_tree}", size=8).digest != resident.digest
+
+
+def test_a_corrupt_file_is_named_by_the_worker_that_meets_it(image_tree, monkeypatch):
+    monkeypatch.setattr("zoo.data.IN_MEMORY", 0)
+    (image_tree / "train" / "dog" / "03.png").write_bytes(b"not an image")
+    loader = DeviceLoader(load_data(f"imagefolder:{image_tree}", size=8).train, 4)
+    with pytest.raises(DataError, match=r"^\S+dog/03\.png cannot be read as an image: [^\n]*$"):
+        list(loader)
+
+
+def test_cifar100_has_a_hundred_classes(tmp_path, image_tree):
+    with pytest.raises(DataError, match="holds 2 classes; CIFAR-100 has 100"):
+        load_data("cifar100", image_tree)
+    for split in ("train", "val"):
+        for label in range(100):
+            folder = tmp_path / "cifar100" / split / f"{label:02d}"
+            folder.mkdir(parents=True)
+            Image.new("RGB", (32, 32), (label, 0, 0)).save(folder / "0.png")
+    splits = load_data("cifar100", tmp_path)
+    assert splits.num_classes == 100
+    assert splits.test.images[:, 0, 0, 0].tolist() == list(range(100))
+    assert "CIFAR-100" in splits.test.name
+
+
+class FakeRows(dict):
+    """Rows as the datasets package has them: columns by name, and their types."""
+
+    def __init__(self, count: int, label: str) -> None:
+        colours = [(10 * n, 200 * (n % 2), 7) for n in range(count)]
+        super().__init__(img=[Image.new("RGB", (16, 16), colour) for colour in colours])
+        self[label] = [n % 2 for n in range(count)]
+        kinds = [type("Image", (), {}), type("ClassLabel", (), {"names": ["cat", "dog"]})]
+        self.features = dict(zip(self, (kind() for kind in kinds), strict=True))
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def test_a_data_set_of_the_hub_is_read_by_its_column_types(monkeypatch):
+    asked = []
+
+    def load_dataset(name, revision=None):
+        asked.append((name, revision))
+        return {"train": FakeRows(20, "fine"), "validation": FakeRows(6, "fine")}
+
+    package = types.ModuleType("datasets")
+    package.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    splits = load_data("hf:org/pets@main", size=8)
+    assert asked == [("org/pets", "main")]
+    assert splits.train.classes == ("cat", "dog")
+    assert splits.val.images[:, 0, 0, 0].tolist() == [180, 190]
+    assert splits.test.images[:, :, 5, 5].tolist() == [[10 * n, 200 * (n % 2), 7] for n in range(6)]
+    assert splits.test.labels.tolist() == [0, 1] * 3
+    package.load_dataset = lambda *_, **__: {"train": FakeRows(4, "fine")}
+    with pytest.raises(DataError, match=r"hf:org/pets has the splits train"):
+        load_data("hf:org/pets", size=8)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match=r"prunezoo\[hf\]"):
+        load_data("hf:org/pets", size=8)
 
 
 @pytest.mark.gpu

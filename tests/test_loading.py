@@ -29,8 +29,9 @@ from zoo.pruning.graph import channel_groups
 from zoo.pruning.masking import masked
 from zoo.pruning.policies import policy_solution
 from zoo.pruning.surgery import named_tensors
+from zoo.recipes import Recipe
 from zoo.registry import stored_groups
-from zoo.training import Recipe, finetune
+from zoo.training import finetune
 
 
 def profile_of(arch: str, cf: float = 4.0, metric: str = "params") -> Profile:

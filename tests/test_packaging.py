@@ -52,6 +52,7 @@ def test_the_wheel_holds_the_package_and_its_registry_and_nothing_else(wheel):
     assert inside == files
     sources = {p.relative_to(ROOT) for p in (ROOT / "zoo").rglob("*.py")}
     assert {Path(name) for name in names if name.endswith(".py")} == sources
+    assert {f"zoo/recipes/{name}.toml" for name in zoo.RECIPES} <= set(names)
 
 
 def test_an_installed_wheel_lists_its_profiles_from_another_folder(installed, tmp_path):

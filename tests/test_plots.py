@@ -13,6 +13,7 @@ from PIL import Image
 import zoo
 from zoo import plots
 from zoo.errors import ZooError
+from zoo.training import EpochRecord
 
 SERIES = {
     "random": [(2.5, 0.4), (3.5, 0.3), (4.1, 0.25)],
@@ -20,6 +21,12 @@ SERIES = {
     "ppo": [(4.0, 0.55)],
     "searched": [(4.0, 0.6), (2.0, 0.7)],
 }
+
+
+EPOCHS = [
+    EpochRecord(epoch, loss, accuracy, 1.0)
+    for epoch, loss, accuracy in ((1, 2.0, 0.3), (2, 1.5, None), (3, 1.2, 0.6))
+]
 
 
 def figure_4():
@@ -37,6 +44,7 @@ FIGURES = {
     "rewards": lambda: plots.reward_curve([0.1, 0.5, 0.3]),
     "β": lambda: plots.keep_ratios({"params-cf4": {"a": 0.5, "b": 1.0}}),
     "landscape": landscape,
+    "training": lambda: plots.training_curves(EPOCHS),
 }
 
 
@@ -153,6 +161,17 @@ def test_the_landscape_spans_its_axes_and_its_values():
     assert (axes.get_title(), bar.get_ylabel()) == ("gaussian", "reward")
     half = filled.get_paths()[len(filled.levels) // 2].vertices
     assert half.sum(axis=1) == pytest.approx(1.5, abs=0.2), "the level set x + y = 1.5"
+
+
+def test_the_training_curves_are_the_losses_and_the_accuracies_that_were_measured():
+    figure = plots.training_curves(EPOCHS)
+    losses, accuracies = (axes.lines[0].get_xydata().tolist() for axes in figure.axes)
+    assert losses == [[1, 2.0], [2, 1.5], [3, 1.2]]
+    assert accuracies == [[1, 0.3], [3, 0.6]]
+    unmeasured = plots.training_curves([EpochRecord(1, 2.0, None, 1.0)])
+    assert len(unmeasured.axes) == 1
+    with pytest.raises(ZooError, match="No epoch"):
+        plots.training_curves([])
 
 
 def test_nothing_to_plot_is_an_error_and_so_are_profiles_of_different_groups():

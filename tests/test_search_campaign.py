@@ -20,6 +20,7 @@ from zoo.errors import FactorError, ZooError
 from zoo.models import build_model
 from zoo.profile import Profile
 from zoo.pruning.policies import POLICIES
+from zoo.recipes import Recipe
 from zoo.registry import stored_groups
 from zoo.search import campaign
 from zoo.search.campaign import SearchConfig, search_profile
@@ -30,7 +31,7 @@ from zoo.search.ledger import Ledger, read
 from zoo.search.provenance import command_of
 from zoo.search.settings import parse_budget
 from zoo.search.tasks import Task, load_tasks, task_data
-from zoo.training import Recipe, evaluate, finetune
+from zoo.training import evaluate, finetune
 
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("sklearn")

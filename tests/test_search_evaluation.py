@@ -16,6 +16,7 @@ from zoo.models import build_model
 from zoo.pruning.graph import channel_groups
 from zoo.pruning.plan import kept_positions, make_plan
 from zoo.pruning.surgery import apply
+from zoo.recipes import Recipe
 from zoo.search import evaluation
 from zoo.search.evaluation import (
     Evaluator,
@@ -28,7 +29,7 @@ from zoo.search.evaluation import (
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import RandomlyMasked, train_under_masks
 from zoo.search.tasks import Candidate, Task, check_tasks, cut, make_task, plan_of, sample
-from zoo.training import Recipe, finetune
+from zoo.training import finetune
 
 
 def stripes(count: int, seed: int) -> ImageSet:
@@ -224,7 +225,7 @@ def test_an_interrupted_fine_tune_leaves_no_row(cnet, monkeypatch):
 
     fidelity = FineTuning(Recipe(epochs=1, augment=False))
     assert 0 <= fidelity.measure(halved(cnet, 0)) <= 1
-    monkeypatch.setattr("zoo.training._train_epoch", interrupted)
+    monkeypatch.setattr("zoo.engine.Engine.train", interrupted)
     ledger = Ledger()
     with pytest.raises(KeyboardInterrupt):
         Evaluator(ledger)([halved(cnet, 0)], fidelity)

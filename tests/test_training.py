@@ -10,10 +10,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from zoo import training
-from zoo.data import ImageSet, check_labels
+from zoo import engine, training
+from zoo.batches import check_labels
+from zoo.data import ImageSet, load_data
 from zoo.errors import DataError, ZooError
-from zoo.training import RECIPES, Recipe, evaluate, finetune
+from zoo.recipes import RECIPES, Recipe
+from zoo.training import evaluate, finetune
 
 QUICK = Recipe(epochs=3, batch_size=16, lr=0.05)
 
@@ -80,6 +82,18 @@ def test_every_kind_of_data_trains(toy_images, kind):
     model = network()
     assert finetune(model, data, data, recipe=replace(QUICK, epochs=8)).accuracy > 0.95
     assert evaluate(model, data).images == 96
+
+
+def test_files_train_and_evaluate_as_the_same_images_in_memory_do(image_tree, monkeypatch):
+    results = []
+    for limit in (2**31, 0):
+        monkeypatch.setattr("zoo.data.IN_MEMORY", limit)
+        splits = load_data(f"imagefolder:{image_tree}", size=8)
+        model = network(classes=2)
+        result = finetune(model, splits.train, splits.val, recipe=replace(QUICK, batch_size=6))
+        results.append((weights(model), result.accuracy, evaluate(model, splits.test)))
+    assert same(results[0][0], results[1][0])
+    assert results[0][1:] == results[1][1:]
 
 
 def test_a_name_stands_for_its_splits(monkeypatch, toy_images):
@@ -316,7 +330,7 @@ def test_biases_and_norms_do_not_decay(recipe):
     model = network()
     decays = {
         id(parameter): group["weight_decay"]
-        for group in training._optimizer(model, recipe).param_groups
+        for group in engine._optimizer(model, recipe).param_groups
         for parameter in group["params"]
     }
     assert len(decays) == len(list(model.parameters()))
@@ -324,7 +338,7 @@ def test_biases_and_norms_do_not_decay(recipe):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    rates = [training._warmup_cosine(10, 100)(step) for step in range(101)]
+    rates = [engine._warmup_cosine(10, 100)(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1.0
     assert rates[:10] == sorted(rates[:10])
@@ -342,7 +356,7 @@ def test_no_progress_bar_is_drawn_unless_asked(toy_images, capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""
     finetune(network(), toy_images, toy_images, recipe=replace(QUICK, epochs=1), progress=True)
-    assert "step" in capsys.readouterr().err
+    assert "img/s" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

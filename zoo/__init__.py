@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from zoo.loading import create_model, load, load_pruned, plan, prune, save
     from zoo.onnx_export import export
     from zoo.profile import Profile
+    from zoo.recipes import RECIPES, Recipe
     from zoo.registry import get_profile, list_profiles
     from zoo.runtime import InferenceSession
     from zoo.search.campaign import SearchConfig, search_profile
-    from zoo.training import RECIPES, Recipe, evaluate, finetune
+    from zoo.training import evaluate, finetune
 
 __all__ = [
     "RECIPES",
@@ -56,10 +57,11 @@ _HOMES = {
     "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
     "zoo.onnx_export": ("export",),
     "zoo.profile": ("Profile",),
+    "zoo.recipes": ("RECIPES", "Recipe"),
     "zoo.registry": ("get_profile", "list_profiles"),
     "zoo.runtime": ("InferenceSession",),
     "zoo.search.campaign": ("SearchConfig", "search_profile"),
-    "zoo.training": ("RECIPES", "Recipe", "evaluate", "finetune"),
+    "zoo.training": ("evaluate", "finetune"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -24,6 +24,7 @@ from zoo.models import build_model
 from zoo.pruning.known_groups import matching_groups
 from zoo.pruning.plan import PruningRecord, Source, kept_positions
 from zoo.pruning.surgery import named_tensors, resize, resized
+from zoo.savepoints import HISTORY, SAVEPOINT
 
 __all__ = ["MODEL", "read_model", "save_checkpoint", "write_model"]
 
@@ -105,7 +106,9 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
 def _refuse_foreign(place: Path) -> None:
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{place} is a file; a pruned model needs a folder.")
-    if place.exists() and any(place.iterdir()) and not (place / RECORD).exists():
+    own = {SAVEPOINT, HISTORY}  # of the training that made the model
+    foreign = place.exists() and {path.name for path in place.iterdir()} - own
+    if foreign and not (place / RECORD).exists():
         raise CheckpointError(
             f"{place} is not empty and holds no pruned model; name another folder, or empty it."
         )

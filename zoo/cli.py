@@ -7,6 +7,7 @@ Heavy imports are inside those functions: `zoo --help` waits for none of them.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import os
 import sys
@@ -24,7 +25,8 @@ from zoo.errors import ZooError, unknown
 if TYPE_CHECKING:
     from torch import nn
 
-    from zoo.training import Recipe, TrainResult
+    from zoo.recipes import Recipe
+    from zoo.training import TrainResult
 
 __all__ = ["COMMANDS", "main"]
 
@@ -91,31 +93,49 @@ class TrainCommand:
     arch: str
     """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
     data: str
-    """data set: digits, cifar10 or imagefolder:PATH"""
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
     out: Path
     """checkpoint to write, a .safetensors file"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int = 32
     """pixels per side that the images are resized to"""
-    epochs: int = 20
-    """passes over the training images"""
-    lr: float = 0.1
-    """peak learning rate"""
+    recipe: str = "standard"
+    """quick, standard, long, or a TOML file"""
+    epochs: int | None = None
+    """instead of the recipe's"""
+    lr: float | None = None
+    """peak learning rate, instead of the recipe's"""
     seed: int = 0
     """of the initial weights, shuffling and augmentation"""
+    resume: bool = False
+    """go on from the last epoch that an interrupted training finished"""
+    track: tuple[str, ...] = ()
+    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
 
 
 def train(command: TrainCommand) -> int | None:
     from zoo.artefacts import save_checkpoint
 
-    recipe = _recipe("standard", command.epochs, command.lr)
+    recipe = _recipe(command.recipe, command.epochs, command.lr)
     _check_writable(command.out)
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
     model = zoo.create_model(
         command.arch, splits.num_classes, image_size=command.size, seed=command.seed
     )
-    result = zoo.finetune(model, splits.train, splits.val, recipe=recipe, seed=command.seed)
+    folder = command.out.with_name(f"{command.out.name}.training")
+    result = zoo.finetune(
+        model,
+        splits.train,
+        splits.val,
+        recipe=recipe,
+        seed=command.seed,
+        checkpoint=folder,
+        resume=command.resume,
+        trackers=command.track,
+    )
+    if not _main_process():
+        return None
     test = zoo.evaluate(model, splits.test).accuracy
     metadata = {
         "architecture": command.arch,
@@ -129,7 +149,7 @@ def train(command: TrainCommand) -> int | None:
         "seed": str(command.seed),
     }
     save_checkpoint(model, command.out, metadata)
-    return _report_training(result, test, recipe, command.out)
+    return _report_training(result, test, recipe, command.out, folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +187,7 @@ class PruneCommand:
     seed: int = 0
     """of the random choices"""
     data: str | None = None
-    """data set whose training images the criterion sees: digits, cifar10 or imagefolder:PATH"""
+    """data set whose training images the criterion sees, named as for zoo train"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int | None = None
@@ -212,23 +232,28 @@ class FinetuneCommand:
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """pruned network, as `zoo prune` writes it"""
     data: str
-    """data set: digits, cifar10 or imagefolder:PATH"""
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int | None = None
     """pixels per side; by default what the network was pruned for"""
     recipe: str = "standard"
-    """quick, standard or long"""
+    """quick, standard, long, or a TOML file"""
     epochs: int | None = None
     """instead of the recipe's"""
     lr: float | None = None
     """peak learning rate, instead of the recipe's"""
-    teacher: str | None = None
-    """dense checkpoint to distil from"""
+    teacher: str = "auto"
+    """dense checkpoint to distil from; source for the one that the network was pruned from, auto
+    for that where it can be read, or none"""
     seed: int = 0
     """of shuffling and augmentation"""
     out: Path | None = None
     """folder to write to; by default the folder it came from"""
+    resume: bool = False
+    """go on from the last epoch that an interrupted fine-tune into this folder finished"""
+    track: tuple[str, ...] = ()
+    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
 
 
 def finetune(command: FinetuneCommand) -> int | None:
@@ -239,17 +264,27 @@ def finetune(command: FinetuneCommand) -> int | None:
     out = command.out or command.folder
     _check_writable(out)
     splits = zoo.load_data(command.data, command.data_dir, size=size)
-    teacher = None
-    if command.teacher is not None:
+    teacher: Any = None if command.teacher == "none" else command.teacher
+    if teacher not in (None, "auto", "source"):
         teacher = zoo.create_model(
-            record.architecture, record.num_classes, pretrained=command.teacher, image_size=size
+            record.architecture, record.num_classes, pretrained=teacher, image_size=size
         )
     result = zoo.finetune(
-        model, splits.train, splits.val, teacher=teacher, recipe=recipe, seed=command.seed
+        model,
+        splits.train,
+        splits.val,
+        teacher=teacher,
+        recipe=recipe,
+        seed=command.seed,
+        checkpoint=out,
+        resume=command.resume,
+        trackers=command.track,
     )
+    if not _main_process():
+        return None
     test = zoo.evaluate(model, splits.test).accuracy
     zoo.save(model, out)
-    return _report_training(result, test, recipe, out)
+    return _report_training(result, test, recipe, out, out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +294,7 @@ class EvaluateCommand:
     network: Annotated[Positional[str], arg(metavar="NETWORK")]
     """folder of a pruned network, or a checkpoint"""
     data: str
-    """data set: digits, cifar10 or imagefolder:PATH"""
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: int | None = None
@@ -408,14 +443,14 @@ def _flags(name: str, given: Sequence[str]) -> Any:
 
 
 def _recipe(name: str, epochs: int | None, lr: float | None) -> Recipe:
-    if name not in zoo.RECIPES:
-        raise unknown("recipe", name, zoo.RECIPES)
+    from zoo.recipes import read_recipe
+
     given = {"epochs": epochs, "lr": lr}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in changes.items():
         if not value > 0:
             raise ZooError(f"--{key} must be positive, got {value}.")
-    return dataclasses.replace(zoo.RECIPES[name], **changes)
+    return dataclasses.replace(read_recipe(name), **changes)
 
 
 def _network(path: str, arch: str | None, size: int | None) -> tuple[nn.Module, int]:
@@ -441,9 +476,28 @@ def _check_writable(path: Path) -> None:
         raise ZooError(f"{path} cannot be written: no permission in {folder}.")
 
 
-def _report_training(result: TrainResult, test: float, recipe: Recipe, out: Path) -> int | None:
+def _main_process() -> bool:
+    """Whether this is the one of several training processes that writes and reports."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _report_training(
+    result: TrainResult, test: float, recipe: Recipe, out: Path, folder: Path
+) -> int | None:
+    """What the training did, and its curves beside its history in `folder`."""
     from zoo.rendering import training_summary
+    from zoo.savepoints import discard
 
     print(training_summary(result, test, recipe.epochs))
     print(f"Wrote {out}")
-    return INTERRUPTED if result.interrupted else None
+    if importlib.util.find_spec("matplotlib"):
+        from zoo import plots
+
+        plots.save(plots.training_curves(result.history), folder / "history.png")
+    if result.interrupted:
+        print("Add --resume to go on.")
+        return INTERRUPTED
+    discard(folder)
+    return None

@@ -1,7 +1,4 @@
-"""Image sets by name or folder, their splits with digests, and a loader that lives on the device.
-
-Small images are decoded once into one uint8 tensor; batches are cropped, flipped and normalised as
-tensors where the network is, without worker processes.
+"""Image sets by name or folder, and their splits with digests.
 
 Every split follows one rule: the *validation* split is the last tenth of each class of the training
 images, in file order, and no base network is trained on it; the *test* split is the data set's own
@@ -13,81 +10,38 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from zoo.errors import DataError, unknown
+from zoo.images import AnyImages, ImageFiles, ImageSet, decode_all
 
-__all__ = ["DATASETS", "DeviceLoader", "ImageSet", "Splits", "check_labels", "load_data"]
+__all__ = ["DATASETS", "IN_MEMORY", "AnyImages", "ImageSet", "Splits", "load_data"]
+
+IN_MEMORY = 2**31
+"""Bytes of decoded images per split above which a folder's are read from their files."""
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Mean and standard deviation per channel of what most networks were trained on."""
 
 VALIDATION_SHARE = 0.1
+Channels = tuple[float, float, float]
+
 _EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
-
-
-@dataclass(frozen=True)
-class ImageSet(torch.utils.data.Dataset):
-    """Images and labels in memory: a torch Dataset of (normalised float image, label).
-
-    Attributes:
-        name: what reports call it, with its resolution and encoding.
-        images: uint8, (N, 3, S, S).
-        labels: int64, (N,).
-        classes: names, in label order.
-        mean, std: per channel, on the 0-1 scale; what `normalise` subtracts and divides by.
-        flip: whether a mirrored image keeps its class.
-    """
-
-    name: str
-    images: Tensor
-    labels: Tensor
-    classes: tuple[str, ...]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    flip: bool = True
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.normalise(self.images[index][None])[0], int(self.labels[index])
-
-    @property
-    def image_size(self) -> int:
-        """Pixels per side."""
-        return self.images.shape[-1]
-
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images (N, 3, S, S) as normalised float32."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
-        return (images.float() / 255 - mean) / std
-
-    def subset(self, indices: Tensor) -> ImageSet:
-        """The images at `indices`, in that order."""
-        return replace(self, images=self.images[indices], labels=self.labels[indices])
-
-    def digest(self) -> str:
-        """sha256 over shape, pixels and labels: the same split always has the same digest."""
-        state = hashlib.sha256(repr(tuple(self.images.shape)).encode())
-        state.update(self.images.contiguous().numpy().tobytes())
-        state.update(self.labels.numpy().tobytes())
-        return state.hexdigest()
 
 
 @dataclass(frozen=True)
 class Splits:
     """The three splits of one data set; `digest` is the validation split's."""
 
-    train: ImageSet
-    val: ImageSet
-    test: ImageSet
+    train: AnyImages
+    val: AnyImages
+    test: AnyImages
 
     @property
     def digest(self) -> str:
@@ -96,76 +50,6 @@ class Splits:
     @property
     def num_classes(self) -> int:
         return len(self.train.classes)
-
-
-class DeviceLoader:
-    """Batches (images, labels) of an `ImageSet` on a device, reshuffled every pass.
-
-    Args:
-        data: the image set; its bytes are copied to `device` once.
-        batch_size: images per batch; the last batch of a pass may be smaller unless `drop_last`.
-        augment: random crops after reflecting one eighth of the side, and mirroring if the set
-            allows it. Each process of several sees its own share of one common permutation.
-        seed: of the shuffling and the augmentation; pass n of seed s is always the same.
-    """
-
-    def __init__(
-        self,
-        data: ImageSet,
-        batch_size: int,
-        *,
-        device: torch.device | str = "cpu",
-        augment: bool = False,
-        shuffle: bool = False,
-        drop_last: bool = False,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        self.data = replace(data, images=data.images.to(device), labels=data.labels.to(device))
-        self.batch_size = batch_size
-        self.augment, self.shuffle, self.drop_last = augment, shuffle, drop_last
-        self.seed, self.rank, self.world_size = seed, rank, world_size
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        share = len(self.data) // self.world_size if self.world_size > 1 else len(self.data)
-        return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        self.epoch += 1
-        count = len(self.data)
-        order = torch.randperm(count, generator=generator) if self.shuffle else torch.arange(count)
-        if self.world_size > 1:
-            order = order[self.rank :: self.world_size][: count // self.world_size]
-        order = order.to(self.data.images.device)
-        for batch in range(len(self)):
-            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images, labels = self.data.images[index], self.data.labels[index]
-            if self.augment:
-                images = _augment(images, self.data.flip, generator)
-            yield self.data.normalise(images), labels
-
-
-def _augment(images: Tensor, flip: bool, generator: torch.Generator) -> Tensor:
-    count, _, size, _ = images.shape
-    pad = max(1, size // 8)
-    shifts = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
-    mirrored = torch.rand(count, 1, generator=generator) < 0.5
-    steps = torch.arange(size)
-    rows, columns = (_reflect(shift + steps - pad, size) for shift in shifts)
-    if flip:
-        columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
-    pick = torch.arange(count, device=images.device)[:, None, None]
-    # Advanced indices around a slice put the sliced axis (channels) last.
-    return images[pick, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-
-
-def _reflect(positions: Tensor, size: int) -> Tensor:
-    """Positions beyond the edges of `size` pixels, mirrored back in without repeating the edge."""
-    return (size - 1) - (size - 1 - positions.abs()).abs()
 
 
 def _digits(root: Path | None, size: int) -> Splits:
@@ -194,7 +78,7 @@ def _digits(root: Path | None, size: int) -> Splits:
     return Splits(*_hold_out(rest, VALIDATION_SHARE), test)
 
 
-def _hold_out(data: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
+def _hold_out(data: AnyImages, share: float) -> tuple[AnyImages, AnyImages]:
     """`data` without, and only, the last `share` of each class, in order."""
     held = torch.zeros(len(data), dtype=torch.bool)
     for label in range(len(data.classes)):
@@ -204,28 +88,8 @@ def _hold_out(data: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
     return data.subset((~held).nonzero().flatten()), data.subset(held.nonzero().flatten())
 
 
-def _decode(paths: list[Path], size: int | None) -> np.ndarray:
-    from PIL import Image
-
-    def one(path: Path) -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                pixels = image.convert("RGB")
-                if size is not None and pixels.size != (size, size):
-                    pixels = pixels.resize((size, size), Image.Resampling.BOX)
-                return np.asarray(pixels)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path} cannot be read as an image: {error}.") from None
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        arrays = list(pool.map(one, paths))
-    if len({array.shape for array in arrays}) > 1:
-        raise DataError(f"The images in {paths[0].parent} differ in size; name one with size=.")
-    return np.stack(arrays).transpose(0, 3, 1, 2)
-
-
-def _folder_set(folder: Path, size: int | None, cache: bool = True) -> ImageSet:
-    """One ImageFolder tree as an image set, decoded once and kept in the user's cache folder."""
+def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages:
+    """One ImageFolder tree, decoded once and kept in the user's cache folder if it is not large."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -237,6 +101,9 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> ImageSet:
         labels += [label] * len(files)
     if not paths:
         raise DataError(f"{folder} holds no <class>/<image> files ({', '.join(_EXTENSIONS)}).")
+    told = (torch.tensor(labels), tuple(classes), *IMAGENET)
+    if size is not None and 3 * size**2 * len(paths) > IN_MEMORY:
+        return ImageFiles(folder.name, tuple(paths), size, *told)
     facts = ((path, path.stat()) for path in paths)
     stamp = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
     stamp += f"\n{size}"
@@ -244,20 +111,13 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> ImageSet:
     if cache and cached.is_file():
         images = np.load(cached, allow_pickle=False)
     else:
-        images = _decode(paths, size)
+        images = decode_all(paths, size)
         if cache:
             cached.parent.mkdir(parents=True, exist_ok=True)
             temporary = cached.with_suffix(f".{os.getpid()}.npy")
             np.save(temporary, images)
             os.replace(temporary, cached)
-    return ImageSet(
-        folder.name,
-        torch.from_numpy(np.ascontiguousarray(images)),
-        torch.tensor(labels),
-        tuple(classes),
-        (0.485, 0.456, 0.406),
-        (0.229, 0.224, 0.225),
-    )
+    return ImageSet(folder.name, torch.from_numpy(np.ascontiguousarray(images)), *told)
 
 
 def cache_folder() -> Path:
@@ -301,31 +161,64 @@ def _encoding(base: Path) -> str:
 
 
 def _cifar10(root: Path | None, size: int) -> Splits:
-    splits = _image_folder(root, None if size == 32 else size, "CIFAR-10")
-    if splits.num_classes != 10:
-        raise DataError(f"{root} holds {splits.num_classes} classes; CIFAR-10 has 10.")
-    mean, std = (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)
+    return _cifar("CIFAR-10", root, size, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+
+
+def _cifar100(root: Path | None, size: int) -> Splits:
+    return _cifar("CIFAR-100", root, size, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+def _cifar(name: str, root: Path | None, size: int, mean: Channels, std: Channels) -> Splits:
+    splits = _image_folder(root, None if size == 32 else size, name)
+    classes = int(name.removeprefix("CIFAR-"))
+    if splits.num_classes != classes:
+        raise DataError(f"{root} holds {splits.num_classes} classes; {name} has {classes}.")
     parts = (splits.train, splits.val, splits.test)
     return Splits(*(replace(part, mean=mean, std=std) for part in parts))
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
-    """Refuse labels (N,) that a network with these outputs (N, classes) cannot be asked for.
+def _hub_set(reference: str, size: int) -> Splits:
+    """An image classification data set of the Hub, by its own column types."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError("hf: needs the datasets package: pip install 'prunezoo[hf]'.") from None
+    name, _, revision = reference.partition("@")
+    try:
+        found = load_dataset(name, revision=revision or None)
+    except Exception as error:  # the library's errors share no base class
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"hf:{reference} cannot be read from the Hub: {reason}") from error
+    held = next((part for part in ("test", "validation", "valid", "val") if part in found), None)
+    if "train" not in found or held is None:
+        raise DataError(f"hf:{reference} has the splits {', '.join(found)}: no train, or no test.")
+    whole, test = (_hub_split(f"hf:{reference}", found[part], size) for part in ("train", held))
+    return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
 
-    Raises:
-        DataError: for a label below 0 or beyond the outputs, or outputs of another shape.
-    """
-    if logits.ndim != 2:
-        raise DataError(f"Expected logits (N, classes), the network gives {tuple(logits.shape)}.")
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= logits.shape[1]:
+
+def _hub_split(name: str, rows: Any, size: int) -> ImageSet:
+    columns: dict[str, str] = {}
+    for column, feature in rows.features.items():
+        columns.setdefault(type(feature).__name__, column)
+    if not {"Image", "ClassLabel"} <= set(columns):
+        raise DataError(f"{name} has no column of images, or none of class labels: {rows.features}")
+    if 3 * size**2 * len(rows) > IN_MEMORY:
         raise DataError(
-            f"The data has labels from {low} to {high}, but the network has {logits.shape[1]} "
-            f"outputs."
+            f"{name} has {len(rows):,} images, more than fit in memory at {size}x{size}: choose a "
+            "smaller size, or save it as folders of images."
         )
+    images = decode_all(rows[columns["Image"]], size)
+    label = columns["ClassLabel"]
+    return ImageSet(
+        f"{name} at {size}x{size}",
+        torch.from_numpy(np.ascontiguousarray(images)),
+        torch.tensor(list(rows[label])),
+        tuple(rows.features[label].names),
+        *IMAGENET,
+    )
 
 
-def _some_classes(data: ImageSet, chosen: slice, name: str) -> ImageSet:
+def _some_classes(data: AnyImages, chosen: slice, name: str) -> AnyImages:
     """The images of some classes, which are numbered from 0 again."""
     classes = range(len(data.classes))[chosen]
     if len(classes) < 2 or (chosen.stop or 0) > len(data.classes):
@@ -337,16 +230,18 @@ def _some_classes(data: ImageSet, chosen: slice, name: str) -> ImageSet:
 
 
 _CLASSES = re.compile(r"\[(\d*):(\d*)\]$")
-DATASETS = {"digits": _digits, "cifar10": _cifar10}
+DATASETS = {"digits": _digits, "cifar10": _cifar10, "cifar100": _cifar100}
 
 
 def load_data(name: str, root: str | Path | None = None, *, size: int = 32) -> Splits:
     """The train, validation and test splits of a data set, as square images of `size` pixels.
 
     Args:
-        name: `digits` (needs no files), `cifar10` (`root` holds train/ and val/ ImageFolder trees,
-            or a cifar10/ folder that does), or `imagefolder:PATH`; with some of the classes alone,
-            in order, as `imagefolder:PATH[:50]` or `cifar10[5:]`.
+        name: `digits` (needs no files), `cifar10` and `cifar100` (`root` holds train/ and val/
+            ImageFolder trees, or a cifar10/ folder that does), `imagefolder:PATH`, or
+            `hf:ORG/NAME[@REVISION]`; with some of the classes alone, in order, as
+            `imagefolder:PATH[:50]` or `cifar10[5:]`. A folder's images are decoded into memory
+            up to `IN_MEMORY` bytes per split, and beyond that as they are asked for.
         root: folder of the files.
         size: pixels per side; other sizes are resampled by area.
 
@@ -364,6 +259,8 @@ def load_data(name: str, root: str | Path | None = None, *, size: int = 32) -> S
     kind, _, path = name.partition(":")
     if kind == "imagefolder" and path:
         return _image_folder(Path(path).expanduser(), size)
+    if kind == "hf" and path:
+        return _hub_set(path, size)
     if name not in DATASETS:
-        raise unknown("data set", name, [*DATASETS, "imagefolder:PATH"], DataError)
+        raise unknown("data set", name, [*DATASETS, "imagefolder:PATH", "hf:ORG/NAME"], DataError)
     return DATASETS[name](folder, size)

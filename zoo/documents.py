@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from zoo.errors import DocumentError
+from zoo.errors import DocumentError, unknown
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -103,6 +103,10 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
     if origin is dict:
         items = _expect(raw, dict, where)
         return {key: _decode(args[1], item, f"{where}.{key}") for key, item in items.items()}
+    if origin is typing.Literal:
+        if raw not in args:
+            raise unknown(f"value of {where}:", raw, args, DocumentError)
+        return raw
     if kind is Any:
         return raw
     if kind is float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.cost import CostModel, cost_model
-from zoo.errors import DataError, ZooError, integer, unknown
+from zoo.errors import DataError, ZooError, integer
 from zoo.groups import ChannelGroups, Slot
 from zoo.latency import latency_table
 from zoo.loading import Weights, load, prune
@@ -21,8 +21,9 @@ from zoo.pruning.known_groups import groups_of, traced_groups
 from zoo.pruning.plan import Plan, PruningRecord, kept_positions
 from zoo.pruning.surgery import apply
 from zoo.pruning.weight_scores import Scores
+from zoo.recipes import Recipe, read_recipe
 from zoo.solver import solve
-from zoo.training import RECIPES, Recipe, TrainResult, finetune
+from zoo.training import TrainResult, finetune
 
 __all__ = ["IterativeResult", "IterativeStep", "Schedule", "prune_iteratively"]
 
@@ -136,8 +137,7 @@ def _checked(schedule: Schedule, train: object, val: object) -> int:
     """The number of steps; what only the first training would refuse is refused here."""
     if not isinstance(schedule, Schedule):
         raise ZooError(f"A schedule is a zoo.Schedule, got {type(schedule).__name__}.")
-    if not isinstance(schedule.recipe, Recipe) and schedule.recipe not in RECIPES:
-        raise unknown("recipe", schedule.recipe, RECIPES)
+    read_recipe(schedule.recipe)
     for name, data in (("train", train), ("val", val)):
         if not isinstance(data, Dataset | DataLoader):
             raise DataError(f"{name} is a torch Dataset or DataLoader, got {type(data).__name__}.")

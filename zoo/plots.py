@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +20,7 @@ try:
     from matplotlib import colormaps, rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 except ImportError:
     raise ZooError("Plots need matplotlib: pip install 'prunezoo[plots]'.") from None
 
@@ -31,6 +32,7 @@ __all__ = [
     "reward_curve",
     "reward_landscape",
     "save",
+    "training_curves",
 ]
 
 SUFFIXES = (".png", ".svg")
@@ -149,6 +151,37 @@ def keep_ratios(profiles: Mapping[str, Mapping[str, float]]) -> Figure:
     axes.set_xticks(range(len(groups)), groups, rotation=45, ha="right")
     axes.set_ylim(0, 1)
     figure.legend(loc="outside upper center", ncols=COLUMNS)
+    return figure
+
+
+class Epoch(Protocol):
+    """What a training leaves of one pass: its number, mean loss, and accuracy in [0, 1] or None."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def loss(self) -> float: ...
+    @property
+    def accuracy(self) -> float | None: ...
+
+
+def training_curves(history: Sequence[Epoch]) -> Figure:
+    """The training loss of every epoch and, on an axis of its own, the validation accuracy.
+
+    Raises:
+        ZooError: for an empty history.
+    """
+    if not history:
+        raise ZooError("No epoch was finished: there are no curves to plot.")
+    figure, losses = _single("epoch", "training loss")
+    losses.plot([r.epoch for r in history], [r.loss for r in history], ".-", color="C0")
+    losses.xaxis.set_major_locator(MaxNLocator(integer=True))
+    losses.yaxis.label.set_color("C0")
+    measured = [(r.epoch, r.accuracy) for r in history if r.accuracy is not None]
+    if measured:
+        accuracies = losses.twinx()
+        accuracies.plot(*zip(*measured, strict=True), ".-", color="deeppink")
+        accuracies.set_ylabel("validation accuracy", color="deeppink")
     return figure
 
 

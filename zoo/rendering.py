@@ -125,6 +125,7 @@ def training_summary(result: TrainResult, test: float, epochs: int) -> str:
         f"{early if result.interrupted else ''}"
         f"validation {result.initial:.2%} -> {result.accuracy:.2%} (epoch {result.epoch} of "
         f"{epochs}), test {test:.2%}, {result.seconds:.0f} s on {result.device}"
+        f"{f', taught by {result.teacher}' if result.teacher else ''}"
     )
 
 

@@ -5,63 +5,36 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data import DeviceLoader, ImageSet, check_labels, load_data
-from zoo.errors import DataError, DivergenceError, unknown
+from zoo.batches import Augmentation, DeviceLoader, check_labels
+from zoo.data import AnyImages, load_data
+from zoo.engine import Engine, make_accelerator
+from zoo.errors import DataError, DivergenceError, ZooError
 from zoo.pruning.surgery import evaluating
+from zoo.recipes import Recipe, read_recipe
+from zoo.reporting import check_trackers, progress_bar, tracking
+from zoo.savepoints import identify, read_savepoint, write_savepoint
+from zoo.seeding import seeded
+from zoo.teachers import Teacher, find_teacher
 
-__all__ = ["RECIPES", "EpochRecord", "Evaluation", "Recipe", "TrainResult", "evaluate", "finetune"]
+__all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
 
 Data = Dataset | DataLoader | str
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train: everything but the data and the seed."""
-
-    epochs: int = 10
-    """passes over the training data"""
-    batch_size: int = 128
-    """images per step and process"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd (with Nesterov momentum) or adamw"""
-    lr: float = 0.1
-    """peak learning rate"""
-    momentum: float = 0.9
-    """of sgd"""
-    weight_decay: float = 5e-4
-    """on weights of two and more dimensions; biases and norms have none"""
-    warmup: float = 0.2
-    """share of all steps that the learning rate rises linearly; afterwards it falls as a cosine"""
-    label_smoothing: float = 0.0
-    """of the cross-entropy"""
-    clip_norm: float | None = 5.0
-    """largest gradient norm"""
-    augment: bool = True
-    """random crops and mirroring, for image sets that live on the device"""
-    distill: float = 0.7
-    """weight of the teacher's term when there is a teacher (Hinton et al., temperature 4)"""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 where a CUDA device likes it, else fp32"""
-
-
-RECIPES: dict[str, Recipe] = {
-    "quick": Recipe(epochs=2, lr=0.05),
-    "standard": Recipe(epochs=20),
-    "long": Recipe(epochs=100),
-}
+EVALUATED_AT_ONCE = 500
+"""Images per batch where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +57,9 @@ class TrainResult:
         epoch: that they come from; 0 means before the first step.
         history: one record per finished epoch.
         interrupted: whether Ctrl-C ended it early.
-        seconds: wall time in all.
+        seconds: wall time, of this call alone.
         device: where it ran.
+        teacher: what taught it: the reference of the source, or the class of another network.
     """
 
     initial: float | None
@@ -95,6 +69,7 @@ class TrainResult:
     interrupted: bool
     seconds: float
     device: str
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,14 +81,43 @@ class Evaluation:
     images: int
 
 
+@dataclass
+class _Standing:
+    """How far a training has come: its best weights so far, and where they are from."""
+
+    initial: float | None
+    accuracy: float | None
+    weights: dict[str, Tensor]
+    epoch: int = 0
+    history: list[EpochRecord] = field(default_factory=list)
+
+    def note(self, record: EpochRecord, network: nn.Module) -> None:
+        """One more epoch, and the weights of `network` unless better ones were measured."""
+        self.history.append(record)
+        if record.accuracy is None or self.accuracy is None or record.accuracy >= self.accuracy:
+            self.accuracy, self.epoch = record.accuracy, record.epoch
+            self.weights = _snapshot(network)
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self), "history": [vars(record) for record in self.history]}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> _Standing:
+        history = [EpochRecord(**record) for record in state["history"]]
+        return cls(**{**state, "history": history})
+
+
 def finetune(
     model: nn.Module,
     train: Data,
     val: Data | None,
     *,
-    teacher: nn.Module | None = None,
-    recipe: str | Recipe = "standard",
+    teacher: Teacher = "auto",
+    recipe: str | Path | Recipe = "standard",
     seed: int = 0,
+    checkpoint: str | Path | None = None,
+    resume: bool = False,
+    trackers: Sequence[str] = (),
     progress: bool | None = None,
     cpu: bool = False,
 ) -> TrainResult:
@@ -124,72 +128,109 @@ def finetune(
         train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set, of
             which the training and validation splits are taken. Without `val` nothing is measured
             and the last weights are kept.
-        teacher: a network with the same outputs to distil from; it is moved to the device, and its
-            mode is restored.
-        recipe: a name of `RECIPES` or a `Recipe`.
+        teacher: a network with the same outputs to distil from, which is moved to the device and
+            whose mode is restored; `source` for the dense network that a pruned one was cut from,
+            by its recorded reference and sha256; `auto` for that where it can be read and else
+            none; None for none.
+        recipe: a name of `RECIPES`, the path of a TOML file, or a `Recipe`.
         seed: of shuffling, augmentation and dropout; the caller's random state is left alone.
+        checkpoint: folder that holds the whole state of the training after every epoch, and its
+            history.jsonl. The state of a finished training stays until it is removed.
+        resume: go on from `checkpoint`, or begin where it holds nothing yet; on a CPU the result is
+            that of a training that was never interrupted, bit by bit.
+        trackers: names of Accelerate's experiment trackers (`tensorboard`, `wandb`, ...) that are
+            told loss, accuracy and learning rate after every epoch; files go into `checkpoint`.
         progress: show a bar; by default when standard error is a terminal.
         cpu: stay on the CPU even where CUDA is available.
+
+    Under `torchrun` or `accelerate launch` the processes share the training data, and a step takes
+    the mean gradient of their batches; each of them measures and keeps the same weights.
 
     Returns:
         A `TrainResult`. The model stays on the device it was trained on, in eval mode. Ctrl-C ends
         training early with the best weights so far in place.
 
     Raises:
-        DataError: when a label does not fit the network's outputs.
+        DataError: when a label or the teacher does not fit the network's outputs.
+        CheckpointError: when the source is asked for, and is not recorded or not what it was.
         DivergenceError: when the loss stops being finite; the best weights so far are in place.
+        ZooError: when `checkpoint` cannot be written, with the best weights so far in place; or
+            when it is of another training.
     """
     started = time.perf_counter()
-    settings = _recipe(recipe)
-    accelerator = _accelerator(settings.precision, cpu)
+    settings = read_recipe(recipe)
+    if resume and checkpoint is None:
+        raise ZooError("resume=True needs checkpoint=, the folder to go on from.")
+    dense, taught_by = find_teacher(model, teacher)
+    folder = None if checkpoint is None else Path(checkpoint).expanduser()
+    check_trackers(trackers, folder)
+    accelerator = make_accelerator(settings, cpu, trackers, folder)
     device = accelerator.device
     model.to(device)
     batches = _loader(train, "train", settings, accelerator, seed)
     held = None if val is None else _loader(val, "val", settings, accelerator, seed)
     if len(batches) == 0:
         raise DataError("The training data holds no images.")
-    steps = settings.epochs * len(batches)
-    optimizer = _optimizer(model, settings)
-    warm = max(1, round(settings.warmup * steps))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(warm, steps))
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
-    teaching = nullcontext() if teacher is None else evaluating(teacher.to(device))
-    initial = None if held is None else evaluate(model, held).accuracy
-    best, best_epoch, best_state = initial, 0, _snapshot(model)
-    history: list[EpochRecord] = []
+    identity, saved = {}, None
+    if folder is not None:
+        processes = accelerator.num_processes
+        identity = identify(settings, seed, model, dense, batches, held, processes)
+        saved = read_savepoint(folder, identity, resume=resume)
+    teaching = nullcontext() if dense is None else evaluating(dense.to(device))
+    engine = Engine(model, batches, settings, accelerator, dense)
     interrupted = False
+    if saved is None:
+        initial = None if held is None else evaluate(model, held).accuracy
+        standing = _Standing(initial, initial, _snapshot(model))
+    else:
+        standing = _Standing.restored(saved["standing"])
     try:
-        with teaching, _seeded(seed), _progress_bar(steps, progress) as advance:
-            for epoch in range(1, settings.epochs + 1):
+        show = sys.stderr.isatty() if progress is None else progress
+        show = show and accelerator.is_main_process
+        done = len(standing.history)
+        bar = progress_bar(batches, settings.epochs, done, show)
+        with teaching, seeded(seed), tracking(accelerator, settings) as track, bar as tell:
+            if saved is not None:
+                engine.restore(saved["engine"])
+            for epoch in range(done + 1, settings.epochs + 1):
                 tick = time.perf_counter()
-                loss = _train_epoch(
-                    wrapped, batches, optimizer, scheduler, accelerator, settings, teacher, advance,
-                    check=epoch == 1,
-                )  # fmt: skip
+                loss = engine.train(tell, check=epoch == 1)
                 if not math.isfinite(loss):
                     raise DivergenceError(
                         f"The training loss became {loss} in epoch {epoch}; the best weights so "
-                        f"far (epoch {best_epoch}) were kept. Try a smaller learning rate than "
-                        f"{settings.lr}."
+                        f"far (epoch {standing.epoch}) were kept. Try a smaller learning rate "
+                        f"than {settings.lr}."
                     )
-                accuracy = None if held is None else evaluate(model, held).accuracy
-                history.append(EpochRecord(epoch, loss, accuracy, time.perf_counter() - tick))
-                told = "" if accuracy is None else f"  val {accuracy:.2%}"
-                advance(0, f"loss {loss:.3f}{told}")
-                if accuracy is None or best is None or accuracy >= best:
-                    best, best_epoch, best_state = accuracy, epoch, _snapshot(model)
+                accuracy = None if held is None else evaluate(engine.kept, held).accuracy
+                (accuracy,) = broadcast_object_list([accuracy])  # all keep the same weights
+                tell(0, loss, accuracy)
+                track(epoch, {"loss": loss, "accuracy": accuracy, "lr": engine.lr})
+                record = EpochRecord(epoch, loss, accuracy, time.perf_counter() - tick)
+                standing.note(record, engine.kept)
+                if folder is not None and accelerator.is_main_process:
+                    state = {"engine": engine.state(), "standing": standing.state()}
+                    write_savepoint(folder, identity, state, standing.history)
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-        model.load_state_dict(best_state)
+        engine.close()
+        model.load_state_dict(standing.weights)
         model.eval()
-    seconds = time.perf_counter() - started
-    return TrainResult(initial, best, best_epoch, tuple(history), interrupted, seconds, str(device))
+    return TrainResult(
+        initial=standing.initial,
+        accuracy=standing.accuracy,
+        epoch=standing.epoch,
+        history=tuple(standing.history),
+        interrupted=interrupted,
+        seconds=time.perf_counter() - started,
+        device=str(device),
+        teacher=taught_by,
+    )
 
 
-def evaluate(model: nn.Module, data: Data | Iterable, *, batch_size: int = 500) -> Evaluation:
+def evaluate(
+    model: nn.Module, data: Data | Iterable, *, batch_size: int = EVALUATED_AT_ONCE
+) -> Evaluation:
     """Top-1 accuracy and mean cross-entropy of `model`, where it is, on `data`.
 
     Every layer is in eval mode meanwhile and in its own mode afterwards.
@@ -207,7 +248,7 @@ def evaluate(model: nn.Module, data: Data | Iterable, *, batch_size: int = 500) 
     if isinstance(data, str):
         data = load_data(*_name_and_root(data)).test
     batches: Any = data
-    if isinstance(data, ImageSet):
+    if isinstance(data, AnyImages):
         batches = DeviceLoader(data, batch_size, device=device)
     elif isinstance(data, Dataset):
         batches = DataLoader(data, batch_size)
@@ -226,99 +267,36 @@ def evaluate(model: nn.Module, data: Data | Iterable, *, batch_size: int = 500) 
     return Evaluation(correct.item() / count, loss.item() / count, count)
 
 
-def _train_epoch(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    optimizer: Any,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    accelerator: Accelerator,
-    recipe: Recipe,
-    teacher: nn.Module | None,
-    advance: Callable[..., None],
-    *,
-    check: bool,
-) -> float:
-    """One pass over `batches`; the mean loss, which is not finite as soon as one step's is not.
-
-    To `check` the labels waits for the device at every step, so only the first pass does.
-    """
-    model.train()
-    total, count = torch.zeros((), device=accelerator.device), 0
-    for images, labels in batches:
-        images = images.to(accelerator.device, memory_format=torch.channels_last)
-        labels = labels.to(accelerator.device)
-        logits = model(images)
-        if check:
-            check_labels(labels, logits)
-        loss = functional.cross_entropy(
-            logits.float(), labels, label_smoothing=recipe.label_smoothing
-        )
-        if teacher is not None:
-            with torch.no_grad():
-                target = teacher(images).float()
-            loss = (1 - recipe.distill) * loss + recipe.distill * _distillation(logits, target)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        if recipe.clip_norm is not None:
-            accelerator.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        optimizer.step()
-        scheduler.step()
-        total += loss.detach()
-        count += 1
-        advance(1)
-        if count % 50 == 0 and not math.isfinite(total.item()):
-            break
-    return total.item() / max(count, 1)
-
-
-def _distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    student = functional.log_softmax(logits.float() / temperature, dim=1)
-    wanted = functional.log_softmax(target / temperature, dim=1)
-    divergence = functional.kl_div(student, wanted, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
-
-
-def _recipe(recipe: str | Recipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    if recipe not in RECIPES:
-        raise unknown("recipe", recipe, RECIPES)
-    return RECIPES[recipe]
-
-
-def _accelerator(precision: str, cpu: bool) -> Accelerator:
-    cuda = torch.cuda.is_available() and not cpu
-    if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    mixed: Any = "no" if precision == "fp32" else precision
-    # Accelerate keeps one state per process and refuses another precision or device after the
-    # first; unless processes are joined through it, it can simply be forgotten.
-    AcceleratorState._reset_state(reset_partial_state=PartialState(cpu=cpu).num_processes == 1)
-    return Accelerator(mixed_precision=mixed, cpu=cpu)
-
-
 def _loader(data: Data, split: str, recipe: Recipe, accelerator: Accelerator, seed: int) -> Any:
     """Batches of `data` on the accelerator's device, shared out between its processes."""
     training = split == "train"
+    size = recipe.batch_size if training else EVALUATED_AT_ONCE
     if isinstance(data, str):
         splits = load_data(*_name_and_root(data))
         data = splits.train if training else splits.val
-    if isinstance(data, ImageSet):
+    if isinstance(data, AnyImages):
+        if not training:
+            return DeviceLoader(data, size, device=accelerator.device)
         return DeviceLoader(
             data,
-            recipe.batch_size if training else 500,
+            size,
             device=accelerator.device,
-            augment=training and recipe.augment,
-            shuffle=training,
-            drop_last=training and len(data) >= recipe.batch_size * accelerator.num_processes,
+            augment=Augmentation(recipe.augment, recipe.rand_augment),
+            shuffle=True,
+            drop_last=len(data) >= size * accelerator.num_processes,
             seed=seed,
-            rank=accelerator.process_index if training else 0,
-            world_size=accelerator.num_processes if training else 1,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            accumulate=recipe.accumulate,
+        )
+    if training and recipe.rand_augment:
+        raise DataError(
+            f"rand_augment={recipe.rand_augment} is for the zoo's own image sets: put "
+            f"torchvision.transforms.v2.RandAugment into the {type(data).__name__}'s transforms."
         )
     if isinstance(data, Dataset):
         generator = torch.Generator().manual_seed(seed)
         workers = 2 if accelerator.device.type == "cuda" else 0
-        size = recipe.batch_size if training else 500
         data = DataLoader(
             data, size, shuffle=training, num_workers=workers, generator=generator,
             drop_last=training and len(data) >= size,  # type: ignore[arg-type]
@@ -332,53 +310,5 @@ def _name_and_root(data: str) -> tuple[str, Path | None]:
     return name, Path(folder) if folder else None
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
-
-
-def _warmup_cosine(warmup: int, steps: int) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-    return factor
-
-
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Torch's global generators start from `seed` inside and are as before afterwards."""
-    devices = list(range(torch.cuda.device_count()))
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _progress_bar(steps: int, show: bool | None) -> Iterator[Callable[..., None]]:
-    """A function (steps done, text) that moves the bar, or does nothing when it is not shown."""
-    if not (sys.stderr.isatty() if show is None else show):
-        yield lambda *_: None
-        return
-    from tqdm import tqdm
-
-    with tqdm(total=steps, unit="step", leave=False, file=sys.stderr) as bar:
-
-        def advance(done: int, text: str = "") -> None:
-            bar.update(done)
-            if text:
-                bar.set_postfix_str(text)
-
-        yield advance

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from zoo.data import DeviceLoader, ImageSet
+from zoo.batches import DeviceLoader
+from zoo.data import AnyImages
 from zoo.errors import DataError, ZooError, unknown
 from zoo.groups import ChannelGroups
 from zoo.pruning.data_scores import (
@@ -57,7 +58,7 @@ def labelled_batches(
     batches: Iterable
     if isinstance(data, DataLoader):
         batches = data
-    elif isinstance(data, ImageSet):
+    elif isinstance(data, AnyImages):
         batches = DeviceLoader(data, 128, device=device, shuffle=True, seed=seed)
     elif isinstance(data, Dataset):
         shuffle = not isinstance(data, IterableDataset) and len(data) > 0  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from zoo.data import check_labels
+from zoo.batches import check_labels
 from zoo.errors import ZooError
 from zoo.groups import ChannelGroups, Slot
 from zoo.pruning.surgery import evaluating

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Bernoulli
 
-from zoo.data import check_labels
+from zoo.batches import check_labels
 from zoo.errors import ZooError, integer
 from zoo.groups import ChannelGroups, Group
 from zoo.pruning.data_scores import Batches

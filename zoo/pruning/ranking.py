@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.data import check_labels
+from zoo.batches import check_labels
 from zoo.errors import ZooError
 from zoo.groups import ChannelGroups, Group
 from zoo.pruning.data_scores import Batches

@@ -17,6 +17,7 @@ from zoo.groups import ChannelGroups
 from zoo.profile import Profile
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.recipes import Recipe
 from zoo.search.agents import Episode
 from zoo.search.env import PruningEnv
 from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration, live_features
@@ -26,7 +27,6 @@ from zoo.search.settings import SearchConfig, cost_of, parse_budget, pool_for, t
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.solver import scale_curve, solve
-from zoo.training import Recipe
 
 __all__ = ["SearchConfig", "search_profile"]
 

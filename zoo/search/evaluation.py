@@ -15,10 +15,12 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo.data import DeviceLoader, ImageSet
+from zoo.batches import DeviceLoader
+from zoo.data import ImageSet
 from zoo.documents import encode
 from zoo.errors import DivergenceError, ZooError
 from zoo.pruning.masking import masked
+from zoo.recipes import Recipe
 from zoo.search.ledger import Key, Ledger, Row
 from zoo.search.tasks import (
     CRITERION,
@@ -30,7 +32,7 @@ from zoo.search.tasks import (
     sample,
 )
 from zoo.search.workers import InProcess, Pool
-from zoo.training import Recipe, evaluate, finetune
+from zoo.training import evaluate, finetune
 
 __all__ = [
     "Evaluate",
@@ -110,7 +112,13 @@ class FineTuning:
         train = sample(task.train, self.train_images)
         try:
             result = finetune(
-                module, train, None, recipe=self.recipe, seed=candidate.seed, progress=False
+                module,
+                train,
+                None,
+                teacher=None,
+                recipe=self.recipe,
+                seed=candidate.seed,
+                progress=False,
             )
         except DivergenceError:
             return 0.0

@@ -16,10 +16,11 @@ from zoo.data import ImageSet
 from zoo.groups import ChannelGroups
 from zoo.pruning.plan import kept_positions
 from zoo.pruning.surgery import named_tensors
+from zoo.recipes import Recipe
 from zoo.search.evaluation import recalibrate
 from zoo.search.tasks import sample
 from zoo.solver import round_widths
-from zoo.training import Recipe, finetune
+from zoo.training import finetune
 
 __all__ = ["train_under_masks"]
 
@@ -77,6 +78,8 @@ def train_under_masks(
         KeyboardInterrupt: when the training was interrupted.
     """
     wrapper = RandomlyMasked(module, groups, seed)
-    if finetune(wrapper, train, None, recipe=recipe, seed=seed, progress=False).interrupted:
+    if finetune(
+        wrapper, train, None, teacher=None, recipe=recipe, seed=seed, progress=False
+    ).interrupted:
         raise KeyboardInterrupt
     recalibrate(module, module, sample(train, 2048))

@@ -17,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from zoo.batches import DeviceLoader
 from zoo.checkpoints import load_dense
-from zoo.data import DATASETS, DeviceLoader, ImageSet, Splits, load_data
+from zoo.data import DATASETS, ImageSet, Splits, load_data
 from zoo.errors import ZooError
 from zoo.groups import ChannelGroups
 from zoo.pruning.criteria import random_scores, taylor_features
@@ -214,9 +215,10 @@ def load_task(arch: str, path: str, splits: Splits) -> Task:
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     own = reference_groups(arch).adapted(shapes, size)
-    return make_task(
-        Path(path).name, module, own, splits.train, splits.val, network=checkpoint.source.sha256
-    )
+    train, val = splits.train, splits.val
+    if not isinstance(train, ImageSet) or not isinstance(val, ImageSet):
+        raise ZooError(f"{splits.val.name} is too large for a search, which holds it in memory.")
+    return make_task(Path(path).name, module, own, train, val, network=checkpoint.source.sha256)
 
 
 def sample(data: ImageSet, count: int | None) -> ImageSet:

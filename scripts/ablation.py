@@ -1,0 +1,154 @@
+"""What each ingredient of fine-tuning is worth, at one factor, from inherited and random weights.
+
+    python scripts/ablation.py --weights base.safetensors --data cifar10 --data-dir DIR --size 16 \
+        --out runs/ablation
+
+Test accuracy of the last weights, so that the test split chooses nothing. Every result goes into
+`results.jsonl` in `--out` as it comes, and a run that is started again goes on, in the middle of a
+training too. The base network must not have seen the test split.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+import zoo
+from zoo.data import Splits
+from zoo.savepoints import discard
+
+PLAIN = zoo.Recipe()
+ALL = replace(PLAIN, ema=0.99, label_smoothing=0.1, cutmix=1.0, rand_augment=5)
+ARMS: dict[str, tuple[Literal["source"] | None, zoo.Recipe]] = {
+    "plain": (None, PLAIN),
+    "+KD": ("source", PLAIN),
+    "+EMA": (None, replace(PLAIN, ema=ALL.ema)),
+    "+label smoothing": (None, replace(PLAIN, label_smoothing=ALL.label_smoothing)),
+    "+cutmix": (None, replace(PLAIN, cutmix=ALL.cutmix)),
+    "+RandAugment": (None, replace(PLAIN, rand_augment=ALL.rand_augment)),
+    "all": ("source", ALL),
+}
+INITS: tuple[Literal["pretrained", "random"], ...] = ("pretrained", "random")
+
+
+@dataclass(frozen=True)
+class Ablation:
+    weights: str
+    """dense checkpoint"""
+    out: Path
+    """folder of the results"""
+    arch: str = "resnet20-16"
+    """its architecture"""
+    data: str = "cifar10"
+    """data set"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int = 32
+    """pixels per side"""
+    cf: float = 4.0
+    """compression factor, of params"""
+    profile: str = "searched"
+    """profile or policy"""
+    epochs: int = 20
+    """of every fine-tune"""
+    lr: float = 0.1
+    """peak learning rate"""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """of the channels kept and of the training, the same in every arm"""
+    arms: tuple[str, ...] = tuple(ARMS)
+    """which to run"""
+
+
+def main(config: Ablation) -> None:
+    """Train what is missing and print the table."""
+    splits = zoo.load_data(config.data, config.data_dir, size=config.size)
+    results = Results(config.out / "results.jsonl")
+    for seed in config.seeds:
+        for init in INITS:
+            for arm in config.arms:
+                if results.find(key_of(config, arm, init, seed)) is None:
+                    accuracy = measure(config, splits, arm, init, seed)
+                    results.add(key_of(config, arm, init, seed), accuracy)
+                    print(f"seed {seed}, {init} weights, {arm}: {accuracy:.2%}", flush=True)
+    print_table(config, splits, results)
+
+
+def key_of(config: Ablation, arm: str, init: str, seed: int) -> dict[str, Any]:
+    """Everything that one accuracy depends on."""
+    shared = {"out", "arms", "seeds", "data_dir"}
+    settings = {name: value for name, value in asdict(config).items() if name not in shared}
+    return settings | {"arm": arm, "init": init, "seed": seed}
+
+
+class Results:
+    """Accuracies by what they are of, one line of JSON each."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one
+        path.write_text("".join(whole))
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole]
+
+    def find(self, key: dict[str, Any]) -> float | None:
+        found = (row["accuracy"] for row in self.rows if row["key"] == key)
+        return next(found, None)
+
+    def add(self, key: dict[str, Any], accuracy: float) -> None:
+        self.rows.append({"key": key, "accuracy": accuracy})
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+
+def measure(
+    config: Ablation, splits: Splits, arm: str, init: Literal["pretrained", "random"], seed: int
+) -> float:
+    """Test accuracy of one pruned network after one fine-tune."""
+    teacher, recipe = ARMS[arm]
+    model = zoo.load(
+        config.arch, config.cf, config.weights, profile=config.profile, init=init, seed=seed
+    )
+    folder = config.out / f"{arm} {init} {seed}"
+    zoo.finetune(
+        model,
+        splits.train,
+        None,
+        teacher=teacher,
+        recipe=replace(recipe, epochs=config.epochs, lr=config.lr),
+        seed=seed,
+        checkpoint=folder,
+        resume=True,
+    )
+    accuracy = zoo.evaluate(model, splits.test).accuracy
+    discard(folder)
+    return accuracy
+
+
+def print_table(config: Ablation, splits: Splits, results: Results) -> None:
+    print(
+        f"\nTest accuracy on {splits.test.name}, {config.arch} at {config.cf:g}x params by "
+        f"{config.profile}, {config.epochs} epochs, lr {config.lr:g}, last weights, "
+        f"{len(config.seeds)} seeds, mean ± standard deviation."
+    )
+    print(f"\n| | {' | '.join(f'{init} weights' for init in INITS)} |\n|---|---:|---:|")
+    for arm in config.arms:
+        cells = [
+            told([results.find(key_of(config, arm, init, seed)) for seed in config.seeds])
+            for init in INITS
+        ]
+        print(f"| {arm} | {' | '.join(cells)} |")
+
+
+def told(accuracies: list[float]) -> str:
+    spread = f" ± {100 * statistics.stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    return f"{100 * statistics.mean(accuracies):.2f}{spread}"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Ablation))

@@ -1,0 +1,166 @@
+"""The training loop of `zoo.finetune` against the one of the textbooks, on one network."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from bench_search import Pictures
+from torch import nn
+from torch.nn import functional
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+import zoo
+from zoo.data import ImageSet
+from zoo.models import build_model
+
+HEAVY = ("conv", "batch_norm")
+"""What the operators of convolution and batch norm have in their names, backward passes too."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """One epoch of each side by turns: `zoo.finetune`, and a DataLoader with two workers in fp32.
+
+    The images are noise: they cost what photographs cost.
+    """
+
+    arch: str = "resnet20-16"
+    """architecture with a bundled profile"""
+    cf: float = 4.0
+    """compression factor"""
+    images: int = 10_000
+    """training images"""
+    size: int = 32
+    """pixels per side"""
+    batch_size: int = 128
+    """images per step"""
+    rounds: int = 3
+    """of each side; medians are printed"""
+
+
+def bench_train(config: Train) -> None:
+    """Print images per second of both sides, and the share of time outside convolution and norm."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
+    machine = torch.cuda.get_device_name() if cuda else platform.machine()
+    print(f"{machine}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    network = zoo.load(config.arch, config.cf, build_model(config.arch, 10))
+    data = noise(config)
+
+    def ours() -> None:
+        recipe = zoo.Recipe(epochs=1, batch_size=config.batch_size, lr=0.05)
+        zoo.finetune(copy.deepcopy(network), data, None, teacher=None, recipe=recipe)
+
+    def theirs() -> None:
+        textbook(copy.deepcopy(network).to(device), data, config.batch_size, device)
+
+    sides: dict[str, Callable[[], None]] = {"zoo.finetune": ours, "textbook loop, fp32": theirs}
+    rates = images_per_second(sides, config)
+    for name, rate in rates.items():
+        print(f"{name:<24}{rate:10,.0f} images/s  {rate / rates['textbook loop, fp32']:6.2f}x")
+    if cuda:
+        rate = captured(copy.deepcopy(network).to(device), data, config.batch_size)
+        print(f"{'CUDA graph of a step':<24}{rate:10,.0f} images/s, with no data loaded")
+    share = outside(ours, cuda)
+    print(
+        f"Of zoo.finetune's time under the profiler, {share:.1%} is outside convolution and norm."
+    )
+
+
+def noise(config: Train) -> ImageSet:
+    generator = torch.Generator().manual_seed(0)
+    shape = (config.images, 3, config.size, config.size)
+    pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (config.images,), generator=generator)
+    return ImageSet("noise", pixels, labels, tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
+
+
+def textbook(model: nn.Module, data: ImageSet, batch_size: int, device: torch.device) -> None:
+    """One epoch, as a tutorial writes it."""
+    steps = [
+        transforms.RandomCrop(data.image_size, data.image_size // 8, padding_mode="reflect"),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(data.mean, data.std),
+    ]
+    pictures = Pictures(data, transforms.Compose(steps))
+    batches = DataLoader(pictures, batch_size, shuffle=True, drop_last=True, num_workers=2)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+    model.train()
+    for images, labels in batches:
+        loss = functional.cross_entropy(model(images.to(device)), labels.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def captured(model: nn.Module, data: ImageSet, batch_size: int, steps: int = 200) -> float:
+    """Images per second of one step in bf16, captured as a CUDA graph and replayed."""
+    model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    images = data.normalise(data.images[:batch_size]).cuda()
+    images = images.to(memory_format=torch.channels_last)
+    labels = data.labels[:batch_size].cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            loss = functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(steps):
+        graph.replay()
+    torch.cuda.synchronize()
+    return steps * batch_size / (time.perf_counter() - started)
+
+
+def images_per_second(sides: dict[str, Callable[[], None]], config: Train) -> dict[str, float]:
+    """Medians by turns, after one round that is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    seen = config.images - config.images % config.batch_size
+    for turn in range(config.rounds + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn:
+                rates[name].append(seen / (time.perf_counter() - started))
+    return {name: statistics.median(own) for name, own in rates.items()}
+
+
+def outside(side: Callable[[], None], cuda: bool) -> float:
+    """The share of the wall time, profiler included, that is not spent in `HEAVY` operators."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
+    with profile(activities=activities) as found:
+        started = time.perf_counter()
+        side()
+        seconds = time.perf_counter() - started
+    heavy = sum(
+        event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in found.key_averages()
+        if event.key.startswith("aten::") and any(word in event.key for word in HEAVY)
+    )
+    return 1 - heavy / 1e6 / seconds

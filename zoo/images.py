@@ -1,0 +1,164 @@
+"""Images with labels: decoded in memory, or read from their files when they are asked for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from zoo.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["AnyImages", "ImageFiles", "ImageSet", "decode_all"]
+
+
+class _Images(Dataset):
+    """What is common to both kinds: a torch Dataset of (normalised float image, label).
+
+    Attributes:
+        name: what reports call it, with its resolution and encoding.
+        labels: int64, (N,).
+        classes: names, in label order.
+        mean, std: per channel, on the 0-1 scale; what `normalise` subtracts and divides by.
+        flip: whether a mirrored image keeps its class.
+    """
+
+    name: str
+    labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.normalise(self.gather(torch.tensor([index])))[0], int(self.labels[index])
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """The pixels of the images at `indices` (N,): uint8, (N, 3, S, S)."""
+        raise NotImplementedError
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 images (N, 3, S, S) as normalised float32."""
+        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class ImageSet(_Images):
+    """Images in memory, all of one size.
+
+    Attributes:
+        images: uint8, (N, 3, S, S).
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool = True
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side."""
+        return self.images.shape[-1]
+
+    def gather(self, indices: Tensor) -> Tensor:
+        return self.images[indices.to(self.images.device)]
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The images at `indices`, in that order."""
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
+
+    def digest(self) -> str:
+        """sha256 over shape, pixels and labels: the same split always has the same digest."""
+        state = hashlib.sha256(repr(tuple(self.images.shape)).encode())
+        state.update(self.images.cpu().contiguous().numpy().tobytes())
+        state.update(self.labels.cpu().numpy().tobytes())
+        return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageFiles(_Images):
+    """Image files too many to hold in memory, decoded one by one.
+
+    Attributes:
+        paths: of the files.
+        image_size: pixels per side that they are resampled to, by area.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    image_size: int
+    labels: Tensor
+    classes: tuple[str, ...]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    flip: bool = True
+
+    def gather(self, indices: Tensor) -> Tensor:
+        images = [decode(self.paths[index], self.image_size) for index in indices.tolist()]
+        return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
+
+    def subset(self, indices: Tensor) -> ImageFiles:
+        """The images at `indices`, in that order."""
+        paths = tuple(self.paths[index] for index in indices.tolist())
+        return replace(self, paths=paths, labels=self.labels[indices])
+
+    def digest(self) -> str:
+        """sha256 over the image size and each file's class, name, length and label, not pixels."""
+        state = hashlib.sha256(repr(self.image_size).encode())
+        for path, label in zip(self.paths, self.labels.tolist(), strict=True):
+            row = (path.parent.name, path.name, path.stat().st_size, label)
+            state.update(repr(row).encode())
+        return state.hexdigest()
+
+
+def decode(source: Path | Image, size: int | None) -> np.ndarray:
+    """One image as uint8 (S, S, 3), or (H, W, 3) without a size.
+
+    Raises:
+        DataError: naming the file, if it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(source) if isinstance(source, Path) else source as image:
+            pixels = image.convert("RGB")
+            if size is not None and pixels.size != (size, size):
+                pixels = pixels.resize((size, size), Image.Resampling.BOX)
+            return np.asarray(pixels)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{source} cannot be read as an image: {error}.") from None
+
+
+def decode_all(images: Iterable[Path | Image], size: int | None) -> np.ndarray:
+    """Images as uint8 (N, 3, S, S), decoded in threads.
+
+    Raises:
+        DataError: if one cannot be read, or they differ in size and none is given.
+    """
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        arrays = list(pool.map(lambda image: decode(image, size), images))
+    if len({array.shape for array in arrays}) > 1:
+        raise DataError(f"The {len(arrays):,} images differ in size; name one with size=.")
+    return np.stack(arrays).transpose(0, 3, 1, 2)
+
+
+AnyImages = ImageSet | ImageFiles

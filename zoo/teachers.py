@@ -1,0 +1,79 @@
+"""Teachers: the dense network that a pruned one came from, read again from its checkpoint."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from zoo.checkpoints import load_dense
+from zoo.errors import CheckpointError, ZooError, unknown
+from zoo.pruning.plan import PruningRecord
+
+__all__ = ["Teacher", "find_teacher", "source_network"]
+
+Teacher = nn.Module | Literal["auto", "source"] | None
+
+
+def find_teacher(model: nn.Module, teacher: Teacher) -> tuple[nn.Module | None, str | None]:
+    """The network that `teacher` stands for, and what to call it; None and None for none.
+
+    `auto` is the source where it can be read and still answers the questions that `model` is asked.
+
+    Raises:
+        ZooError: for `source`, as `source_network`; for any other word.
+    """
+    if teacher is None or isinstance(teacher, nn.Module):
+        return teacher, None if teacher is None else type(teacher).__name__
+    if teacher not in ("auto", "source"):
+        raise unknown("teacher", teacher, ["auto", "source", "None", "a network"])
+    if teacher == "auto" and not _as_pruned(model):
+        return None, None
+    try:
+        return source_network(model), _record(model).source.reference
+    except ZooError:
+        if teacher == "source":
+            raise
+        return None, None
+
+
+def source_network(model: nn.Module) -> nn.Module:
+    """The dense network that a pruned one was cut from, in eval mode, on the CPU.
+
+    Raises:
+        CheckpointError: if no file is recorded, it is missing, or it is not the one it was.
+        ZooError: if `model` is not pruned, or the Hub does not give the file.
+    """
+    record = _record(model)
+    source = record.source
+    if source.sha256 is None:
+        raise CheckpointError(
+            f"The network was pruned from a {source.reference}, and no file is recorded that the "
+            "dense weights could be read from: give the dense network itself as teacher=."
+        )
+    module, checkpoint, _, _ = load_dense(
+        record.architecture, source.reference, image_size=record.image_size
+    )
+    if checkpoint.source.sha256 != source.sha256:
+        raise CheckpointError(
+            f"{source.reference} is not what the network was pruned from: its sha256 is "
+            f"{checkpoint.source.sha256}, recorded is {source.sha256}."
+        )
+    return module
+
+
+def _record(model: nn.Module) -> PruningRecord:
+    record = getattr(model, "pruning", None)
+    if not isinstance(record, PruningRecord):
+        raise ZooError(
+            f"teacher='source' is for pruned networks; this {type(model).__name__} has no record "
+            "of where it came from. Give a network as teacher=, or None."
+        )
+    return record
+
+
+def _as_pruned(model: nn.Module) -> bool:
+    """Whether `model` is as it was cut: another classifier asks another question."""
+    record = getattr(model, "pruning", None)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return isinstance(record, PruningRecord) and count == record.plan.pruned.params
