@@ -2,6 +2,7 @@
 
 python scripts/bench.py load
 python scripts/bench.py search
+python scripts/bench.py deploy --out deploy.jsonl
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 import torchvision
 import tyro
+from bench_deploy import Deploy, bench_deploy
 from bench_search import Search, bench_search
 from rival import cut
 from torch import nn
@@ -115,5 +117,7 @@ def medians(repeats: int, *sides: Callable[[], object]) -> list[float]:
 
 
 if __name__ == "__main__":
-    chosen = tyro.extras.subcommand_cli_from_dict({"load": Load, "search": Search})
-    bench_load(chosen) if isinstance(chosen, Load) else bench_search(chosen)
+    benches = {"load": (Load, bench_load), "search": (Search, bench_search),
+               "deploy": (Deploy, bench_deploy)}  # fmt: skip
+    chosen = tyro.extras.subcommand_cli_from_dict({name: own for name, (own, _) in benches.items()})
+    next(run for own, run in benches.values() if isinstance(chosen, own))(chosen)
