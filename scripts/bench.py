@@ -3,6 +3,7 @@
 python scripts/bench.py load
 python scripts/bench.py search
 python scripts/bench.py train
+python scripts/bench.py deploy --out deploy.jsonl
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torchvision
 import tyro
+from bench_deploy import Deploy, bench_deploy
 from bench_search import Search, bench_search
 from bench_train import Train, bench_train
 from rival import cut
@@ -120,6 +122,7 @@ BENCHES = {
     "load": (Load, bench_load),
     "search": (Search, bench_search),
     "train": (Train, bench_train),
+    "deploy": (Deploy, bench_deploy),
 }
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import zoo
 from zoo.artefacts import save_checkpoint
 from zoo.documents import write_json
 from zoo.pruning.plan import PruningRecord
-from zoo.runtime import compare_latency
 
 ARCH, CF = "resnet20-16", 4
 BATCH_SIZES = (1, 8, 64)
@@ -88,8 +87,9 @@ def main(config: Quickstart) -> None:
             for name, module in (("base", base), (folder.name, model))
         ]
     with stage("measure latency", seconds):
-        sessions = [zoo.InferenceSession(result.path) for result in exports]
-        latency = compare_latency(*sessions, lambda count: images[:count].numpy(), BATCH_SIZES)
+        measured = zoo.benchmark(
+            base, model, options=zoo.BenchmarkOptions(batch_sizes=BATCH_SIZES, memory=False)
+        )
 
     record: PruningRecord = model.pruning
     plan = record.plan
@@ -102,14 +102,18 @@ def main(config: Quickstart) -> None:
         ("accuracy before fine-tuning", base_accuracy, before),
         ("accuracy after fine-tuning", base_accuracy, after),
         *(
-            (f"latency of a batch of {row.batch}, ms", row.dense_ms, row.pruned_ms)
-            for row in latency
+            (
+                f"latency of a batch of {row.dense.batch}, ms",
+                row.dense.latency.median_ms,
+                row.pruned.latency.median_ms,
+            )
+            for row in measured
         ),
     ]
     print_table(rows, f"{ARCH} on {splits.train.name}, {CF}x {plan.metric} by {plan.profile}")
     parity = exports[1]
     print(
-        f"ONNX Runtime ({sessions[1].providers[0]}) against PyTorch on {parity.images} images: "
+        f"ONNX Runtime (on the CPU) against PyTorch on {parity.images} images: "
         f"largest difference {parity.max_abs_difference:.2g}, top-1 agreement "
         f"{parity.top1_agreement:.2%}. Reloaded outputs are bit-identical."
     )

@@ -68,7 +68,7 @@ def test_every_flag_of_every_command_is_explained(name, capsys):
     assert not stop.value.code
     assert f"usage: zoo {name}" in capsys.readouterr().out
     kind = cli._flags(name, [name])
-    source = inspect.getsource(kind)
+    source = "".join(map(inspect.getsource, kind.__mro__[:-1]))
     for field in dataclasses.fields(kind):
         line = source[source.index(f"\n    {field.name}: ") + 1 :].splitlines()[1]
         assert line.strip().startswith('"""')
@@ -186,7 +186,32 @@ def test_a_pruned_folder_is_finetuned_evaluated_and_exported(pruned, base, tmp_p
     assert main(["export", str(out), str(onnx), "--data", "digits"]) == 0
     assert "top-1 agreement 100.00%" in capsys.readouterr().out
     logits = zoo.InferenceSession(onnx)(splits.test.normalise(splits.test.images))
-    assert (logits.argmax(1) == splits.test.labels.numpy()).mean() == pytest.approx(accuracy)
+    assert (logits.argmax(1) == splits.test.labels).double().mean() == pytest.approx(accuracy)
+    small = ["--precision", "int8", "--fold", "--min-agreement", "0.9"]
+    assert main(["export", str(out), str(onnx), "--data", "digits", *small]) == 0
+    assert re.search(r"Accuracy on these images: [\d.]+% in PyTorch", capsys.readouterr().out)
+    metadata = zoo.InferenceSession(onnx).metadata
+    assert (metadata.precision, metadata.folded) == ("int8", True)
+
+
+def test_benchmark_and_compare_print_their_tables(pruned, base, capsys):
+    quick = ["--batch-sizes", "2", "--repeats", "1", "--no-memory", "--threads", "1"]
+    assert main(["benchmark", str(pruned), *quick]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"CPU +fp32 +2 ", shown)
+    assert re.search(r"faster|slower|as fast", shown)
+    data = ["--data", "digits"]
+    assert main(["compare", str(base), str(pruned), *data, *quick]) == 0
+    shown = capsys.readouterr().out
+    for network in (zoo.load_pruned(pruned), zoo.create_model("cnet", 10, image_size=8)):
+        assert f"{sum(p.numel() for p in network.parameters()):,}" in shown
+    profiles = ["dense", "equal", "increasing"]
+    flags = ["--arch", "cnet", "--cf", "2", "--weights", str(base)]
+    assert main(["compare", *profiles, *flags, *quick]) == 0
+    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert [line for line in lines if line in profiles] == profiles
+    assert main(["compare", *profiles, "--cf", "2", *quick]) == cli.USER_ERROR
+    assert "Add --arch" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_evaluated_by_the_architecture_it_names(base, tmp_path, capsys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnxscript import ir
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,11 +19,12 @@ import zoo.onnx_export
 import zoo.runtime
 from zoo.cost import Cost
 from zoo.data import ImageSet
-from zoo.errors import ExportError, ZooError
+from zoo.errors import ExportError
 from zoo.models import build_model
 from zoo.onnx_export import export
+from zoo.onnx_parity import Comparison, compare_logits, gather
 from zoo.pruning.plan import Plan, PruningRecord, Source
-from zoo.runtime import InferenceSession, compare_latency, measure_latency
+from zoo.runtime import InferenceSession
 
 CPU = ["CPUExecutionProvider"]
 
@@ -95,10 +96,9 @@ def test_exported_file_computes_the_module_at_any_batch_size(
         with torch.no_grad():
             expected = model(images)
         got = session(images)
-        assert got.dtype == np.float32
-        assert got.shape == (batch, 7)
-        torch.testing.assert_close(torch.from_numpy(got), expected, rtol=1e-3, atol=1e-4)
-        np.testing.assert_array_equal(got, session(images.double().numpy()))
+        assert (got.dtype, got.shape) == (torch.float32, (batch, 7))
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(got.numpy(), session(images.double().numpy()))
 
 
 def test_the_callers_module_is_untouched(small: nn.Module, tmp_path: Path) -> None:
@@ -129,9 +129,7 @@ def test_a_hook_that_changes_outputs_is_exported_too(small: nn.Module, tmp_path:
     small.eval().fc.register_forward_hook(lambda _module, _args, output: output * 2)
     export(small, tmp_path / "small.onnx", inputs=noise(4))
     got = InferenceSession(tmp_path / "small.onnx", CPU)(noise(4))
-    torch.testing.assert_close(
-        torch.from_numpy(got), small(noise(4)).detach(), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(got, small(noise(4)).detach(), rtol=1e-3, atol=1e-4)
 
 
 class Perturbed(InferenceSession):
@@ -139,7 +137,7 @@ class Perturbed(InferenceSession):
 
     shift = 0.5
 
-    def __call__(self, images: np.ndarray | Tensor) -> np.ndarray:
+    def __call__(self, images: Tensor) -> Tensor:
         logits = super().__call__(images)
         logits[::5, 0] += self.shift
         return logits
@@ -170,12 +168,19 @@ def test_a_file_that_computes_something_else_never_appears(
 def test_top1_disagreement_counts_only_where_pytorch_is_sure() -> None:
     reference = torch.tensor([[1.0, 0.0], [1.0, 0.9999], [0.0, 1.0], [0.0, 1.0]])
     swapped = reference.flip(1)
-    difference, relative, agreement = zoo.onnx_export._compare(reference, swapped)
-    assert (difference, relative, agreement) == (1.0, 1.0, 0.25)
+    assert compare_logits(reference, swapped, 1e-3) == Comparison(1.0, 1.0, 0.25)
+    assert compare_logits(reference, swapped, 0.0).top1_agreement == 0
     huge = reference * 1e4
-    assert zoo.onnx_export._compare(huge, huge + 5)[:2] == (5.0, 5e-4)
+    assert compare_logits(huge, huge + 5, 1e-3).relative_difference == 5e-4
     single = torch.ones(3, 1)
-    assert zoo.onnx_export._compare(single, single) == (0.0, 0.0, 1.0)
+    assert compare_logits(single, single, 1e-3) == Comparison(0.0, 0.0, 1.0)
+
+
+def test_accuracies_are_of_both_on_the_labels() -> None:
+    reference = torch.eye(4)
+    got = reference[[0, 1, 3, 2]]
+    result = compare_logits(reference, got, 0.0, torch.tensor([0, 1, 2, 0]))
+    assert (result.module_accuracy, result.accuracy) == (0.75, 0.5)
 
 
 def test_without_inputs_parity_runs_on_noise_and_says_so(small: nn.Module, tmp_path: Path) -> None:
@@ -191,11 +196,16 @@ def test_inputs_are_at_most_256_images_spread_over_the_set(
     half = (0.5, 0.5, 0.5)
     labels = torch.arange(600) // 120
     data = ImageSet("five by file order", pixels.byte(), labels, tuple("abcde"), half, half)
-    images = zoo.onnx_export._gather(data)
+    images, spread = gather(data, 256)
     assert torch.equal(images, data.normalise(data.images[::3]))
-    assert zoo.onnx_export._gather(DataLoader(data, 100)).shape == (256, 3, 8, 8)
-    assert zoo.onnx_export._gather(noise(300)).shape == (256, 3, 8, 8)
-    assert zoo.onnx_export._gather(TensorDataset(noise(257))).shape == (129, 3, 8, 8)
+    assert torch.equal(spread, labels[::3])
+    images, first = gather(DataLoader(data, 100), 256)
+    assert images.shape == (256, 3, 8, 8)
+    assert torch.equal(first, labels[:256])
+    assert gather(noise(300), 256)[0].shape == (256, 3, 8, 8)
+    images, none = gather(TensorDataset(noise(257)), 256)
+    assert images.shape == (129, 3, 8, 8)
+    assert none is None
     result = export(small, tmp_path / "small.onnx", inputs=data)
     assert (result.inputs, result.images) == ("five by file order", 200)
 
@@ -212,12 +222,14 @@ def test_a_pruned_module_exports_with_its_record(small: nn.Module, tmp_path: Pat
     file = onnx.load(tmp_path / "small.onnx")
     metadata = {item.key: item.value for item in file.metadata_props}
     assert metadata == {
+        "prunezoo": "1",
+        "precision": "fp32",
         "architecture": "small",
         "profile": "bundled:small/params-cf2",
         "metric": "params",
-        "compression_factor": "2.0312",
+        "compression_factor": "2.03125",
         "num_classes": "5",
-        "image_shape": "3x8x8",
+        "image_shape": "[3, 8, 8]",
         "source_sha256": "ab" * 32,
     }
     assert file.opset_import[0].version == result.opset
@@ -291,7 +303,10 @@ def test_weights_that_are_not_finite_are_an_error(small: nn.Module, tmp_path: Pa
     ("options", "message"),
     [
         ({}, "inputs= .* or example_input="),
-        ({"precision": "fp61", "inputs": noise(4)}, r"Unknown precision 'fp61'\. .*Known: fp32\."),
+        (
+            {"precision": "fp61", "inputs": noise(4)},
+            r"Unknown precision 'fp61'\. .*Known: fp32, fp16, int8, ",
+        ),
         ({"inputs": noise(4)[0]}, re.escape("shape (N, C, H, W)")),
         ({"inputs": noise(0)}, re.escape("shape (N, C, H, W)")),
         ({"inputs": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "must be float images"),
@@ -316,7 +331,7 @@ def test_an_unwritable_path_is_an_error_before_any_work(
     def never(*_: object) -> None:
         raise AssertionError("the export had started")
 
-    monkeypatch.setattr(zoo.onnx_export, "_parity_images", never)
+    monkeypatch.setattr(zoo.onnx_export, "_sample", never)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "model.onnx", tmp_path, tmp_path / ("x" * 300)):
         with pytest.raises(ExportError, match=r"cannot be written|is a folder"):
@@ -333,97 +348,10 @@ def test_a_full_disk_keeps_the_old_file(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", full)
+    monkeypatch.setattr(ir, "save", full)
     with pytest.raises(ExportError, match="No space left"):
         export(small, path, inputs=noise(4))
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"the old file"]
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        noise(2, size=7),
-        noise(2)[0],
-        noise(0),
-        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
-        np.zeros((2, 8, 8, 3), np.float32),
-    ],
-)
-def test_a_session_refuses_images_of_another_shape(
-    images: np.ndarray | Tensor, small_file: Path
-) -> None:
-    with pytest.raises(ExportError, match=re.escape("of shape (N, 3, 8, 8), N at least 1; got")):
-        InferenceSession(small_file, CPU)(images)
-
-
-def test_missing_and_corrupt_files_are_errors(small_file: Path, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="does not exist"):
-        InferenceSession(tmp_path / "absent.onnx")
-    corrupt = tmp_path / "corrupt.onnx"
-    for content in (b"", b"not an onnx file", small_file.read_bytes()[:-500]):
-        corrupt.write_bytes(content)
-        with pytest.raises(ExportError, match=r"cannot load .*corrupt\.onnx") as caught:
-            InferenceSession(corrupt)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_takes_something_else_is_an_error(tmp_path: Path) -> None:
-    value = onnx.helper.make_tensor_value_info("ids", onnx.TensorProto.INT64, ["n"])
-    result = onnx.helper.make_tensor_value_info("same", onnx.TensorProto.INT64, ["n"])
-    node = onnx.helper.make_node("Identity", ["ids"], ["same"])
-    graph = onnx.helper.make_graph([node], "tokens", [value], [result])
-    opset = [onnx.helper.make_opsetid("", 18)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), tmp_path / "ids")
-    with pytest.raises(ExportError, match=re.escape("ids: tensor(int64)")):
-        InferenceSession(tmp_path / "ids", CPU)
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("CPUExecutionProvdier", "Did you mean 'CPUExecutionProvider'"),
-        ("DmlExecutionProvider", "cannot be used here.*Available: .*CPUExecutionProvider.*needs"),
-    ],
-)
-def test_an_absent_provider_is_an_error_that_names_those_present(
-    name: str, message: str, small_file: Path
-) -> None:
-    with pytest.raises(ZooError, match=message):
-        InferenceSession(small_file, [name])
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-@pytest.mark.parametrize("name", ["CUDAExecutionProvider", "TensorrtExecutionProvider"])
-def test_a_gpu_provider_without_a_gpu_is_one_error_and_no_chatter(
-    name: str, small_file: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(ExportError, match=f"{name} cannot be used here") as caught:
-        InferenceSession(small_file, [name, "CPUExecutionProvider"])
-    assert "Available: CPUExecutionProvider." in str(caught.value)
-    assert "pip install 'onnxruntime-gpu[cuda,cudnn]'" in str(caught.value)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
-def test_a_gpu_that_onnx_runtime_cannot_use_falls_back_with_a_warning(
-    small_file: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    if "CUDAExecutionProvider" not in zoo.runtime._onnxruntime().get_available_providers():
-        pytest.skip("needs onnxruntime-gpu")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.warns(UserWarning, match="runs on the CPU: CUDAExecutionProvider needs"):
-        session = InferenceSession(small_file)
-    assert session.providers == ("CPUExecutionProvider",)
-    assert capfd.readouterr() == ("", "")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_computes_what_the_cpu_computes(small_file: Path) -> None:
-    session = InferenceSession(small_file, ["CUDAExecutionProvider"])
-    assert session.providers[0] == "CUDAExecutionProvider"
-    expected = InferenceSession(small_file, CPU)(noise(4))
-    np.testing.assert_allclose(session(noise(4).cuda()), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_exporting_and_running_print_nothing(tmp_path: Path) -> None:
@@ -442,36 +370,3 @@ def test_exporting_and_running_print_nothing(tmp_path: Path) -> None:
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_only_device_discovery_lines_are_dropped(capfd: pytest.CaptureFixture[str]) -> None:
-    with zoo.runtime._without_lines("device_discovery.cc"):
-        os.write(2, b"2026 [W:onnxruntime:Default, device_discovery.cc:164] card0/device/vendor\n")
-        os.write(2, b"something that matters\n")
-    os.write(2, b"and afterwards\n")
-    assert capfd.readouterr().err == "something that matters\nand afterwards\n"
-
-
-def test_latency_is_of_the_repeats_after_the_warmup() -> None:
-    calls: list[int] = []
-    latency = measure_latency(lambda: calls.append(1), warmup=2, repeats=5)
-    assert len(calls) == 7
-    assert latency.repeats == 5
-    assert 0 <= latency.p10_ms <= latency.median_ms <= latency.p90_ms
-    with pytest.raises(ZooError, match="repeats >= 1"):
-        measure_latency(lambda: None, repeats=0)
-
-
-def test_dense_and_pruned_take_turns_on_the_same_images() -> None:
-    calls: list[tuple[str, int]] = []
-    rows = compare_latency(
-        lambda images: calls.append(("dense", len(images))),
-        lambda images: calls.append(("pruned", len(images))),
-        lambda batch: np.zeros((batch, 3, 8, 8), np.float32),
-        (1, 4),
-        warmup=1,
-        repeats=2,
-    )
-    assert calls == [(name, batch) for batch in (1, 4) for name in ("dense", "pruned") * 3]
-    assert [row.batch for row in rows] == [1, 4]
-    assert all(row.ratio == row.dense_ms / row.pruned_ms for row in rows)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zoo.data import load_data
+    from zoo.deployment import BenchmarkOptions, ExportOptions
     from zoo.errors import ZooError
     from zoo.iterative import Schedule, prune_iteratively
     from zoo.loading import create_model, load, load_pruned, plan, prune, save
+    from zoo.measurement import benchmark, compare
     from zoo.onnx_export import export
     from zoo.profile import Profile
     from zoo.recipes import RECIPES, Recipe
@@ -28,12 +30,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RECIPES",
+    "BenchmarkOptions",
+    "ExportOptions",
     "InferenceSession",
     "Profile",
     "Recipe",
     "Schedule",
     "SearchConfig",
     "ZooError",
+    "benchmark",
+    "compare",
     "create_model",
     "evaluate",
     "export",
@@ -52,9 +58,11 @@ __all__ = [
 
 _HOMES = {
     "zoo.data": ("load_data",),
+    "zoo.deployment": ("BenchmarkOptions", "ExportOptions"),
     "zoo.errors": ("ZooError",),
     "zoo.iterative": ("Schedule", "prune_iteratively"),
     "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
+    "zoo.measurement": ("benchmark", "compare"),
     "zoo.onnx_export": ("export",),
     "zoo.profile": ("Profile",),
     "zoo.recipes": ("RECIPES", "Recipe"),

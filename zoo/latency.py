@@ -33,7 +33,7 @@ from zoo.groups import ChannelGroups
 from zoo.pruning.plan import make_plan
 from zoo.pruning.surgery import apply, evaluating
 
-__all__ = ["latency_table", "milliseconds"]
+__all__ = ["device_name", "latency_table", "milliseconds"]
 
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
 """The shares of its outputs, and of its inputs, that a layer is timed at."""
@@ -56,7 +56,7 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
     """
     first = next(module.parameters())
     conditions = Conditions(
-        device=_device_name(first.device),
+        device=device_name(first.device),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         dtype=str(first.dtype).removeprefix("torch."),
@@ -270,7 +270,8 @@ class _Remembered:
     ms: tuple[float, ...]
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the maker calls the processor or graphics card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     described = Path("/proc/cpuinfo")

@@ -4,35 +4,48 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import logging
+import glob
+import hashlib
 import os
+import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from zoo.data import ImageSet
+from zoo.deployment import ExportOptions
 from zoo.errors import ExportError, unknown
+from zoo.onnx_metadata import Metadata
+from zoo.onnx_parity import (
+    TOLERANCES,
+    Comparison,
+    batches,
+    checked,
+    compare_logits,
+    gather,
+    logits_of,
+)
+from zoo.onnx_program import PRECISIONS, convert, in_precision
+from zoo.onnx_providers import CPU
 from zoo.pruning.plan import PruningRecord
 from zoo.runtime import InferenceSession
 
 __all__ = ["PRECISIONS", "ExportResult", "export"]
 
-PRECISIONS = ("fp32",)
 PARITY_IMAGES = 256
 NOISE_IMAGES = 16
-TOLERANCE = 1e-3
-MIN_AGREEMENT = 0.99
+EXTERNAL_BYTES = 1 << 30
+"""Weights of more than this are written to a file of their own: one ONNX file holds 2 GiB."""
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""(mean, std), per channel."""
 
 
 @dataclass(frozen=True)
@@ -41,21 +54,27 @@ class ExportResult:
 
     Attributes:
         path: of the file.
+        precision: of its weights and arithmetic.
         max_abs_difference: largest |logit difference|.
         relative_difference: the same, divided by the largest |logit| if that exceeds 1.
-        top1_agreement: share of images with the same top class, in [0, 1]; an image whose two top
-            logits are closer than the tolerance counts as agreement.
+        top1_agreement: share of images with the same top class, in [0, 1]; but for int8, an image
+            whose two top logits are closer than the tolerance counts as agreement.
+        accuracy, module_accuracy: top-1, of the file and of the module, on the same images; None
+            where these have no labels.
         images: compared.
         inputs: what they were: an image set's name, `given`, or `noise`.
-        bytes: size of the file.
+        bytes: size of the file, with that of its weights if they are in another.
         opset: of ONNX's operators.
         seconds: wall time of the export and the comparison.
     """
 
     path: Path
+    precision: str
     max_abs_difference: float
     relative_difference: float
     top1_agreement: float
+    accuracy: float | None
+    module_accuracy: float | None
     images: int
     inputs: str
     bytes: int
@@ -70,84 +89,120 @@ def export(
     inputs: Dataset | DataLoader | Tensor | None = None,
     example_input: Tensor | None = None,
     precision: str = "fp32",
+    options: ExportOptions | None = None,
 ) -> ExportResult:
     """Write `model` to an ONNX file with a dynamic batch, verified in ONNX Runtime on the CPU.
 
     The file appears only when it computes what the module computes in eval mode; until then an
-    older file at `path` stays. The module itself is not touched.
+    older file at `path` stays. The module itself is not touched. Weights of more than 1 GiB go to
+    `<file>.<digest>.data` beside it. The file's `metadata_props` say what it is: architecture,
+    profile, factor, sha256 of the dense checkpoint, classes, image shape, mean and std.
 
     Args:
         model: a classifier, images (N, C, H, W) to logits (N, classes).
         path: of the file; missing folders are made.
         inputs: normalised images to compare on, of which at most 256 are used: a tensor, a Dataset
-            (spread evenly) or a DataLoader of (image, label).
+            (spread evenly) or a DataLoader of (image, label). int8 needs them, and takes as many
+            again, every other one, to set the ranges of its activations.
         example_input: without `inputs`: a float tensor (N, C, H, W) whose image shape the noise
             has that is compared on. A pruned model knows its own.
         precision: of weights and arithmetic, one of `PRECISIONS`.
+        options: what else the file takes.
 
     Raises:
         ExportError: for an unwritable path, a module or images of another kind, an operator that
-            has no ONNX counterpart, or a file that differs by more than 1e-3 of the largest logit
-            (or of 1) or in the top class of more than 1 % of the images.
+            has no ONNX counterpart, or a file whose logits or top classes differ from the module's
+            by more than `TOLERANCES` allows.
     """
     started = time.perf_counter()
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, ExportError)
-    path = Path(path)
+    path, options = Path(path), options or ExportOptions()
     record = getattr(model, "pruning", None)
     record = record if isinstance(record, PruningRecord) else None
-    temporary = _reserve(path)
-    try:
-        images, origin = _parity_images(inputs, example_input, record)
+    with _scratch(path) as folder:
+        sample = _sample(inputs, example_input, record, precision)
+        normalisation = _normalisation(options, inputs, sample.images.shape[1])
         network = _cpu_copy(model)
-        reference = _logits(network, images)
-        program = _convert(network, images[:1])
-        program.model.metadata_props.update(_metadata(record, images, reference))
-        _write(program, temporary, path)
-        session = InferenceSession(temporary, ["CPUExecutionProvider"])
-        got = torch.from_numpy(np.concatenate([session(part) for part in _batches(images)]))
-        difference, relative, agreement = _compare(reference, got)
-        if not (relative <= TOLERANCE and agreement >= MIN_AGREEMENT):
-            raise ExportError(
-                f"ONNX Runtime and PyTorch differ by {difference:.2g}, {relative:.2g} of the "
-                f"largest logit (tolerance {TOLERANCE:g}), and agree on the top class of "
-                f"{agreement:.1%} of {len(images)} images ({origin}). {path} was not written."
-            )
-        size = temporary.stat().st_size
-        _move(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    opset = program.model.opset_imports[""]
-    seconds = time.perf_counter() - started
+        reference = logits_of(network, sample.images)
+        if options.fold:
+            assert normalisation is not None
+            network, sample = _folded(network, sample, normalisation)
+        program = convert(network, sample.images[:1], options.dynamic_size)
+        file = in_precision(program, precision, options.half_inputs, sample.calibration)
+        facts = _metadata(
+            record, sample.images, reference, inputs, normalisation, precision, options.fold
+        )
+        file.metadata_props.clear()
+        file.metadata_props.update(facts.properties())
+        written = _write(file, folder, path)
+        result = _compared(folder / path.name, network, reference, sample, precision, options)
+        size = sum(part.stat().st_size for part in written)
+        _move(written, path)
     return ExportResult(
-        path, difference, relative, agreement, len(images), origin, size, opset, seconds
+        path=path,
+        precision=precision,
+        **vars(result),
+        images=len(sample.images),
+        inputs=sample.origin,
+        bytes=size,
+        opset=file.opset_imports[""],
+        seconds=time.perf_counter() - started,
     )
 
 
-def _reserve(path: Path) -> Path:
-    """An empty file beside `path`, which shows before any work that `path` can be written."""
+@contextlib.contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, which shows before any work that `path` can be written."""
     try:
         if path.is_dir():
             raise ExportError(f"{path} is a folder; name a file in it, {path / 'model.onnx'} say.")
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}.") from error
-    os.close(handle)
-    return Path(name)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _parity_images(
+@dataclass(frozen=True)
+class _Sample:
+    """Float images (N, C, H, W) on the CPU to compare on, their labels, and what they are.
+
+    `calibration` are others, which set the ranges of int8 activations.
+    """
+
+    images: Tensor
+    labels: Tensor | None
+    origin: str
+    calibration: Tensor
+
+
+def _sample(
     inputs: Dataset | DataLoader | Tensor | None,
     example: Tensor | None,
     record: PruningRecord | None,
-) -> tuple[Tensor, str]:
-    """Float images (N, C, H, W) on the CPU to compare on, and what they are."""
+    precision: str,
+) -> _Sample:
+    int8 = precision.startswith("int8")
     if inputs is not None:
+        images, labels = gather(inputs, PARITY_IMAGES * (2 if int8 else 1))
+        images = checked("inputs", images)
+        compared = slice(1, None, 2) if int8 else slice(None)
+        if len(images[compared]) == 0:
+            raise ExportError(
+                "int8 needs at least two images: one half sets the ranges of its activations, the "
+                "other is compared on."
+            )
+        labels = None if labels is None else labels[compared]
         origin = inputs.name if isinstance(inputs, ImageSet) else "given"
-        return _checked("inputs", _gather(inputs)), origin
+        return _Sample(images[compared], labels, origin, images[::2])
+    if int8:
+        raise ExportError("int8 needs inputs=: images that set the ranges of its activations.")
     if example is not None:
-        shape = tuple(_checked("example_input", example).shape[1:])
+        shape = tuple(checked("example_input", example).shape[1:])
     elif record is not None:
         shape = (3, record.image_size, record.image_size)
     else:
@@ -156,50 +211,61 @@ def _parity_images(
             "(a tensor of the shape the network takes)."
         )
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(NOISE_IMAGES, *shape, generator=generator), "noise"
+    noise = torch.randn(NOISE_IMAGES, *shape, generator=generator)
+    return _Sample(noise, None, "noise", noise)
 
 
-def _gather(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs[:PARITY_IMAGES]
-    if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
-        count = len(inputs)  # type: ignore[arg-type]
-        step = max(1, -(-count // PARITY_IMAGES))
-        return _joined((inputs[index] for index in range(0, count, step)), torch.stack)
-    return _joined(inputs, torch.cat)[:PARITY_IMAGES]
-
-
-def _joined(items: Iterable[Any], join: Any) -> Tensor:
-    """The images among `items`, (image, label) pairs or batches of them, as one tensor."""
-    parts: list[Tensor] = []
-    count = 0
-    for item in items:
-        images = item[0] if isinstance(item, (tuple, list)) else item
-        if not isinstance(images, Tensor):
+def _normalisation(options: ExportOptions, inputs: Any, channels: int) -> Normalisation | None:
+    """(mean, std) of the images, as asked or as the data set says, if either does."""
+    data = _data_set(inputs)
+    mean = options.mean or getattr(data, "mean", None)
+    std = options.std or getattr(data, "std", None)
+    if not (isinstance(mean, tuple) and isinstance(std, tuple)):
+        if options.fold or options.mean or options.std:
             raise ExportError(
-                f"The inputs give {type(images).__name__} where images should be tensors."
+                "Normalisation needs both a mean and a std per channel: name them in "
+                "ExportOptions, or pass inputs= that know theirs."
             )
-        parts.append(images)
-        count += len(images) if join is torch.cat else 1
-        if count >= PARITY_IMAGES:
-            break
-    if not parts:
-        raise ExportError("The inputs hold no images.")
-    if len({part.shape[-3:] for part in parts}) > 1:
-        raise ExportError("The inputs hold images of several shapes; resize them to one.")
-    return join(parts)
+        return None
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise ExportError(
+            f"mean={mean} and std={std} must be {channels} numbers each, one per channel, and "
+            f"each std positive."
+        )
+    return mean, std
 
 
-def _checked(name: str, images: Any) -> Tensor:
-    if (
-        not isinstance(images, Tensor)
-        or not images.is_floating_point()
-        or images.ndim != 4
-        or len(images) == 0
-    ):
-        kind = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else images
-        raise ExportError(f"{name} must be float images of shape (N, C, H, W), not {kind!r}.")
-    return images.detach().to("cpu", torch.float32)
+def _data_set(inputs: Any) -> Any:
+    """What may know the mean, std and classes of `inputs`: a DataLoader's or Subset's data set."""
+    while hasattr(inputs, "dataset"):
+        inputs = inputs.dataset
+    return inputs
+
+
+class _Folded(nn.Module):
+    """A network that takes images of 0 to 1 and normalises them itself."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def _folded(
+    network: nn.Module, sample: _Sample, normalisation: Normalisation
+) -> tuple[nn.Module, _Sample]:
+    """The network with its normalisation, and the images as they were before it."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalisation)
+    images, calibration = (part * std + mean for part in (sample.images, sample.calibration))
+    folded = _Folded(network, mean, std).eval()
+    return folded, replace(sample, images=images, calibration=calibration)
 
 
 def _cpu_copy(model: nn.Module) -> nn.Module:
@@ -211,118 +277,105 @@ def _cpu_copy(model: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
-def _batches(images: Tensor) -> Iterator[Tensor]:
-    """`images` in order: one alone, so that a batch of one is tried too, then up to 64 at once."""
-    bounds = [0, *range(1, len(images), 64), len(images)]
-    return (images[low:high] for low, high in pairwise(bounds))
+def _metadata(
+    record: PruningRecord | None,
+    images: Tensor,
+    logits: Tensor,
+    inputs: Any,
+    normalisation: Normalisation | None,
+    precision: str,
+    folded: bool,
+) -> Metadata:
+    names, classes = tuple(getattr(_data_set(inputs), "classes", ())), logits.shape[1]
+    named = len(names) == classes and all(isinstance(name, str) for name in names)
+    mean, std = normalisation or ((), ())
+    facts = Metadata(
+        precision=precision,
+        num_classes=classes,
+        classes=names if named else (),
+        image_shape=tuple(images.shape[1:]),
+        mean=mean,
+        std=std,
+        folded=folded,
+    )
+    if record is None:
+        return facts
+    return replace(
+        facts,
+        architecture=record.architecture,
+        profile=record.plan.profile,
+        metric=record.plan.metric,
+        compression_factor=record.plan.got,
+        source_sha256=record.source.sha256 or "",
+    )
 
 
-def _logits(network: nn.Module, images: Tensor) -> Tensor:
-    outputs = []
-    with torch.no_grad():
-        for part in _batches(images):
-            try:
-                logits = network(part)
-            except Exception as error:  # whatever the user's module raises
-                raise ExportError(
-                    f"The module does not take images of shape {tuple(part.shape)}: {error}"
-                ) from error
-            if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(part):
-                kind = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                raise ExportError(
-                    f"The module gives {kind} for images of shape {tuple(part.shape)}; only "
-                    f"classifiers with logits ({len(part)}, classes) can be exported."
-                )
-            outputs.append(logits)
-    logits = torch.cat(outputs)
-    if not logits.isfinite().all():
-        raise ExportError("The module's own logits are not finite; are its weights?")
-    return logits
-
-
-def _convert(network: nn.Module, image: Tensor) -> Any:
-    """The ONNX program of `network`, free of the source paths that the exporter notes down."""
+def _write(file: Any, folder: Path, path: Path) -> list[Path]:
+    """The files of a model in `folder`: first that of its weights, if it is large."""
+    import onnx
     from onnxscript import ir
 
-    example = image.repeat(2, 1, 1, 1)  # a batch of one would be taken for a constant
+    weights = [item.const_value for item in file.graph.initializers.values()]
+    digest, large = hashlib.sha256(), sum(item.nbytes for item in weights) > EXTERNAL_BYTES
+    for item in weights if large else ():
+        digest.update(item.numpy().tobytes())
+    beside = f"{path.name}.{digest.hexdigest()[:16]}.data" if large else None
     try:
-        with _quiet(), torch.no_grad():
-            traced = torch.export.export(
-                network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-            )
-            program = torch.onnx.export(
-                traced,
-                dynamo=True,
-                verbose=False,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: "batch"},),
-            )
-    except Exception as error:  # tracing runs the user's module
-        root: BaseException = error
-        while root.__cause__ is not None:
-            root = root.__cause__
-        reason = str(root).strip().partition("\n")[0]
-        raise ExportError(f"The module cannot be converted to ONNX: {reason}") from error
-    assert program is not None
-    ir.passes.common.ClearMetadataAndDocStringPass()(program.model)
-    return program
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, log records or graph listings inside: a failure is raised, once."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-def _metadata(record: PruningRecord | None, images: Tensor, logits: Tensor) -> dict[str, str]:
-    metadata = {
-        "num_classes": str(logits.shape[1]),
-        "image_shape": "x".join(map(str, images.shape[1:])),
-    }
-    if record is not None:
-        metadata |= {
-            "architecture": record.architecture,
-            "profile": record.plan.profile,
-            "metric": record.plan.metric,
-            "compression_factor": f"{record.plan.got:.4f}",
-            "source_sha256": record.source.sha256 or "",
-        }
-    return {key: value for key, value in metadata.items() if value}
-
-
-def _write(program: Any, temporary: Path, path: Path) -> None:
-    import onnx
-
-    try:
-        program.save(str(temporary), external_data=False)
-        onnx.checker.check_model(str(temporary), full_check=True)
+        ir.save(file, folder / path.name, external_data=beside)
+        onnx.checker.check_model(str(folder / path.name), full_check=True)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}.") from error
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the exported program: {error}") from error
+    return [folder / name for name in (beside, path.name) if name is not None]
 
 
-def _compare(reference: Tensor, got: Tensor) -> tuple[float, float, float]:
-    """(largest |difference|, the same relative to the largest |logit| or 1, top-1 agreement)."""
-    difference = (reference - got).abs().max().item()
-    scale = max(1.0, reference.abs().max().item())
-    top = reference.topk(min(2, reference.shape[1])).values
-    clear = top[:, 0] - top[:, -1] > TOLERANCE * scale
-    wrong = clear & (reference.argmax(1) != got.argmax(1))
-    return difference, difference / scale, 1 - wrong.double().mean().item()
+def _compared(
+    file: Path,
+    network: nn.Module,
+    reference: Tensor,
+    sample: _Sample,
+    precision: str,
+    options: ExportOptions,
+) -> Comparison:
+    """The written file beside its network.
+
+    Raises:
+        ExportError: if it computes something else, on images of another size included.
+    """
+    tolerance = TOLERANCES[precision.partition("-")[0]]
+    if options.min_agreement is not None:
+        tolerance = replace(tolerance, agreement=options.min_agreement)
+    session = InferenceSession(file, [CPU])
+    got = torch.cat([session(part) for part in batches(sample.images)])
+    result = compare_logits(reference, got, tolerance.tie, sample.labels)
+    if not tolerance.allows(result):
+        raise ExportError(
+            f"{result} on {len(got)} images ({sample.origin}); allowed are {tolerance}. "
+            f"{file.name} was not written."
+        )
+    if options.dynamic_size:
+        larger = nn.functional.interpolate(sample.images[:4], scale_factor=2.0)
+        try:
+            other = compare_logits(logits_of(network, larger), session(larger), tolerance.tie)
+        except ExportError as error:
+            raise ExportError(f"{error} Export without dynamic_size.") from error
+        # classes are not asked for: the network may never have seen images of this size
+        if not other.relative_difference <= tolerance.difference:
+            raise ExportError(
+                f"{other} on images of {tuple(larger.shape[2:])}. Export without dynamic_size."
+            )
+    return result
 
 
-def _move(temporary: Path, path: Path) -> None:
+def _move(written: list[Path], path: Path) -> None:
+    """Put the files in their place: the weights first, so that no file ever lacks its own."""
     try:
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        for file in written:
+            os.chmod(file, 0o644)
+            os.replace(file, path.parent / file.name)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}.") from error
+    for old in path.parent.glob(f"{glob.escape(path.name)}.*.data"):
+        if old.name not in [file.name for file in written]:
+            old.unlink(missing_ok=True)

@@ -13,10 +13,13 @@ from zoo.profile import Evidence, Profile
 from zoo.registry import ProfileEntry
 
 if TYPE_CHECKING:
+    from zoo.measurement import BenchmarkRow, ComparisonRow, Latency
     from zoo.pruning.plan import PruningRecord
     from zoo.training import TrainResult
 
 __all__ = [
+    "benchmark_table",
+    "comparison_table",
     "headline",
     "print_policies",
     "print_profile",
@@ -127,6 +130,57 @@ def training_summary(result: TrainResult, test: float, epochs: int) -> str:
         f"{epochs}), test {test:.2%}, {result.seconds:.0f} s on {result.device}"
         f"{f', taught by {result.teacher}' if result.teacher else ''}"
     )
+
+
+def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
+    """Dense beside pruned: a line per provider, precision and batch size."""
+    table = Table("provider", "precision", box=None)
+    for column in ("batch", "dense ms", "pruned ms", "dense img/s", "pruned img/s", "file",
+                   "memory", "MACs", "measured", "efficiency"):  # fmt: skip
+        table.add_column(column, justify="right")
+    for row in rows:
+        dense, pruned = row.dense, row.pruned
+        peaks = dense.peak_bytes, pruned.peak_bytes
+        table.add_row(
+            dense.provider.removesuffix("ExecutionProvider"),
+            dense.precision,
+            str(dense.batch),
+            _spread(dense.latency),
+            _spread(pruned.latency),
+            f"{dense.images_per_second:,.0f}",
+            f"{pruned.images_per_second:,.0f}",
+            f"{dense.bytes / pruned.bytes:.2f}x",
+            f"{peaks[0] / peaks[1]:.2f}x" if peaks[0] and peaks[1] else "",
+            f"{row.macs_ratio:.2f}x",
+            row.verdict,
+            f"{row.efficiency:.0%}",
+        )
+    return table
+
+
+def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
+    """Networks side by side: a line each, with what every one measurement took."""
+    table = Table("network", box=None)
+    for column in ("params", "MACs", "accuracy"):
+        table.add_column(column, justify="right")
+    precisions = dict.fromkeys(cell.precision for cell in rows[0].measurements)
+    for precision in precisions:
+        table.add_column(f"{precision} file", justify="right")
+    for cell in rows[0].measurements:
+        where = cell.provider.removesuffix("ExecutionProvider")
+        table.add_column(f"{where} {cell.precision} batch {cell.batch}, ms", justify="right")
+    for row in rows:
+        sizes = {cell.precision: f"{cell.bytes:,}" for cell in row.measurements}
+        accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
+        times = (_spread(cell.latency) for cell in row.measurements)
+        table.add_row(
+            row.network, f"{row.params:,}", f"{row.macs:,}", accuracy, *sizes.values(), *times
+        )
+    return table
+
+
+def _spread(latency: Latency) -> str:
+    return f"{latency.median_ms:.2f} ({latency.p10_ms:.2f}-{latency.p90_ms:.2f})"
 
 
 def _provisional(arch: str, other: str) -> str:

@@ -1,16 +1,10 @@
-"""ONNX Runtime: logits of an exported file, and latencies measured side by side."""
+"""ONNX Runtime: logits of an exported file, of arrays, tensors, pictures and folders of them."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.errors import ExportError, ZooError, unknown
+from zoo.errors import ExportError, integer
+from zoo.onnx_metadata import Metadata
+from zoo.onnx_providers import GPUS, onnxruntime_module, open_session
+from zoo.pictures import find_pictures, open_picture, to_array
 
-__all__ = ["InferenceSession", "Latency", "LatencyRow", "compare_latency", "measure_latency"]
+__all__ = ["InferenceSession"]
 
-_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_NEEDS = {
-    _CUDA: "an NVIDIA GPU, its driver, and: pip install 'onnxruntime-gpu[cuda,cudnn]'",
-    "TensorrtExecutionProvider": "an NVIDIA GPU, its driver, TensorRT's libraries on the library "
-    "path, and: pip install 'onnxruntime-gpu[cuda,cudnn]'",
-}
-_OTHERWISE = "the ONNX Runtime package built for it: https://onnxruntime.ai/docs/install"
+_DTYPES = {"tensor(float)": torch.float32, "tensor(float16)": torch.float16}
 
 
 class InferenceSession:
@@ -38,45 +29,132 @@ class InferenceSession:
         path: of the file.
         providers: that run it, the preferred one first.
         image_shape: of its input, (batch, channels, height, width); a dynamic size is None.
+        metadata: what the file says of itself, such as the names of its classes.
     """
 
-    def __init__(self, path: str | Path, providers: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        providers: str | Sequence[str] | None = None,
+        *,
+        threads: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
         """Load the file at `path`.
 
         Args:
-            path: an ONNX file of one float32 input.
-            providers: ONNX Runtime's names, in order of preference. By default CUDA where torch
-                sees a device and ONNX Runtime can use it, otherwise the CPU.
+            path: an ONNX file of one float32 or float16 input.
+            providers: ONNX Runtime's names, in order of preference. By default the first of
+                TensorRT, CUDA and the CPU that can be used here; a GPU that torch sees and ONNX
+                Runtime cannot use is warned of.
+            threads: on the CPU; by default one per core.
+            cuda_graph: record the calls to the GPU once for every shape of images, and replay them.
 
         Raises:
-            ExportError: if the file is missing, corrupt or takes other inputs, or a provider that
-                was asked for cannot be used.
+            ExportError: if the file is missing, corrupt, too new or takes other inputs, or a
+                provider that was asked for cannot be used.
         """
         self.path = Path(path)
         if not self.path.is_file():
             raise ExportError(f"{self.path} does not exist or is not a file.")
-        self._session = _open(self.path, [providers] if isinstance(providers, str) else providers)
+        if threads is not None:
+            threads = integer("threads", threads, 1)
+        wanted = [providers] if isinstance(providers, str) else providers
+        self._session = open_session(self.path, wanted, threads, cuda_graph)
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        inputs = self._session.get_inputs()
-        if len(inputs) != 1 or inputs[0].type != "tensor(float)":
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        if len(inputs) != 1 or inputs[0].type not in _DTYPES:
             got = ", ".join(f"{item.name}: {item.type}" for item in inputs) or "nothing"
-            raise ExportError(f"{self.path} takes {got}; expected one float32 tensor of images.")
-        self._input, self._output = inputs[0].name, self._session.get_outputs()[0].name
+            raise ExportError(
+                f"{self.path} takes {got}; expected one float32 or float16 tensor of images."
+            )
+        self._input, self._output = inputs[0].name, outputs[0].name
+        self._dtype = _DTYPES[inputs[0].type]
+        self._classes = outputs[0].shape[-1]
         self.image_shape = tuple(
             size if isinstance(size, int) else None for size in inputs[0].shape
         )
+        properties = self._session.get_modelmeta().custom_metadata_map
+        self.metadata = Metadata.read(properties, self.path.name)
+        on_gpu = self.providers[0] in GPUS and isinstance(self._classes, int)
+        self._buffers = _Buffers(self, cuda_graph) if on_gpu else None
 
-    def __call__(self, images: np.ndarray | Tensor) -> np.ndarray:
-        """Logits, float32 (N, classes), of normalised floating-point images (N, C, H, W).
+    def __call__(self, images: Any) -> Any:
+        """Logits, float32 (N, classes), as a tensor for a tensor and an array for the others.
+
+        Args:
+            images: normalised floating-point images (N, C, H, W): a NumPy array, a torch tensor on
+                any device (the logits come back to it), or what else speaks DLPack; or one PIL
+                image or a list of them, resized and normalised as the file's metadata say.
 
         Raises:
-            ExportError: if the images have another shape or are not floating-point.
+            ExportError: if the images have another shape or are not floating-point, if the file
+                does not say what pictures are to become, or if the provider fails.
         """
         if isinstance(images, Tensor):
-            floating = images.is_floating_point()
-        else:
-            floating = np.issubdtype(images.dtype, np.floating)
-        shape = tuple(images.shape)
+            return self._logits(images.detach()).to(images.device)
+        if not hasattr(images, "__dlpack__"):
+            pictures = images if isinstance(images, (list, tuple)) else [images]
+            images = np.stack([self._array(picture) for picture in pictures])
+        if isinstance(images, np.ndarray):
+            self._check(images.shape, images.dtype, np.issubdtype(images.dtype, np.floating))
+            tensor = torch.from_numpy(np.ascontiguousarray(images, np.float32))
+            return self._logits(tensor).cpu().numpy()
+        tensor = torch.from_dlpack(images)
+        return self._logits(tensor).to(tensor.device)
+
+    def predict(
+        self, source: str | Path | Iterable[Any], *, batch_size: int = 64
+    ) -> Iterator[tuple[Path | int, np.ndarray]]:
+        """The logits (classes,) of one image after the other, with a bar where there is a terminal.
+
+        Args:
+            source: a folder of pictures, or an iterable of PIL images or normalised arrays
+                (C, H, W), of which no more than a batch is held at a time.
+            batch_size: images per call.
+
+        Yields:
+            The picture's path or the image's position, and its logits.
+
+        Raises:
+            DataError: if the folder holds no pictures, or one cannot be read.
+            ExportError: as for a call.
+        """
+        batch_size = integer("batch_size", batch_size, 1)
+        if isinstance(source, (str, Path)):
+            paths = find_pictures(Path(source).expanduser())
+            return self._predictions(paths, map(open_picture, paths), len(paths), batch_size)
+        total = len(source) if isinstance(source, Sized) else None
+        return self._predictions(count(), source, total, batch_size)
+
+    def _predictions(
+        self, names: Iterable[Any], images: Iterable[Any], total: int | None, batch_size: int
+    ) -> Iterator[tuple[Any, np.ndarray]]:
+        from tqdm import tqdm
+
+        remaining, labels = iter(images), iter(names)
+        with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
+            while part := [self._array(image) for image in islice(remaining, batch_size)]:
+                if len({array.shape for array in part}) > 1:
+                    raise ExportError("The images of a batch have several shapes; resize them.")
+                logits = self(np.stack(part))
+                bar.update(len(part))
+                yield from zip(islice(labels, len(part)), logits, strict=True)
+
+    def _array(self, image: Any) -> np.ndarray:
+        from PIL import Image
+
+        if isinstance(image, Image.Image):
+            return to_array(image, self.metadata, self.path.name)
+        if isinstance(image, Tensor):
+            return image.detach().cpu().numpy()
+        if isinstance(image, np.ndarray):
+            return image
+        raise ExportError(
+            f"{self.path.name} takes arrays, tensors and PIL images, not {type(image).__name__}."
+        )
+
+    def _check(self, shape: tuple[int, ...], dtype: Any, floating: bool) -> None:
         fits = len(shape) == len(self.image_shape) and all(
             got > 0 if size is None else got == size
             for got, size in zip(shape, self.image_shape, strict=True)
@@ -85,181 +163,66 @@ class InferenceSession:
             wanted = ", ".join("N" if size is None else str(size) for size in self.image_shape)
             raise ExportError(
                 f"{self.path.name} takes floating-point images of shape ({wanted}), N at least 1; "
-                f"got {images.dtype} of shape {shape}."
+                f"got {dtype} of shape {tuple(shape)}."
             )
-        if isinstance(images, Tensor):
-            images = images.detach().to("cpu", torch.float32).numpy()
-        array = np.ascontiguousarray(images, dtype=np.float32)
-        return self._session.run([self._output], {self._input: array})[0]
 
-
-@dataclass(frozen=True)
-class Latency:
-    """Wall times of one call in milliseconds: median, 10th and 90th percentile of `repeats`."""
-
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    repeats: int
-
-
-@dataclass(frozen=True)
-class LatencyRow:
-    """Median wall times of one batch in milliseconds; `ratio` is dense / pruned."""
-
-    batch: int
-    dense_ms: float
-    pruned_ms: float
-    ratio: float
-
-
-def measure_latency(run: Callable[[], object], *, warmup: int = 3, repeats: int = 20) -> Latency:
-    """The latency of `run()`, which must return only when its work is done.
-
-    Args:
-        run: what is measured.
-        warmup: calls before the first measured one.
-        repeats: calls that are measured, at least one.
-
-    Raises:
-        ZooError: if there is nothing to measure.
-    """
-    (times,) = _interleaved((run,), warmup, repeats)
-    low, median, high = np.percentile(times, (10, 50, 90)).tolist()
-    return Latency(median, low, high, repeats)
-
-
-def compare_latency(
-    dense: Callable[[np.ndarray], object],
-    pruned: Callable[[np.ndarray], object],
-    make_images: Callable[[int], np.ndarray],
-    batch_sizes: Sequence[int],
-    *,
-    warmup: int = 3,
-    repeats: int = 20,
-) -> tuple[LatencyRow, ...]:
-    """Dense beside pruned, call by call in turn, so that a busy machine slows both alike.
-
-    Args:
-        dense, pruned: sessions, or functions that return only when their work is done.
-        make_images: batch size -> the images that both are given.
-        batch_sizes: one row each, in order.
-        warmup: calls of each before the first measured one.
-        repeats: calls of each that are measured, at least one.
-
-    Raises:
-        ZooError: if there is nothing to measure.
-    """
-    rows = []
-    for batch in batch_sizes:
-        images = make_images(batch)
-        runs = (lambda x=images: dense(x), lambda x=images: pruned(x))
-        slow, fast = (float(np.median(times)) for times in _interleaved(runs, warmup, repeats))
-        rows.append(LatencyRow(batch, slow, fast, slow / fast))
-    return tuple(rows)
-
-
-def _interleaved(
-    runs: Sequence[Callable[[], object]], warmup: int, repeats: int
-) -> list[list[float]]:
-    """Per function the milliseconds of `repeats` calls, taking turns."""
-    if repeats < 1 or warmup < 0:
-        raise ZooError(f"Latency needs repeats >= 1 and warmup >= 0, got {repeats} and {warmup}.")
-    for _ in range(warmup):
-        for run in runs:
-            run()
-    times: list[list[float]] = [[] for _ in runs]
-    for _ in range(repeats):
-        for run, taken in zip(runs, times, strict=True):
-            started = time.perf_counter()
-            run()
-            taken.append((time.perf_counter() - started) * 1e3)
-    return times
-
-
-def _open(path: Path, providers: Sequence[str] | None) -> Any:
-    """A session on the providers asked for, or else on the best that loads."""
-    ort = _onnxruntime()
-    built = ort.get_available_providers()
-    if providers:
-        wanted = list(providers)
-    elif _CUDA in built and torch.cuda.is_available():
-        wanted = [_CUDA]
-    else:
-        wanted = [_CPU]
-    for name in wanted:
-        if name not in ort.get_all_providers():
-            raise unknown("ONNX Runtime provider", name, built, ExportError)
-    session = _accelerated(path, wanted) if wanted != [_CPU] else None
-    if session is not None:
-        return session
-    try:
-        session = ort.InferenceSession(path, _options(), providers=[_CPU])
-    except Exception as error:  # its errors share no other base class
-        reason = str(error).strip().splitlines()[0]
-        raise ExportError(f"ONNX Runtime cannot load {path}: {reason}") from error
-    if wanted == [_CPU]:
-        return session
-    if not providers:
-        warnings.warn(
-            f"ONNX Runtime cannot use the GPU here and runs on the CPU: {_CUDA} needs "
-            f"{_NEEDS[_CUDA]}.",
-            stacklevel=3,
-        )
-        return session
-    usable = [name for name in built if name == _CPU or _accelerated(path, [name])]
-    missing = [name for name in wanted if name not in usable] or wanted
-    raise ExportError(
-        f"{missing[0]} cannot be used here. Available: {', '.join(usable)}. It needs "
-        f"{_NEEDS.get(missing[0], _OTHERWISE)}."
-    )
-
-
-def _accelerated(path: Path, providers: Sequence[str]) -> Any | None:
-    """A session that runs on all of `providers`, or None; ONNX Runtime prints nothing about it."""
-    ort = _onnxruntime()
-    if not set(providers) <= set(ort.get_available_providers()):
-        return None
-    ort.set_default_logger_severity(4)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
-        session = ort.InferenceSession(path, _options(), providers=providers, enable_fallback=0)
-    except Exception:  # its errors share no other base class
-        return None
-    finally:
-        ort.set_default_logger_severity(2)
-    return session if set(providers) <= set(session.get_providers()) else None
-
-
-def _options() -> Any:
-    options = _onnxruntime().SessionOptions()
-    options.log_severity_level = 3
-    return options
-
-
-def _onnxruntime() -> Any:
-    """The onnxruntime module, imported without its warnings about graphics cards it cannot read."""
-    if "onnxruntime" not in sys.modules:
-        with _without_lines("device_discovery.cc"):
-            import onnxruntime
-    import onnxruntime
-
-    return onnxruntime
-
-
-@contextlib.contextmanager
-def _without_lines(mark: str) -> Iterator[None]:
-    """Drop the lines that hold `mark` from what native code writes to standard error."""
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as capture:
-        os.dup2(capture.fileno(), 2)
+    def _logits(self, images: Tensor) -> Tensor:
+        """float32 logits, on the GPU if that computed them."""
+        self._check(images.shape, images.dtype, images.is_floating_point())
         try:
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            capture.seek(0)
-            for line in capture:
-                if mark.encode() not in line:
-                    os.write(2, line)
+            if self._buffers is not None:
+                return self._buffers.run(images)
+            array = images.to("cpu", self._dtype).contiguous().numpy()
+            (logits,) = self._session.run([self._output], {self._input: array})
+        except Exception as error:  # its errors share no other base class
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ExportError(
+                f"{self.providers[0]} failed on {len(images)} images in {self.path.name}: {reason}"
+            ) from error
+        return torch.from_numpy(logits).float()
+
+
+@dataclass
+class _Bound:
+    """Where the images of one shape go on the GPU, and where their logits appear."""
+
+    images: Tensor
+    logits: Tensor
+    binding: Any
+    options: Any
+
+
+class _Buffers:
+    """Calls of a session whose inputs and outputs stay on the GPU (ONNX Runtime's IO binding)."""
+
+    def __init__(self, session: InferenceSession, cuda_graph: bool) -> None:
+        self._owner, self._cuda_graph = session, cuda_graph
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._bound: dict[tuple[int, ...], _Bound] = {}
+
+    def run(self, images: Tensor) -> Tensor:
+        """The logits of `images`, float32, on the GPU."""
+        shape = tuple(images.shape)
+        if shape not in self._bound:
+            if not self._cuda_graph:
+                self._bound.clear()  # a graph stays bound to its memory; else one shape is enough
+            self._bound[shape] = self._bind(shape)
+        bound = self._bound[shape]
+        bound.images.copy_(images)
+        torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has its own stream
+        self._owner._session.run_with_iobinding(bound.binding, bound.options)
+        return bound.logits.to(torch.float32, copy=True)
+
+    def _bind(self, shape: tuple[int, ...]) -> _Bound:
+        owner = self._owner
+        images = torch.empty(shape, dtype=owner._dtype, device=self._device)
+        logits = torch.empty((shape[0], owner._classes), dtype=owner._dtype, device=self._device)
+        kind = np.float32 if owner._dtype is torch.float32 else np.float16
+        binding = owner._session.io_binding()
+        place = "cuda", self._device.index, kind
+        binding.bind_input(owner._input, *place, shape, images.data_ptr())
+        binding.bind_output(owner._output, *place, tuple(logits.shape), logits.data_ptr())
+        options = onnxruntime_module().RunOptions()
+        if self._cuda_graph:
+            options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))
+        return _Bound(images, logits, binding, options)

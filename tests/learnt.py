@@ -1,0 +1,50 @@
+"""Small networks that have learnt something, so that their top classes mean something."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor, nn
+
+import zoo
+from zoo.data import ImageSet, Splits
+
+__all__ = ["SAMPLE", "halves", "logits", "trained"]
+
+SAMPLE = {"cnet": (8, 0.02), "resnet20-16": (8, 0.1)}
+"""Architecture -> pixels per side of its images, and the learning rate that suits it."""
+
+
+@functools.cache
+def halves(size: int) -> Splits:
+    """Noise, one half and channel of which are brighter: six classes that are learnt fast."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count: int) -> ImageSet:
+        pixels = torch.randint(0, 160, (count, 3, size, size), generator=generator)
+        labels = torch.arange(count) % 6
+        for image, label in zip(pixels, labels.tolist(), strict=True):
+            image[label % 3].tensor_split(2)[label // 3].add_(60)
+        names = ("red", "green", "blue", "low red", "low green", "low blue")
+        mean, std = (0.3, 0.35, 0.4), (0.2, 0.22, 0.24)
+        return ImageSet("halves", pixels.to(torch.uint8), labels, names, mean, std, flip=False)
+
+    return Splits(images(384), images(240), images(240))
+
+
+@functools.cache
+def trained(arch: str) -> tuple[nn.Module, Splits]:
+    """A network pruned 2x that has learnt its classes, and the images."""
+    size, lr = SAMPLE[arch]
+    splits = halves(size)
+    dense = zoo.create_model(arch, 6, image_size=size)
+    model = zoo.load(arch, 2, dense, profile="equal", image_size=size)
+    recipe = zoo.Recipe(epochs=4, batch_size=32, lr=lr)
+    zoo.finetune(model, splits.train, splits.val, recipe=recipe)
+    return model, splits
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(images)

@@ -1,0 +1,136 @@
+"""Files in other dress: half inputs, folded normalisation, dynamic size, weights of their own."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from learnt import logits, trained
+from torch import nn
+from torch.utils.data import DataLoader, Subset
+
+import zoo.onnx_export
+from zoo.deployment import ExportOptions
+from zoo.errors import ExportError
+from zoo.onnx_export import export
+from zoo.runtime import InferenceSession
+
+CPU = "CPUExecutionProvider"
+
+
+def test_half_inputs_are_fp16_and_only_for_fp16(tmp_path: Path) -> None:
+    model, splits = trained("cnet")
+    images = splits.val.normalise(splits.val.images)
+    options = ExportOptions(half_inputs=True)
+    export(model, tmp_path / "m.onnx", inputs=images, precision="fp16", options=options)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    kinds = {value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    got = InferenceSession(tmp_path / "m.onnx", CPU)(images)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, logits(model, images), rtol=0.02, atol=0.05)
+    with pytest.raises(ExportError, match="half_inputs are for fp16 files, not fp32"):
+        export(model, tmp_path / "n.onnx", inputs=images, options=options)
+
+
+def test_folded_normalisation_takes_images_of_0_to_1(tmp_path: Path) -> None:
+    model, splits = trained("cnet")
+    path = tmp_path / "m.onnx"
+    export(model, path, inputs=splits.val, options=ExportOptions(fold=True))
+    session = InferenceSession(path, CPU)
+    expected = logits(model, splits.val.normalise(splits.val.images))
+    got = session(splits.val.images.float() / 255)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    assert session.metadata.folded
+    assert session.metadata.mean == splits.val.mean
+
+
+def test_the_file_knows_how_its_images_were_normalised(tmp_path: Path) -> None:
+    model, splits = trained("cnet")
+    images = splits.val.normalise(splits.val.images)
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    for inputs, options, expected in (
+        (
+            DataLoader(Subset(splits.val, range(20)), 7),
+            ExportOptions(),
+            (splits.val.mean, splits.val.std),
+        ),
+        (images, ExportOptions(mean=mean, std=std), (mean, std)),
+    ):
+        export(model, tmp_path / "m.onnx", inputs=inputs, options=options)
+        metadata = InferenceSession(tmp_path / "m.onnx", CPU).metadata
+        assert (metadata.mean, metadata.std) == expected
+        assert not metadata.folded
+    for options, inputs in (
+        (ExportOptions(fold=True), images),
+        (ExportOptions(mean=mean), images),
+        (ExportOptions(mean=mean[:2], std=std[:2]), images),
+        (ExportOptions(mean=mean, std=(0.0, 1.0, 1.0)), images),
+    ):
+        with pytest.raises(ExportError, match="mean"):
+            export(model, tmp_path / "n.onnx", inputs=inputs, options=options)
+    assert not (tmp_path / "n.onnx").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_a_dynamic_size_is_computed_as_pytorch_computes_it(precision: str, tmp_path: Path) -> None:
+    model, splits = trained("resnet20-16")
+    options = ExportOptions(dynamic_size=True)
+    path = tmp_path / "m.onnx"
+    export(model, path, inputs=splits.val, precision=precision, options=options)
+    session = InferenceSession(path, CPU)
+    assert session.image_shape == (None, 3, None, None)
+    whole = splits.test.normalise(splits.test.images[:40])
+    for size in ((8, 8), (12, 16), (24, 9)):
+        images = nn.functional.interpolate(whole, size)
+        got, expected = session(images), logits(model, images)
+        if precision == "fp32":
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+        elif size == (8, 8):
+            assert (got.argmax(1) == expected.argmax(1)).double().mean() >= 0.95
+
+
+def test_a_network_that_depends_on_the_size_says_so(tmp_path: Path) -> None:
+    model, splits = trained("cnet")
+    with pytest.raises(ExportError, match=r"3, 16, 16.*Export without dynamic_size"):
+        export(model, tmp_path / "m.onnx", inputs=splits.val,
+               options=ExportOptions(dynamic_size=True))  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_large_weights_have_a_file_of_their_own(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, splits = trained("cnet")
+    path = tmp_path / "m.onnx"
+    images = splits.test.normalise(splits.test.images[:20])
+    export(model, path, inputs=splits.val, precision=precision)
+    whole = InferenceSession(path, CPU)(images)
+    monkeypatch.setattr(zoo.onnx_export, "EXTERNAL_BYTES", 1000)
+    result = export(model, path, inputs=splits.val, precision=precision)
+    files = {entry.name: entry.stat().st_size for entry in tmp_path.iterdir()}
+    assert sum(files.values()) == result.bytes
+    assert files["m.onnx"] < 0.5 * result.bytes
+    assert torch.equal(InferenceSession(path, CPU)(images), whole)
+    changed = copy.deepcopy(model)
+    changed.fc.weight.data.mul_(2)
+    export(changed, path, inputs=splits.val, precision=precision)
+    others = {entry.name for entry in tmp_path.iterdir()} - {"m.onnx"}
+    assert len(others) == 1
+    assert not others & files.keys()
+    monkeypatch.undo()
+    export(model, path, inputs=splits.val, precision=precision)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_lost_weights_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, splits = trained("cnet")
+    monkeypatch.setattr(zoo.onnx_export, "EXTERNAL_BYTES", 1000)
+    export(model, tmp_path / "m.onnx", inputs=splits.val)
+    next(tmp_path.glob("*.data")).unlink()
+    with pytest.raises(ExportError, match=r"cannot load .*m\.onnx"):
+        InferenceSession(tmp_path / "m.onnx", CPU)

@@ -1,0 +1,112 @@
+"""Files in fp32, fp16 and int8 beside their modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from learnt import SAMPLE, halves, logits, trained
+from torch import Tensor
+
+import zoo.onnx_export
+from zoo.deployment import ExportOptions
+from zoo.errors import ExportError, ZooError
+from zoo.onnx_export import export
+from zoo.onnx_program import PRECISIONS, in_precision
+from zoo.runtime import InferenceSession
+
+CPU = "CPUExecutionProvider"
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("arch", SAMPLE)
+def test_every_precision_agrees_with_pytorch_on_images_it_never_saw(
+    arch: str, precision: str, tmp_path: Path
+) -> None:
+    model, splits = trained(arch)
+    result = export(model, tmp_path / "m.onnx", inputs=splits.val, precision=precision)
+    unseen = splits.test.subset(torch.arange(200))
+    images = unseen.normalise(unseen.images)
+    expected = logits(model, images)
+    got = InferenceSession(tmp_path / "m.onnx", CPU)(images)
+    assert (got.argmax(1) == expected.argmax(1)).double().mean().item() >= 0.97
+    assert result.top1_agreement >= (0.97 if precision.startswith("int8") else 0.99)
+    assert result.module_accuracy > 0.6
+    assert abs(result.accuracy - result.module_accuracy) <= 1 - result.top1_agreement + 1e-9
+    largest = max(1.0, expected.abs().max().item())
+    bound = {"fp32": 1e-3, "fp16": 1e-2}.get(precision, 0.5)
+    assert (got - expected).abs().max() / largest <= bound
+
+
+def test_depthwise_convolutions_are_near_their_logits_in_int8(tmp_path: Path) -> None:
+    splits = halves(32)
+    model = zoo.create_model("torchvision:mobilenet_v2", 6)
+    options = ExportOptions(min_agreement=0)  # untrained, it has no opinion that could agree
+    result = export(
+        model, tmp_path / "m.onnx", inputs=splits.val, precision="int8", options=options
+    )
+    assert 0 < result.relative_difference <= 0.25
+
+
+def weight_types(path: Path) -> set[int]:
+    file = onnx.load(path)
+    return {item.data_type for item in file.graph.initializer if len(item.dims) == 4}
+
+
+def test_the_weights_have_the_precision_and_the_file_says_so(tmp_path: Path) -> None:
+    model, splits = trained("cnet")
+    sizes = {}
+    for precision, kind in (
+        ("fp32", onnx.TensorProto.FLOAT),
+        ("fp16", onnx.TensorProto.FLOAT16),
+        ("int8", onnx.TensorProto.INT8),
+    ):
+        path = tmp_path / f"{precision}.onnx"
+        result = export(model, path, inputs=splits.val, precision=precision)
+        assert weight_types(path) == {kind}
+        assert InferenceSession(path, CPU).metadata.precision == result.precision == precision
+        sizes[precision] = result.bytes
+    assert sizes["fp32"] > 1.5 * sizes["fp16"]
+    assert sizes["fp16"] > sizes["int8"]
+
+
+def test_int8_is_calibrated_on_other_images_than_it_is_compared_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, splits = trained("cnet")
+    images = splits.val.normalise(splits.val.images)[:9]
+    seen = {}
+
+    def note(program: Any, precision: str, half_inputs: bool, calibration: Tensor) -> Any:
+        seen["calibration"] = calibration
+        return in_precision(program, precision, half_inputs, calibration)
+
+    monkeypatch.setattr(zoo.onnx_export, "in_precision", note)
+    options = ExportOptions(min_agreement=0)
+    result = export(model, tmp_path / "m.onnx", inputs=images, precision="int8", options=options)
+    assert torch.equal(seen["calibration"], images[::2])
+    assert result.images == 4
+    for none in ({"inputs": images[:1]}, {"example_input": images}):
+        with pytest.raises(ExportError, match="int8 needs"):
+            export(model, tmp_path / "none.onnx", precision="int8", **none)
+
+
+def test_too_little_agreement_keeps_the_old_file_unless_less_is_asked(tmp_path: Path) -> None:
+    model, splits = trained("cnet")
+    images = splits.val.normalise(splits.val.images)
+    calibrated_on_specks = images.clone()
+    calibrated_on_specks[::2] *= 1e-3
+    path = tmp_path / "m.onnx"
+    path.write_bytes(b"the old file")
+    with pytest.raises(ExportError, match=r"agree on the top class of .*; allowed are .*97.0%"):
+        export(model, path, inputs=calibrated_on_specks, precision="int8")
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"the old file"]
+    least = ExportOptions(min_agreement=0.0)
+    result = export(model, path, inputs=calibrated_on_specks, precision="int8", options=least)
+    assert result.top1_agreement < 0.97
+    assert InferenceSession(path, CPU)(images).shape == (len(images), 6)
+    with pytest.raises(ZooError, match="from 0 to 1, got 97"):
+        ExportOptions(min_agreement=97)

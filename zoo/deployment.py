@@ -1,0 +1,56 @@
+"""What may be asked of an export and of a benchmark; torch is not imported for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zoo.errors import ZooError
+
+__all__ = ["BenchmarkOptions", "ExportOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What an ONNX file takes besides normalised fp32 images of one size."""
+
+    mean: tuple[float, ...] | None = None
+    """per channel, what was subtracted from images of 0 to 1; by default what the data set says"""
+    std: tuple[float, ...] | None = None
+    """per channel, what they were divided by; likewise"""
+    fold: bool = False
+    """normalise inside the graph, which then takes images of 0 to 1"""
+    dynamic_size: bool = False
+    """take images of other heights and widths, where the network allows it"""
+    half_inputs: bool = False
+    """images and logits of a fp16 file are fp16 as well"""
+    min_agreement: float | None = None
+    """least share of images with PyTorch's top class; by default 0.99, and 0.97 for int8"""
+
+    def __post_init__(self) -> None:
+        least = self.min_agreement
+        if least is not None and not 0 <= least <= 1:
+            raise ZooError(f"min_agreement is a share, from 0 to 1, got {least!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """What is measured, and how often."""
+
+    batch_sizes: tuple[int, ...] = (1, 8, 64, 256)
+    """images per call"""
+    precisions: tuple[str, ...] = ("fp32",)
+    """of the exported files: fp32, fp16, int8"""
+    providers: tuple[str, ...] = ()
+    """ONNX Runtime's names, measured one after the other; by default the best that works here"""
+    repeats: int = 20
+    """calls of each network that are timed, taking turns"""
+    warmup: int = 3
+    """calls of each network before them"""
+    seconds: float = 20.0
+    """for each batch size: calls end when they have taken this long, but not before three"""
+    threads: int | None = None
+    """of ONNX Runtime on the CPU; by default one per core"""
+    memory: bool = True
+    """measure the peak memory of each network too, in a process of its own"""
+    seed: int = 0
+    """of the images, which are noise"""

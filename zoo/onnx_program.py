@@ -1,0 +1,170 @@
+"""A module as an ONNX model, in fp32 or by ONNX Runtime's own converters in another precision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.errors import ExportError
+
+__all__ = ["PRECISIONS", "convert", "in_precision"]
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8-symmetric")
+"""The last is for TensorRT, whose int8 has no zero points; on CPUs it is the slower one."""
+
+CALIBRATION_BATCH = 32
+
+
+def convert(network: nn.Module, image: Tensor, dynamic_size: bool) -> Any:
+    """The ONNX program of `network`, with a dynamic batch.
+
+    Args:
+        network: in eval mode, on the CPU.
+        image: one that it takes, (1, C, H, W).
+        dynamic_size: take other heights and widths as well.
+
+    Raises:
+        ExportError: if an operator has no ONNX counterpart, or the network depends on the size.
+    """
+    example = image.repeat(2, 1, 1, 1)  # a batch of one would be taken for a constant
+    names = {0: "batch"} | ({2: "height", 3: "width"} if dynamic_size else {})
+    dims = {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        dims |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    try:
+        with _quiet(), torch.no_grad():
+            traced = torch.export.export(network, (example,), dynamic_shapes=(dims,))
+            program = torch.onnx.export(
+                traced,
+                dynamo=True,
+                verbose=False,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=(names,),
+            )
+    except Exception as error:  # tracing runs the user's module
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = str(root).strip().partition("\n")[0]
+        raise ExportError(f"The module cannot be converted to ONNX: {reason}") from error
+    assert program is not None
+    shape: Any = program.model.graph.inputs[0].shape
+    if dynamic_size and any(isinstance(side, int) for side in shape[2:]):
+        raise ExportError(
+            f"The module takes images of {tuple(shape[2:])} alone: something in it, a flattened "
+            f"map say, depends on the size. Export without dynamic_size."
+        )
+    return program
+
+
+def in_precision(program: Any, precision: str, half_inputs: bool, calibration: Tensor) -> Any:
+    """The program's model in a precision, free of the source paths that the exporter notes down.
+
+    Args:
+        program: as `convert` makes it.
+        precision: one of `PRECISIONS`.
+        half_inputs: take fp16 images and give fp16 logits, in fp16.
+        calibration: images (N, C, H, W) whose activations set the ranges of int8.
+
+    Raises:
+        ExportError: if the converter refuses the program.
+    """
+    from onnxscript import ir
+
+    if half_inputs and precision != "fp16":
+        raise ExportError(f"half_inputs are for fp16 files, not {precision}.")
+    model = program.model
+    if precision != "fp32":
+        proto = ir.to_proto(model)
+        try:
+            with _quiet():
+                if precision == "fp16":
+                    proto = _to_fp16(proto, half_inputs)
+                else:
+                    proto = _to_int8(proto, calibration, precision == "int8-symmetric")
+        except Exception as error:  # the converters raise whatever they meet
+            reason = str(error).strip().partition("\n")[0]
+            raise ExportError(
+                f"The program cannot be converted to {precision}: {reason}"
+            ) from error
+        model = ir.from_proto(proto)
+    tidy = ir.passes.common
+    for step in (tidy.ClearMetadataAndDocStringPass, tidy.TopologicalSortPass,
+                 tidy.RemoveUnusedOpsetsPass):  # fmt: skip
+        step()(model)
+    return model
+
+
+def _to_fp16(model: Any, half_inputs: bool) -> Any:
+    """The ModelProto `model` with fp16 weights and arithmetic, images and logits by choice.
+
+    Weights beyond what fp16 can hold are clipped. On the CPU, ONNX Runtime computes fp16
+    operators in fp32, so that only a GPU shows what the arithmetic loses.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(model, keep_io_types=not half_inputs)
+
+
+def _to_int8(model: Any, images: Tensor, symmetric: bool) -> Any:
+    """The ModelProto `model` statically quantised: weights per channel, activations per tensor.
+
+    Args:
+        model: in fp32.
+        images: (N, C, H, W), as the model takes them, whose activations set the ranges.
+        symmetric: signed activations around zero, as TensorRT asks; unsigned ones with a zero
+            point are several times faster on x86 CPUs.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    name = model.graph.input[0].name
+    parts: Iterator[Tensor] = iter(images.split(CALIBRATION_BATCH))
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            part = next(parts, None)
+            return None if part is None else {name: part.numpy()}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source, prepared, quantised = (Path(scratch, f"{step}.onnx") for step in range(3))
+        onnx.save_model(model, source)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantised,
+            Reader(),
+            per_channel=True,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            extra_options={"ActivationSymmetric": symmetric},
+        )
+        return onnx.load(quantised)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, log records or graph listings inside: a failure is raised, once."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    nowhere = io.StringIO()
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stderr(nowhere),
+            contextlib.redirect_stdout(nowhere),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

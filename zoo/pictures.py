@@ -1,0 +1,77 @@
+"""Pictures as networks take them: PIL images and folders of files to normalised arrays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from zoo.errors import DataError, ExportError
+from zoo.onnx_metadata import Metadata
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["find_pictures", "open_picture", "to_array"]
+
+_MODES = {1: "L", 3: "RGB"}
+"""PIL's, by the channels of the images that a file takes."""
+
+
+def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
+    """`picture` as the file `name` takes it, float32 (C, H, W), by the file's own metadata.
+
+    Resized as `zoo.load_data` resizes: to the size of the export, whatever the proportions.
+
+    Raises:
+        ExportError: if the file does not say its images' shape, mean and std.
+    """
+    from PIL import Image
+
+    shape, mean, std = metadata.image_shape, metadata.mean, metadata.std
+    if len(shape) != 3 or shape[0] not in _MODES or not (metadata.folded or (mean and std)):
+        raise ExportError(
+            f"{name} does not say how pictures become its images: export it with inputs= that "
+            f"know their mean and std, or name those in ExportOptions; or give it arrays."
+        )
+    channels, height, width = shape
+    pixels = picture.convert(_MODES[channels])
+    if pixels.size != (width, height):
+        pixels = pixels.resize((width, height), Image.Resampling.BOX)
+    array = np.asarray(pixels, np.float32).reshape(height, width, channels) / 255
+    if not metadata.folded:
+        array = (array - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return array.transpose(2, 0, 1)
+
+
+def find_pictures(folder: Path) -> list[Path]:
+    """The files of a folder, and of those in it, that PIL has a reader for, in order of name.
+
+    Raises:
+        DataError: if there are none.
+    """
+    from PIL import Image
+
+    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    if not found:
+        what = "holds no pictures" if folder.is_dir() else "is not a folder"
+        raise DataError(f"{folder} {what}.")
+    return found
+
+
+def open_picture(path: Path) -> Image:
+    """The picture in a file, read whole.
+
+    Raises:
+        DataError: if it cannot be.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            return picture
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path} cannot be read as an image: {error}.") from None
