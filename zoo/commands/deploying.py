@@ -1,0 +1,168 @@
+"""`zoo export`, `benchmark` and `compare`: a network in ONNX Runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from tyro.conf import Positional, arg
+
+import zoo
+from zoo.commands.shared import Metric, read_network
+from zoo.deployment import BenchmarkOptions, ExportOptions
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = [
+    "BenchmarkCommand",
+    "CompareCommand",
+    "ExportCommand",
+    "benchmark",
+    "compare",
+    "export",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand(ExportOptions):
+    """Write a network as ONNX, checked in ONNX Runtime against PyTorch."""
+
+    network: Annotated[Positional[str], arg(metavar="NETWORK")]
+    """folder of a pruned network, or a checkpoint"""
+    out: Annotated[Positional[Path], arg(metavar="FILE")]
+    """file to write, .onnx"""
+    data: str | None = None
+    """data set whose validation images the outputs are compared on; noise without; int8 needs it"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default what the network was pruned for, or the checkpoint's"""
+    precision: str = "fp32"
+    """of weights and arithmetic: fp32, fp16, int8, or int8-symmetric for TensorRT"""
+    arch: str | None = None
+    """architecture of a checkpoint that does not name its own"""
+
+
+def export(command: ExportCommand) -> None:
+    import torch
+
+    model, size = read_network(command.network, command.arch, command.size)
+    images = None
+    if command.data is not None:
+        images = zoo.load_data(command.data, command.data_dir, size=size).val
+    example = torch.zeros(1, 3, size, size)
+    result = zoo.export(
+        model,
+        command.out,
+        inputs=images,
+        example_input=example,
+        precision=command.precision,
+        options=command,
+    )
+    print(
+        f"Wrote {result.path} ({result.bytes:,} bytes). ONNX Runtime against PyTorch on "
+        f"{result.images} images ({result.inputs}): largest difference "
+        f"{result.max_abs_difference:.2g}, top-1 agreement {result.top1_agreement:.2%}"
+    )
+    if result.accuracy is not None and result.module_accuracy is not None:
+        print(
+            f"Accuracy on these images: {result.module_accuracy:.2%} in PyTorch, "
+            f"{result.accuracy:.2%} in {result.precision}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkCommand(BenchmarkOptions):
+    """Latency of a pruned network beside the dense one's, and the share of its MACs that shows."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """pruned network, as `zoo prune` writes it"""
+
+
+def benchmark(command: BenchmarkCommand) -> None:
+    from zoo.rendering import benchmark_table, print_tables
+
+    pruned = zoo.load_pruned(command.folder)
+    record: Any = pruned.pruning
+    # times depend on no weights
+    dense = zoo.create_model(record.architecture, record.num_classes, image_size=record.image_size)
+    print_tables([benchmark_table(zoo.benchmark(dense, pruned, options=command))])
+    _name_the_machine()
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareCommand(BenchmarkOptions):
+    """Several networks side by side, or one pruned by several profiles or policies."""
+
+    networks: Annotated[Positional[tuple[str, ...]], arg(metavar="NETWORK")]
+    """folders of pruned networks and checkpoints; with --cf, `dense` and names of profiles"""
+    arch: str | None = None
+    """architecture of the checkpoints that do not name their own, or to prune"""
+    cf: float | None = None
+    """compression factor, for profiles"""
+    metric: Metric = "params"
+    """what the factor counts"""
+    weights: str | None = None
+    """dense checkpoint that the profiles prune; by default a fresh network"""
+    classes: int = 10
+    """of the fresh network"""
+    data: str | None = None
+    """data set whose test images the accuracies are of"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default what the networks are for"""
+
+
+def compare(command: CompareCommand) -> None:
+    import torch
+
+    from zoo.rendering import comparison_table, print_tables
+
+    if command.cf is None:
+        found = {name: read_network(name, command.arch, command.size) for name in command.networks}
+        networks = {name: network for name, (network, _) in found.items()}
+        size = max(own for _, own in found.values())
+    else:
+        networks, size = _pruned_by(command, command.cf)
+    test = None
+    if command.data is not None:
+        test = zoo.load_data(command.data, command.data_dir, size=size).test
+    example = torch.zeros(1, 3, size, size)
+    rows = zoo.compare(networks, data=test, example_input=example, options=command)
+    print_tables([comparison_table(rows)])
+    _name_the_machine()
+
+
+def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], int]:
+    """One network as it is (`dense`) and as the profiles prune it, and its image size."""
+    from zoo.checkpoints import load_dense
+
+    if command.arch is None:
+        raise ZooError("Profiles of which architecture? Add --arch.")
+    weights: Any = command.weights or zoo.create_model(
+        command.arch, command.classes, image_size=command.size
+    )
+    dense, _, _, size = load_dense(command.arch, weights, image_size=command.size)
+    return {
+        name: dense
+        if name == "dense"
+        else zoo.load(
+            command.arch, cf, weights, profile=name, metric=command.metric, image_size=size
+        )
+        for name in command.networks
+    }, size
+
+
+def _name_the_machine() -> None:
+    import onnxruntime
+    import torch
+
+    from zoo.latency import device_name
+
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    names = " and ".join(device_name(torch.device(kind)) for kind in devices)
+    print(f"ONNX Runtime {onnxruntime.__version__} on {names}")

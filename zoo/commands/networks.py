@@ -1,0 +1,307 @@
+"""`zoo train`, `prune`, `finetune` and `evaluate`: from images to a small network."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+import zoo
+from zoo.commands.shared import INTERRUPTED, Metric, read_network
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    from zoo.recipes import Recipe
+    from zoo.training import TrainResult
+
+__all__ = [
+    "EvaluateCommand",
+    "FinetuneCommand",
+    "PruneCommand",
+    "TrainCommand",
+    "evaluate",
+    "finetune",
+    "prune",
+    "train",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train a dense network from scratch; its validation split stays unseen."""
+
+    arch: str
+    """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
+    data: str
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
+    out: Path
+    """checkpoint to write, a .safetensors file"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int = 32
+    """pixels per side that the images are resized to"""
+    recipe: str = "standard"
+    """quick, standard, long, or a TOML file"""
+    epochs: int | None = None
+    """instead of the recipe's"""
+    lr: float | None = None
+    """peak learning rate, instead of the recipe's"""
+    seed: int = 0
+    """of the initial weights, shuffling and augmentation"""
+    resume: bool = False
+    """go on from the last epoch that an interrupted training finished"""
+    track: tuple[str, ...] = ()
+    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
+
+
+def train(command: TrainCommand) -> int | None:
+    from zoo.artefacts import save_checkpoint
+
+    recipe = _recipe(command.recipe, command.epochs, command.lr)
+    _check_writable(command.out)
+    splits = zoo.load_data(command.data, command.data_dir, size=command.size)
+    model = zoo.create_model(
+        command.arch, splits.num_classes, image_size=command.size, seed=command.seed
+    )
+    folder = command.out.with_name(f"{command.out.name}.training")
+    result = zoo.finetune(
+        model,
+        splits.train,
+        splits.val,
+        recipe=recipe,
+        seed=command.seed,
+        checkpoint=folder,
+        resume=command.resume,
+        trackers=command.track,
+    )
+    if not _main_process():
+        return None
+    test = zoo.evaluate(model, splits.test).accuracy
+    metadata = {
+        "architecture": command.arch,
+        "num_classes": str(splits.num_classes),
+        "image_size": str(command.size),
+        "data": splits.train.name,
+        "split_digest": splits.digest,
+        "val_accuracy": f"{result.accuracy:.4f}",
+        "test_accuracy": f"{test:.4f}",
+        "recipe": json.dumps(dataclasses.asdict(recipe)),
+        "seed": str(command.seed),
+    }
+    save_checkpoint(model, command.out, metadata)
+    return _report_training(result, test, recipe, command.out, folder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneCommand:
+    """Prune a dense checkpoint by a profile that was found on other data."""
+
+    arch: Annotated[Positional[str], arg(metavar="ARCH")]
+    """architecture of the checkpoint"""
+    cf: float
+    """compression factor, dense / pruned: at least 1"""
+    weights: str
+    """checkpoint: a path (.safetensors, .pt, .pth) or hf:ORG/REPO[/FILE][@REVISION]"""
+    out: Path
+    """folder to write the pruned network to"""
+    profile: str = "searched"
+    """searched, a policy (equal, increasing, decreasing, random, greedy), or a reference
+    (file:PATH, bundled:ARCH/NAME, hf:ORG/REPO)"""
+    metric: Metric = "params"
+    """what the factor counts; latency is measured once, on this machine's CPU at batch 1"""
+    criterion: str = "random"
+    """which channels stay: random, l1, l2, fpgm, bn_scale, synflow; or, with --data, taylor,
+    taylor_weight, fisher, obd, snip, apoz, reinforce"""
+    init: Literal["pretrained", "random", "rewound"] = "pretrained"
+    """weights of the pruned network: the checkpoint's, new ones, or those of --rewind"""
+    rewind: str | None = None
+    """checkpoint of the same network to go back to, early in training or untrained"""
+    refit: bool = False
+    """rescale the profile to meet the factor for this very network"""
+    align: int = 1
+    """widths are multiples of it, or whole; for a policy, or with --refit"""
+    floor: float = 0.0
+    """the least keep ratio of any channel group; likewise"""
+    keep: dict[str, float] = dataclasses.field(default_factory=dict)
+    """module name or prefix and its pinned keep ratio, as `layer3 1.0`; likewise"""
+    seed: int = 0
+    """of the random choices"""
+    data: str | None = None
+    """data set whose training images the criterion sees, named as for zoo train"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default the checkpoint's, or the architecture's reference"""
+
+
+def prune(command: PruneCommand) -> None:
+    from zoo.checkpoints import load_dense
+    from zoo.rendering import pruning_summary
+
+    images = None
+    if command.data is not None:
+        size = command.size or load_dense(command.arch, command.weights)[-1]
+        images = zoo.load_data(command.data, command.data_dir, size=size).train
+    model = zoo.load(
+        command.arch,
+        command.cf,
+        command.weights,
+        profile=command.profile,
+        metric=command.metric,
+        criterion=command.criterion,
+        init=command.init,
+        rewind=command.rewind,
+        seed=command.seed,
+        align=command.align,
+        floor=command.floor,
+        keep=command.keep,
+        refit=command.refit,
+        data=images,
+        image_size=command.size,
+    )
+    zoo.save(model, command.out)
+    record: Any = model.pruning
+    print(pruning_summary(record))
+    print(f"Wrote {command.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCommand:
+    """Train a pruned network; the weights of the best validation accuracy are kept."""
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
+    """pruned network, as `zoo prune` writes it"""
+    data: str
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default what the network was pruned for"""
+    recipe: str = "standard"
+    """quick, standard, long, or a TOML file"""
+    epochs: int | None = None
+    """instead of the recipe's"""
+    lr: float | None = None
+    """peak learning rate, instead of the recipe's"""
+    teacher: str = "auto"
+    """dense checkpoint to distil from; source for the one that the network was pruned from, auto
+    for that where it can be read, or none"""
+    seed: int = 0
+    """of shuffling and augmentation"""
+    out: Path | None = None
+    """folder to write to; by default the folder it came from"""
+    resume: bool = False
+    """go on from the last epoch that an interrupted fine-tune into this folder finished"""
+    track: tuple[str, ...] = ()
+    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
+
+
+def finetune(command: FinetuneCommand) -> int | None:
+    recipe = _recipe(command.recipe, command.epochs, command.lr)
+    model = zoo.load_pruned(command.folder)
+    record: Any = model.pruning
+    size = command.size or record.image_size
+    out = command.out or command.folder
+    _check_writable(out)
+    splits = zoo.load_data(command.data, command.data_dir, size=size)
+    teacher: Any = None if command.teacher == "none" else command.teacher
+    if teacher not in (None, "auto", "source"):
+        teacher = zoo.create_model(
+            record.architecture, record.num_classes, pretrained=teacher, image_size=size
+        )
+    result = zoo.finetune(
+        model,
+        splits.train,
+        splits.val,
+        teacher=teacher,
+        recipe=recipe,
+        seed=command.seed,
+        checkpoint=out,
+        resume=command.resume,
+        trackers=command.track,
+    )
+    if not _main_process():
+        return None
+    test = zoo.evaluate(model, splits.test).accuracy
+    zoo.save(model, out)
+    return _report_training(result, test, recipe, out, out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand:
+    """Top-1 accuracy of a pruned network, or of a dense checkpoint."""
+
+    network: Annotated[Positional[str], arg(metavar="NETWORK")]
+    """folder of a pruned network, or a checkpoint"""
+    data: str
+    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
+    data_dir: Path | None = None
+    """folder of the data set's files"""
+    size: int | None = None
+    """pixels per side; by default what the network was pruned for, or the checkpoint's"""
+    split: Literal["train", "val", "test"] = "test"
+    """which split to measure on"""
+    arch: str | None = None
+    """architecture of a checkpoint that does not name its own"""
+
+
+def evaluate(command: EvaluateCommand) -> None:
+    model, size = read_network(command.network, command.arch, command.size)
+    splits = zoo.load_data(command.data, command.data_dir, size=size)
+    measured = zoo.evaluate(model, getattr(splits, command.split))
+    print(
+        f"{measured.accuracy:.2%} top-1, cross-entropy {measured.loss:.4f}, on the "
+        f"{measured.images:,} {command.split} images of {splits.test.name}"
+    )
+
+
+def _recipe(name: str, epochs: int | None, lr: float | None) -> Recipe:
+    from zoo.recipes import read_recipe
+
+    given = {"epochs": epochs, "lr": lr}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    for key, value in changes.items():
+        if not value > 0:
+            raise ZooError(f"--{key} must be positive, got {value}.")
+    return dataclasses.replace(read_recipe(name), **changes)
+
+
+def _check_writable(path: Path) -> None:
+    """Make the folder that `path` will be written to, and fail before the work if it can't be."""
+    folder = path.absolute().parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ZooError(f"{path} cannot be written: no permission in {folder}.")
+
+
+def _main_process() -> bool:
+    """Whether this is the one of several training processes that writes and reports."""
+    from accelerate import PartialState
+
+    return PartialState().is_main_process
+
+
+def _report_training(
+    result: TrainResult, test: float, recipe: Recipe, out: Path, folder: Path
+) -> int | None:
+    """What the training did, and its curves beside its history in `folder`."""
+    from zoo.rendering import training_summary
+    from zoo.savepoints import discard
+
+    print(training_summary(result, test, recipe.epochs))
+    print(f"Wrote {out}")
+    if importlib.util.find_spec("matplotlib"):
+        from zoo import plots
+
+        plots.save(plots.training_curves(result.history), folder / "history.png")
+    if result.interrupted:
+        print("Add --resume to go on.")
+        return INTERRUPTED
+    discard(folder)
+    return None

@@ -1,0 +1,64 @@
+"""`zoo list` and `zoo show`: the profiles that exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+import zoo
+from zoo.commands.shared import Metric
+from zoo.errors import ZooError
+
+__all__ = ["ListCommand", "ShowCommand", "list_profiles", "show"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListCommand:
+    """The profiles that exist, and the architectures that have none."""
+
+    arch: str | None = None
+    """only of this architecture"""
+    metric: Metric | None = None
+    """only of this metric"""
+    source: str = "bundled"
+    """bundled, or hf:ORG/REPO[@REVISION]"""
+
+
+def list_profiles(command: ListCommand) -> None:
+    from zoo.registry import list_architectures
+    from zoo.rendering import print_policies, print_profiles
+
+    entries = zoo.list_profiles(arch=command.arch, metric=command.metric, source=command.source)
+    print_profiles(entries, command.arch)
+    if command.arch is None and command.source == "bundled":
+        searched = {entry.architecture for entry in entries}
+        print_policies([name for name in list_architectures() if name not in searched])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowCommand:
+    """One profile: a bar per channel group, what it costs, and its evidence."""
+
+    profile: Annotated[Positional[str], arg(metavar="PROFILE")]
+    """a reference (bundled:resnet20-16/params-cf4, file:PATH), or an architecture with --cf"""
+    cf: float | None = None
+    """compression factor, with an architecture"""
+    metric: Metric = "params"
+    """what the factor counts, with an architecture; latency is of one device"""
+
+
+def show(command: ShowCommand) -> None:
+    from zoo.registry import find_profile
+    from zoo.rendering import print_profile
+
+    arch = None
+    if command.cf is not None:
+        arch = command.profile
+        reference, profile = find_profile(arch, command.cf, command.metric)
+    elif ":" in command.profile:
+        reference, profile = command.profile, zoo.get_profile(command.profile)
+    else:
+        raise ZooError(f"Which factor of {command.profile!r}? Add --cf, or give a reference.")
+    print_profile(reference, profile, arch)
