@@ -66,10 +66,8 @@ def bench_search(config: Search) -> None:
     cheap = Recalibration(1024, 2000)
     run(pool, candidates, Recalibration(64, 500))  # starts the processes
     sides: dict[str, Callable[[], None]] = {
-        f"naive loop, {threads} threads": lambda: naive(candidates, config, 0),
-        f"naive loop, {threads} threads and 2 loader processes": lambda: naive(
-            candidates, config, 2
-        ),
+        f"naive loop, {threads} threads": lambda: naive(candidates, 0),
+        f"naive loop, {threads} threads and 2 loader processes": lambda: naive(candidates, 2),
         "engine, the same fine-tune": lambda: run(pool, candidates, tuned),
         "engine, recalibration": lambda: run(pool, candidates, cheap),
     }
