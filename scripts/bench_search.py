@@ -23,7 +23,6 @@ from zoo.models import build_model
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
 from zoo.pruning.surgery import named_tensors
-from zoo.recipes import Recipe
 from zoo.search.evaluation import FineTuning, Recalibration
 from zoo.search.tasks import Candidate, Task, cut, device
 from zoo.search.workers import Pool, pool_of
@@ -62,7 +61,7 @@ def bench_search(config: Search) -> None:
     ]
     candidates = [Candidate(task, own, seed) for seed, own in enumerate(widths)]
     pool = pool_of(config.workers)
-    tuned = FineTuning(Recipe(epochs=1, lr=0.05, precision="fp32"), config.images)
+    tuned = FineTuning.of(1, config.images, 0.05)
     cheap = Recalibration(1024, 2000)
     run(pool, candidates, Recalibration(64, 500))  # starts the processes
     sides: dict[str, Callable[[], None]] = {

@@ -22,7 +22,6 @@ from zoo.errors import FactorError, ZooError
 from zoo.profile import Evidence, Profile
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import policy_solution
-from zoo.recipes import Recipe
 from zoo.registry import folder_name, write_index
 from zoo.search.campaign import search_profile
 from zoo.search.certificate import Certificate, Pair, certify
@@ -121,7 +120,7 @@ def examine(
     best = max(random, key=lambda item: random[item])
     policies = {"searched": widths(profile), "random, best": best, **rivals}
     policies |= {name: w for name in campaign.rivals if (w := solved(name, cost, profile))}
-    fidelity = tuned(campaign, campaign.epochs)
+    fidelity = FineTuning.of(campaign.epochs, campaign.images, campaign.lr)
     rows: list[Evidence] = []
     pairs: dict[str, dict[Pair, float]] = {name: {} for name in policies}
     for exam in exams:
@@ -172,12 +171,9 @@ def ranked(
     say(f"{len(drawn)} random profiles of {profile.name}, {campaign.short_epochs} epoch each")
     candidates = [Candidate(exam, kept, campaign.seeds[0]) for kept in every]
     sources = ["searched"] + ["random"] * len(drawn)
-    own, *random = evaluator(candidates, tuned(campaign, campaign.short_epochs), sources)
+    short = FineTuning.of(campaign.short_epochs, campaign.images, campaign.lr)
+    own, *random = evaluator(candidates, short, sources)
     return own, dict(zip(drawn, random, strict=True))
-
-
-def tuned(campaign: Campaign, epochs: int) -> FineTuning:
-    return FineTuning(Recipe(epochs=epochs, lr=campaign.lr, precision="fp32"), campaign.images)
 
 
 def widths(profile: Profile) -> Widths:

@@ -33,6 +33,9 @@ from zoo.search.masked_training import train_under_masks
 from zoo.search.tasks import Candidate, Task, load_tasks, say
 from zoo.search.workers import pool_of
 
+LR = 0.05
+"""Peak learning rate of every training."""
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -76,13 +79,13 @@ def main(config: Gate) -> None:
     columns: dict[str, tuple[Task, Fidelity]] = {
         "recalibration, 1,024 + 2,000 images": (task, Recalibration(1024, 2000)),
         "recalibration, 2,048 + all images": (task, Recalibration()),
-        "fine-tune, 1 epoch of a quarter": (task, tuned(1, config.images // 4)),
-        "fine-tune, 1 epoch": (task, tuned(1, config.images)),
+        "fine-tune, 1 epoch of a quarter": (task, FineTuning.of(1, config.images // 4, LR)),
+        "fine-tune, 1 epoch": (task, FineTuning.of(1, config.images, LR)),
     }
     if config.masked_epochs:
         twin = masked_twin(task, config)
         columns["recalibration, base trained under masks"] = (twin, Recalibration(1024, 2000))
-    long = tuned(config.epochs, config.images)
+    long = FineTuning.of(config.epochs, config.images, LR)
     config.out.mkdir(parents=True, exist_ok=True)
     ledger = Ledger(config.out / "ledger.jsonl")
     pool = pool_of(config.workers)
@@ -105,16 +108,12 @@ def main(config: Gate) -> None:
     print_table(config, agreements, costs)
 
 
-def tuned(epochs: int, images: int) -> FineTuning:
-    return FineTuning(Recipe(epochs=epochs, lr=0.05, precision="fp32"), images)
-
-
 def masked_twin(task: Task, config: Gate) -> Task:
     """The same task with its base network trained on, under random masks; kept in a file."""
     path = config.out / f"masked-{task.network[:12]}-{config.masked_epochs}.safetensors"
     if not path.exists():
         module = copy.deepcopy(task.module)
-        recipe = Recipe(epochs=config.masked_epochs, lr=0.05, precision="fp32")
+        recipe = Recipe(epochs=config.masked_epochs, lr=LR, precision="fp32")
         torch.set_num_threads(1)
         train_under_masks(module, task.groups, task.train, recipe)
         save_checkpoint(module, path, {"split_digest": task.split_digest})

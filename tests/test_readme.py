@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,10 @@ def test_the_example_for_any_network_runs(
     assert len(EXAMPLES) == 2
 
 
-def test_the_table_is_the_registrys() -> None:
-    import runpy
-
-    table = runpy.run_path(str(ROOT / "scripts" / "evidence_table.py"))["table"]()
-    assert table in README
-    assert len(table.splitlines()) > 6
+def test_the_tables_are_the_registrys() -> None:
+    tables = runpy.run_path(str(ROOT / "scripts" / "evidence_table.py"))
+    summary, details = tables["table"](), tables["details"]()
+    assert summary in README
+    assert details in (ROOT / "EVIDENCE.md").read_text(encoding="utf-8")
+    assert len(summary.splitlines()) > 6
+    assert details.count("| searched |") == len(summary.splitlines()) - 2

@@ -111,6 +111,17 @@ def test_the_winner_was_chosen_on_fresh_channels_by_fine_tuning(config, searched
     assert tuple(searched.kept.values()) in means
 
 
+def test_episodes_and_candidates_are_fine_tuned_where_that_is_asked_for(config, tmp_path):
+    own = dataclasses.replace(config, out=tmp_path, episodes=8, episode_images=128)
+    search(own)
+    fidelities = {row.key.fidelity for row in read([own.out])}
+    assert len(fidelities) == 2
+    assert {name.split(", recipe")[0] for name in fidelities} == {
+        "fine-tune, 1 epochs of 128 training images",
+        "fine-tune, 1 epochs of 256 training images",
+    }
+
+
 def test_a_rerun_replays_and_a_killed_run_goes_on(config, searched, monkeypatch):
     path, again = config.out / "ledger.jsonl", dataclasses.replace(config, resume=True)
     whole = path.read_text()
@@ -295,9 +306,10 @@ def test_the_command_of_a_profile_is_its_search(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"episodes": 0}, {"episodes": -8}, {"calibration_images": 0}, {"val_images": -60},
-        {"finalists": 0}, {"final_seeds": 0}, {"workers": 0}, {"finetune_images": 0},
-        {"std": 0.0}, {"finetune_lr": -1.0}, {"cf": ()}, {"budget": "soon"},
+        {"episodes": 0}, {"episodes": -8}, {"episode_images": 0}, {"calibration_images": 0},
+        {"val_images": -60}, {"finalists": 0}, {"final_seeds": 0}, {"workers": 0},
+        {"finetune_images": 0}, {"std": 0.0}, {"finetune_lr": -1.0}, {"cf": ()},
+        {"budget": "soon"},
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_at_once(changes):

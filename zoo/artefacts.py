@@ -5,7 +5,6 @@ Everything is written beside its place first and moved there whole.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,14 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zoo.checkpoints import RECORD, Uninitialised, read_safetensors
-from zoo.documents import decode_document, encode_document, read_json, write_json, write_text
+from zoo.documents import (
+    decode_document,
+    encode_document,
+    read_json,
+    replacing,
+    write_json,
+    write_text,
+)
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import build_model
 from zoo.pruning.known_groups import matching_groups
@@ -42,11 +48,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, s
     """
     path = Path(path)
     state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as scratch:
-            _save_tensors(state, Path(scratch, path.name), metadata)
-            os.replace(Path(scratch, path.name), path)
+    with _writing(path), replacing(path) as partial:
+        _save_tensors(state, partial, metadata)
 
 
 def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

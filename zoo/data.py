@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from zoo.documents import replacing
 from zoo.errors import DataError, unknown
 from zoo.images import AnyImages, ImageFiles, ImageSet, decode_all
 
@@ -113,10 +114,8 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages
     else:
         images = decode_all(paths, size)
         if cache:
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            temporary = cached.with_suffix(f".{os.getpid()}.npy")
-            np.save(temporary, images)
-            os.replace(temporary, cached)
+            with replacing(cached) as partial:
+                np.save(partial, images)
     return ImageSet(folder.name, torch.from_numpy(np.ascontiguousarray(images)), *told)
 
 

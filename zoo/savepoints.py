@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from zoo.batches import DeviceLoader
+from zoo.documents import replacing, write_text
 from zoo.errors import ZooError
 from zoo.pruning.fingerprint import digest
 from zoo.recipes import Recipe
@@ -83,26 +82,15 @@ def write_savepoint(
     lines = [json.dumps(vars(record)) + "\n" for record in history]
     content = {"identity": dict(identity), "state": dict(state)}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _replacing(folder / HISTORY) as partial:
-            partial.write_text("".join(lines), encoding="utf-8")
-        with _replacing(folder / SAVEPOINT) as partial:
+        for left_by_a_kill in folder.glob(f".*.{SAVEPOINT}"):
+            left_by_a_kill.unlink()
+        write_text(folder / HISTORY, "".join(lines))
+        with replacing(folder / SAVEPOINT) as partial:
             torch.save(content, partial)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
         raise ZooError(
             f"Cannot write to {folder}: {error}. The savepoint before this one is kept."
         ) from error
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which then takes the place of `path`; the same one after every kill."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_savepoint(

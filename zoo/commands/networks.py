@@ -33,19 +33,13 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainCommand:
-    """Train a dense network from scratch; its validation split stays unseen."""
+class _Training:
+    """What `train` and `finetune` have in common."""
 
-    arch: str
-    """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
     data: str
     """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
-    out: Path
-    """checkpoint to write, a .safetensors file"""
     data_dir: Path | None = None
     """folder of the data set's files"""
-    size: int = 32
-    """pixels per side that the images are resized to"""
     recipe: str = "standard"
     """quick, standard, long, or a TOML file"""
     epochs: int | None = None
@@ -53,17 +47,29 @@ class TrainCommand:
     lr: float | None = None
     """peak learning rate, instead of the recipe's"""
     seed: int = 0
-    """of the initial weights, shuffling and augmentation"""
+    """of shuffling, augmentation and new weights"""
     resume: bool = False
-    """go on from the last epoch that an interrupted training finished"""
+    """go on from the last epoch that an interrupted training of this output finished"""
     track: tuple[str, ...] = ()
     """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand(_Training):
+    """Train a dense network from scratch; its validation split stays unseen."""
+
+    arch: str
+    """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
+    out: Path
+    """checkpoint to write, a .safetensors file"""
+    size: int = 32
+    """pixels per side that the images are resized to"""
 
 
 def train(command: TrainCommand) -> int | None:
     from zoo.artefacts import save_checkpoint
 
-    recipe = _recipe(command.recipe, command.epochs, command.lr)
+    recipe = _recipe(command)
     _check_writable(command.out)
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
     model = zoo.create_model(
@@ -172,38 +178,22 @@ def prune(command: PruneCommand) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneCommand:
+class FinetuneCommand(_Training):
     """Train a pruned network; the weights of the best validation accuracy are kept."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """pruned network, as `zoo prune` writes it"""
-    data: str
-    """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
-    data_dir: Path | None = None
-    """folder of the data set's files"""
     size: int | None = None
     """pixels per side; by default what the network was pruned for"""
-    recipe: str = "standard"
-    """quick, standard, long, or a TOML file"""
-    epochs: int | None = None
-    """instead of the recipe's"""
-    lr: float | None = None
-    """peak learning rate, instead of the recipe's"""
     teacher: str = "auto"
     """dense checkpoint to distil from; source for the one that the network was pruned from, auto
     for that where it can be read, or none"""
-    seed: int = 0
-    """of shuffling and augmentation"""
     out: Path | None = None
     """folder to write to; by default the folder it came from"""
-    resume: bool = False
-    """go on from the last epoch that an interrupted fine-tune into this folder finished"""
-    track: tuple[str, ...] = ()
-    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
 
 
 def finetune(command: FinetuneCommand) -> int | None:
-    recipe = _recipe(command.recipe, command.epochs, command.lr)
+    recipe = _recipe(command)
     model = zoo.load_pruned(command.folder)
     record: Any = model.pruning
     size = command.size or record.image_size
@@ -261,15 +251,15 @@ def evaluate(command: EvaluateCommand) -> None:
     )
 
 
-def _recipe(name: str, epochs: int | None, lr: float | None) -> Recipe:
+def _recipe(command: _Training) -> Recipe:
     from zoo.recipes import read_recipe
 
-    given = {"epochs": epochs, "lr": lr}
+    given = {"epochs": command.epochs, "lr": command.lr}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     for key, value in changes.items():
         if not value > 0:
             raise ZooError(f"--{key} must be positive, got {value}.")
-    return dataclasses.replace(read_recipe(name), **changes)
+    return dataclasses.replace(read_recipe(command.recipe), **changes)
 
 
 def _check_writable(path: Path) -> None:

@@ -17,7 +17,6 @@ from zoo.groups import ChannelGroups
 from zoo.profile import Profile
 from zoo.pruning.known_groups import reference_groups
 from zoo.pruning.policies import POLICIES, policy_solution
-from zoo.recipes import Recipe
 from zoo.search.agents import Episode
 from zoo.search.env import PruningEnv
 from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration, live_features
@@ -39,10 +38,10 @@ TOGETHER = 8
 def search_profile(config: SearchConfig) -> tuple[Profile, ...]:
     """Search by an agent for profiles of an architecture, one per factor, choose, and write them.
 
-    Episodes are measured by recalibration alone. The best distinct ones of every task, and what the
-    agent itself proposes in the end, are measured again with channel seeds that no episode used;
-    the best few of those get a short fine-tune on the held-back base networks, again on fresh
-    seeds, and the best mean wins.
+    Episodes are measured after a recalibration, or after one epoch of `episode_images`. The best
+    distinct ones of every task, and what the agent itself proposes in the end, are measured again
+    with channel seeds that no episode used; the best few of those get a longer fine-tune on the
+    held-back base networks, again on fresh seeds, and the best mean wins.
 
     `config.out` holds `ledger.jsonl`, written as the search goes (running the same configuration
     again with `resume` replays it and goes on), each profile as `<metric>-cf<cf>.json` as soon as
@@ -138,7 +137,13 @@ class _Search:
     @property
     def fidelity(self) -> Fidelity:
         """That episodes are measured at."""
-        return Recalibration(self.config.calibration_images, self.config.val_images)
+        return self._cheap(self.config.val_images)
+
+    def _cheap(self, val_images: int | None) -> Fidelity:
+        config = self.config
+        if config.episode_images is not None:
+            return FineTuning.of(1, config.episode_images, config.finetune_lr)
+        return Recalibration(config.calibration_images, val_images)
 
     def _candidates(self, cf: float, proposals: Sequence[Episode]) -> list[Widths]:
         """Distinct widths: the best episodes at `cf`, the tasks in turn, then what is proposed.
@@ -179,14 +184,13 @@ class _Search:
         """Channel seeds that no episode used, and the fidelity that candidates are measured at."""
         first = SEARCH_SEEDS[1]
         seeds = range(first, first + self.config.final_seeds)
-        return seeds, Recalibration(self.config.calibration_images)
+        return seeds, self._cheap(None)
 
     def _choose(self, candidates: Sequence[Widths]) -> tuple[Widths, Fidelity]:
         """The candidate of best mean over base networks and fresh seeds, and what measured it."""
         config, (seeds, fidelity) = self.config, self._fresh
         finalists = self._rank(candidates, self.tasks, seeds, fidelity)[: config.finalists]
-        recipe = Recipe(epochs=config.finetune_epochs, lr=config.finetune_lr, precision="fp32")
-        tuned = FineTuning(recipe, config.finetune_images)
+        tuned = FineTuning.of(config.finetune_epochs, config.finetune_images, config.finetune_lr)
         seeds = range(seeds.stop, seeds.stop + config.final_seeds)
         return self._rank(finalists, self.judges, seeds, tuned)[0], tuned
 

@@ -98,6 +98,11 @@ class FineTuning:
     recipe: Recipe
     train_images: int | None = None
 
+    @classmethod
+    def of(cls, epochs: int, train_images: int | None, lr: float) -> FineTuning:
+        """The plain recipe in fp32, that rankings and evidence are measured by."""
+        return cls(Recipe(epochs=epochs, lr=lr, precision="fp32"), train_images)
+
     @property
     def name(self) -> str:
         settings = sorted(encode(self.recipe, terse=True).items())

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.documents import SCHEMA_VERSION, decode, encode
+from zoo.documents import SCHEMA_VERSION, decode, encode, replacing
 from zoo.errors import DocumentError, ZooError, unknown
 
 try:
@@ -188,15 +188,10 @@ def merge(paths: Iterable[Path], target: Path) -> int:
     flat.sort(key=lambda row: tuple(map(str, row.values())))
     pyarrow, parquet = _pyarrow()
     table = pyarrow.Table.from_pylist(flat)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with replacing(target) as partial:
         parquet.write_table(
-            table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), temporary
+            table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), partial
         )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return len(flat)
 
 

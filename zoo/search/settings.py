@@ -26,6 +26,7 @@ __all__ = ["SearchConfig", "cost_of", "parse_budget", "pool_for", "trainer_of"]
 _COUNTS = (
     "episodes",
     "workers",
+    "episode_images",
     "calibration_images",
     "val_images",
     "candidates",
@@ -77,10 +78,13 @@ class SearchConfig:
     """processes that evaluate; one per core by default"""
     cluster: str | None = None
     """evaluate on Ray: the address of a cluster, or local"""
+    episode_images: int | None = None
+    """training images of a fine-tune of one epoch before an episode is measured; by default it is
+    recalibrated alone"""
     calibration_images: int = 1024
     """training images for the recalibration of a candidate"""
     val_images: int | None = 2000
-    """validation images that episodes are measured on"""
+    """validation images that episodes are measured on, after a recalibration alone"""
     candidates: int = 12
     """distinct best profiles that are measured again, on all images and fresh channels"""
     finalists: int = 5
@@ -92,7 +96,7 @@ class SearchConfig:
     finetune_images: int | None = 10_000
     """training images of the short fine-tune"""
     finetune_lr: float = 0.05
-    """peak learning rate of the short fine-tune"""
+    """peak learning rate of every fine-tune"""
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
