@@ -21,6 +21,7 @@ import tyro
 import zoo
 from zoo.data import Splits
 from zoo.savepoints import discard
+from zoo.search.tasks import sample
 
 PLAIN = zoo.Recipe()
 ALL = replace(PLAIN, ema=0.99, label_smoothing=0.1, cutmix=1.0, rand_augment=5)
@@ -54,6 +55,8 @@ class Ablation:
     """compression factor, of params"""
     profile: str = "searched"
     """profile or policy"""
+    images: int | None = None
+    """training images of every fine-tune; all by default"""
     epochs: int = 20
     """of every fine-tune"""
     lr: float = 0.1
@@ -117,7 +120,7 @@ def measure(
     folder = config.out / f"{arm} {init} {seed}"
     zoo.finetune(
         model,
-        splits.train,
+        sample(splits.train, config.images),
         None,
         teacher=teacher,
         recipe=replace(recipe, epochs=config.epochs, lr=config.lr),
@@ -131,10 +134,11 @@ def measure(
 
 
 def print_table(config: Ablation, splits: Splits, results: Results) -> None:
+    images = config.images or len(splits.train)
     print(
         f"\nTest accuracy on {splits.test.name}, {config.arch} at {config.cf:g}x params by "
-        f"{config.profile}, {config.epochs} epochs, lr {config.lr:g}, last weights, "
-        f"{len(config.seeds)} seeds, mean ± standard deviation."
+        f"{config.profile}, {config.epochs} epochs of {images:,} images, "
+        f"lr {config.lr:g}, last weights, {len(config.seeds)} seeds, mean ± standard deviation."
     )
     print(f"\n| | {' | '.join(f'{init} weights' for init in INITS)} |\n|---|---:|---:|")
     for arm in config.arms:
