@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
 import torch
 
 import zoo
-from zoo.latency import device_name
-from zoo.measurement import BenchmarkRow
+from zoo.measurement import BenchmarkRow, Latency, machine
 from zoo.models import architecture
 
 HEAD = [
     "architecture", "asked", "got", "align", "provider", "precision", "batch", "dense, ms",
-    "pruned, ms", "MACs", "measured", "efficiency",
+    "pruned, ms", "dense, img/s", "pruned, img/s", "dense, MB", "pruned, MB",
+    "dense peak, MB", "pruned peak, MB", "MACs", "measured", "efficiency",
 ]  # fmt: skip
+CONDITIONS = ("machine", "profile", "options")
+"""What the cases of one table share."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class Deploy:
 
 def bench_deploy(config: Deploy) -> None:
     """Measure the cases that are missing, and print all of them."""
+    threads = config.options.threads or torch.get_num_threads()
+    options = dataclasses.replace(config.options, threads=threads)
+    config = dataclasses.replace(config, options=options)
     known = read(config.out)
     cases = itertools.product(config.architectures, config.metrics, config.factors, config.aligns)
     for arch, metric, cf, align in cases:
@@ -62,8 +65,8 @@ def bench_deploy(config: Deploy) -> None:
             "cf": cf,
             "align": align,
             "profile": config.profile,
-            "machine": machine(config.options.threads),
-            "options": json.loads(json.dumps(dataclasses.asdict(config.options))),
+            "machine": machine(threads),
+            "options": json.loads(json.dumps(dataclasses.asdict(options))),
         }
         if not any(case == {key: row[key] for key in case} for row in known):
             known.append(case | measured(config, arch, metric, cf, align))
@@ -90,30 +93,41 @@ def measured(config: Deploy, arch: str, metric: str, cf: float, align: int) -> d
     dense = zoo.create_model(arch, architecture(arch).num_classes)
     try:
         pruned = zoo.load(arch, cf, dense, profile=config.profile, metric=metric, align=align)
+        rows = zoo.benchmark(dense, pruned, options=config.options)
     except zoo.ZooError as error:
         return {"got": None, "error": str(error), "rows": []}
-    rows = zoo.benchmark(dense, pruned, options=config.options)
     record: Any = pruned.pruning
     return {"got": record.plan.got, "rows": [flat(row) for row in rows]}
 
 
 def flat(row: BenchmarkRow) -> dict[str, Any]:
-    """A row's numbers, with the ratios that it computes."""
-    ratios = {"ratio": row.ratio, "efficiency": row.efficiency, "verdict": row.verdict}
-    return dataclasses.asdict(row) | ratios
+    """A row's numbers, with those that it computes."""
+    computed = {
+        "ratio": row.ratio,
+        "efficiency": row.efficiency,
+        "verdict": row.verdict,
+        "images_per_second": [side.images_per_second for side in (row.dense, row.pruned)],
+    }
+    return dataclasses.asdict(row) | computed
 
 
 def markdown(cases: list[dict[str, Any]]) -> str:
-    """Every measurement as a line of a Markdown table, under the machine it was made on."""
+    """Every measurement as a line of a Markdown table, under the conditions it was made in."""
     lines = []
-    for name in dict.fromkeys(case["machine"] for case in cases):
-        lines += ["", f"{name}; median (10th to 90th percentile) of each batch", ""]
+    tables = {json.dumps([case[key] for key in CONDITIONS]): case for case in cases}
+    for conditions, first in tables.items():
+        options = ", ".join(f"{name} {value}" for name, value in first["options"].items())
+        lines += ["", f"{first['machine']}; profile {first['profile']}; {options}."]
+        lines += ["Median (10th to 90th percentile) of each batch.", ""]
         lines += [line_of(HEAD), line_of(["---"] * len(HEAD))]
-        for case in (case for case in cases if case["machine"] == name):
+        for case in cases:
+            if json.dumps([case[key] for key in CONDITIONS]) != conditions:
+                continue
             lines += [line_of(cells_of(case, row)) for row in case["rows"]]
             if not case["rows"]:
                 asked = f"{case['cf']:g}x {case['metric']}"
-                lines.append(line_of([case["architecture"], asked, case["error"]]))
+                error = " ".join(case["error"].split())
+                lines.append(line_of([case["architecture"], asked, error]))
     return "\n".join(lines)
 
 
@@ -131,19 +145,15 @@ def cells_of(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
         dense["provider"].removesuffix("ExecutionProvider"),
         dense["precision"],
         str(dense["batch"]),
-        *(spread(side["latency"]) for side in (dense, pruned)),
+        *(str(Latency(**side["latency"])) for side in (dense, pruned)),
+        *(f"{rate:,.0f}" for rate in row["images_per_second"]),
+        *(megabytes(side[size]) for size in ("bytes", "peak_bytes") for side in (dense, pruned)),
         f"{row['macs_ratio']:.2f}x",
         row["verdict"],
         f"{row['efficiency']:.0%}",
     ]
 
 
-def spread(latency: dict[str, Any]) -> str:
-    return f"{latency['median_ms']:.2f} ({latency['p10_ms']:.2f}-{latency['p90_ms']:.2f})"
-
-
-def machine(threads: int | None) -> str:
-    """Device, threads and version that a measurement is of."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    name = f"{device_name(torch.device(kind))}, {threads or os.cpu_count()} CPU threads"
-    return f"{name}, ONNX Runtime {onnxruntime.__version__}"
+def megabytes(count: int | None) -> str:
+    """Empty where the bytes are not known."""
+    return "" if count is None else f"{count / 1e6:.2f}"

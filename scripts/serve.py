@@ -6,7 +6,6 @@ curl --data-binary @picture.jpg http://localhost:8000
 import io
 import os
 
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -14,19 +13,25 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import zoo
+from zoo.pictures import open_picture
 
 session = zoo.InferenceSession(os.environ["MODEL"])
 
 
-async def classify(request: Request) -> JSONResponse:
-    """The logits of the picture in the body, and the class of the largest."""
+def classified(body: bytes) -> JSONResponse:
+    """The logits of the picture in `body`, and the class of the largest."""
     try:
-        picture = Image.open(io.BytesIO(await request.body())).convert("RGB")
-    except OSError as error:
+        picture = open_picture(io.BytesIO(body))
+    except zoo.ZooError as error:
         return JSONResponse({"error": str(error)}, status_code=400)
-    (logits,) = await run_in_threadpool(session, picture)
+    (logits,) = session(picture)
     names = session.metadata.classes or tuple(map(str, range(len(logits))))
     return JSONResponse({"class": names[logits.argmax()], "logits": logits.tolist()})
+
+
+async def classify(request: Request) -> JSONResponse:
+    """Decoding and inference in a thread, so that other requests are heard meanwhile."""
+    return await run_in_threadpool(classified, await request.body())
 
 
 app = Starlette(routes=[Route("/", classify, methods=["POST"])])

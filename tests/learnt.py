@@ -12,8 +12,13 @@ from zoo.data import ImageSet, Splits
 
 __all__ = ["SAMPLE", "halves", "logits", "trained"]
 
-SAMPLE = {"cnet": (8, 0.02), "resnet20-16": (8, 0.1)}
-"""Architecture -> pixels per side of its images, and the learning rate that suits it."""
+SAMPLE = {
+    "cnet": (8, 4, 0.02),
+    "resnet20-16": (8, 4, 0.1),
+    "torchvision:resnet18": (32, 4, 0.05),
+    "torchvision:mobilenet_v2": (32, 10, 0.1),
+}
+"""Architecture -> pixels per side of its images, and the epochs and learning rate that suit it."""
 
 
 @functools.cache
@@ -36,11 +41,11 @@ def halves(size: int) -> Splits:
 @functools.cache
 def trained(arch: str) -> tuple[nn.Module, Splits]:
     """A network pruned 2x that has learnt its classes, and the images."""
-    size, lr = SAMPLE[arch]
+    size, epochs, lr = SAMPLE[arch]
     splits = halves(size)
     dense = zoo.create_model(arch, 6, image_size=size)
     model = zoo.load(arch, 2, dense, profile="equal", image_size=size)
-    recipe = zoo.Recipe(epochs=4, batch_size=32, lr=lr)
+    recipe = zoo.Recipe(epochs=epochs, batch_size=32, lr=lr)
     zoo.finetune(model, splits.train, splits.val, recipe=recipe)
     return model, splits
 

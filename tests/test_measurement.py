@@ -13,10 +13,19 @@ from rich.console import Console
 from torch import nn
 
 import zoo
+from zoo.commands import deploying
 from zoo.deployment import BenchmarkOptions
 from zoo.errors import ExportError, ZooError
-from zoo.measurement import BenchmarkRow, Latency, Measurement, benchmark, compare, time_calls
-from zoo.rendering import benchmark_table, comparison_table
+from zoo.measurement import (
+    BenchmarkRow,
+    ComparisonRow,
+    Latency,
+    Measurement,
+    benchmark,
+    compare,
+    time_calls,
+)
+from zoo.rendering import benchmark_table, comparison_table, print_tables
 
 QUICK = BenchmarkOptions(batch_sizes=(1, 4), repeats=3, warmup=1, memory=False, threads=1)
 
@@ -123,9 +132,70 @@ def test_a_comparison_counts_every_network_once() -> None:
         zoo.evaluate(network, test).accuracy for network in (dense, pruned)
     ]
     assert [cell.batch for cell in rows[1].measurements] == [1, 4]
-    text = shown(comparison_table(rows))
-    assert f"{plan.pruned.macs:,}" in text
-    assert "CPU fp32 batch 4, ms" in text
+    head, *lines = (line.split() for line in shown(comparison_table(rows)).splitlines())
+    assert " ".join(head) == (
+        "network params MACs accuracy provider precision batch ms img/s file memory"
+    )
+    assert [line[0] for line in lines] == ["dense", "CPU", "half", "CPU"]
+    small = rows[1].measurements
+    assert lines[2][1:3] == [f"{plan.pruned.params:,}", f"{plan.pruned.macs:,}"]
+    assert lines[3] == [
+        "CPU", "fp32", "4", *str(small[1].latency).split(), f"{small[1].images_per_second:,.0f}",
+        f"{small[1].bytes:,}",
+    ]  # fmt: skip
+
+
+def test_tables_lose_no_number_when_piped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert str(Latency(5129.87, 0.012345, 123456.7, 5)) == "5130 (0.0123-123000)"
+    latency = Latency(5129.87, 5081.2, 5391.4, 5)
+    side = Measurement("a", "TensorrtExecutionProvider", "int8-symmetric", 256, latency, 8, 10**9)
+    row = BenchmarkRow(side, side, 123.45)
+    compared = ComparisonRow("a network of a long name", 10**9, 10**12, 0.5, (side,) * 4)
+    print_tables([benchmark_table([row]), comparison_table([compared])])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 5  # none was broken
+    assert lines[1].count("5130 (5080-5390)") == 2
+    assert lines[1].split()[-4:] == ["123.45x", "as", "fast", "1%"]
+    assert lines[3].split()[-5:] == ["5130", "(5080-5390)", "50", "8", "1,000,000,000"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.lstm(images)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "message"),
+    [
+        ("cnet", (1, 3, 16, 16), "does not take images of shape"),
+        ("cnet", (3, 8, 8), "example_input must be float images"),
+        (Recurrent(), (1, 3, 8, 8), "does not take images of shape"),
+        (nn.Flatten(), (1, 3, 8, 8), "dense has no multiply-accumulates"),
+        ("a.pt", (1, 3, 8, 8), "Only modules can be exported, not str"),
+    ],
+)
+def test_networks_and_images_that_cannot_be_measured_are_named(
+    network: object, shape: tuple[int, ...], message: str
+) -> None:
+    if network == "cnet":
+        network = zoo.create_model("cnet", 6, image_size=8)
+    with pytest.raises(ExportError, match=message):
+        benchmark(network, network, example_input=torch.zeros(shape), options=QUICK)
+    with pytest.raises(ExportError, match=message.replace("dense", "a")):
+        compare({"a": network}, example_input=torch.zeros(shape), options=QUICK)
+
+
+def test_networks_for_images_of_two_sizes_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"a": (nn.Identity(), 8), "b": (nn.Identity(), 32)}
+    monkeypatch.setattr(deploying, "read_network", lambda name, *_: sizes[name])
+    with pytest.raises(ZooError, match=r"images of 8, 32 pixels per side; .* --size"):
+        deploying.compare(deploying.CompareCommand(networks=("a", "b")))
+    with pytest.raises(ZooError, match="Name at least one"):
+        deploying.compare(deploying.CompareCommand(networks=()))
 
 
 def test_requests_that_cannot_be_met_are_named() -> None:
@@ -137,6 +207,7 @@ def test_requests_that_cannot_be_met_are_named() -> None:
         ({"batch_sizes": ()}, "nothing to measure"),
         ({"batch_sizes": (0,)}, "batch size must be"),
         ({"precisions": ("fp61",)}, "Did you mean 'fp16'"),
+        ({"providers": ("CPUExecutionProvider",), "cuda_graph": True}, "CUDA graphs need"),
         ({"providers": ("CPU",)}, "Unknown ONNX Runtime provider 'CPU'"),
     ):
         asked = BenchmarkOptions(**(vars(QUICK) | options))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -288,7 +289,7 @@ def test_modules_that_cannot_be_exported_say_why_and_print_nothing(
 
 
 def test_a_batch_size_baked_into_the_module_is_never_exported(tmp_path: Path) -> None:
-    with pytest.raises(ExportError):
+    with pytest.raises(ExportError, match=r"cannot be converted to ONNX: .*batch"):
         export(FixedBatch(), tmp_path / "model.onnx", inputs=noise(4))
     assert list(tmp_path.iterdir()) == []
 
@@ -297,6 +298,17 @@ def test_weights_that_are_not_finite_are_an_error(small: nn.Module, tmp_path: Pa
     small.fc.weight.data[0, 0] = float("nan")
     with pytest.raises(ExportError, match="not finite"):
         export(small, tmp_path / "small.onnx", inputs=noise(4))
+
+
+def test_what_is_no_module_or_cannot_be_copied_is_named(small: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "small.onnx"
+    for other, kind in ((small.state_dict(), "OrderedDict"), ("small.pt", "str")):
+        with pytest.raises(ExportError, match=f"Only modules can be exported, not {kind}"):
+            export(other, path, inputs=noise(4))  # type: ignore[arg-type]
+    small.lock = threading.Lock()
+    with pytest.raises(ExportError, match=r"cannot be copied for export: .*lock"):
+        export(small, path, inputs=noise(4))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

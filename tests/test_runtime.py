@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import re
+import warnings
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +19,7 @@ import pytest
 import torch
 from learnt import halves, trained
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo import onnx_providers
 from zoo.deployment import ExportOptions
@@ -123,6 +128,10 @@ def test_pictures_that_cannot_be_read_or_prepared_are_errors(
         list(session.predict(tmp_path))
     with pytest.raises(ExportError, match="several shapes"):
         list(session.predict([noise(1)[0], noise(1, 9)[0]]))
+    with pytest.raises(ExportError, match="several shapes"):
+        session([noise(1)[0].numpy(), noise(1, 9)[0].numpy()])
+    with pytest.raises(ExportError, match="There are no images"):
+        session([])
     with pytest.raises(ExportError, match="not str"):
         session("a.png")
     with pytest.raises(ZooError, match="batch_size"):
@@ -131,6 +140,34 @@ def test_pictures_that_cannot_be_read_or_prepared_are_errors(
     export(model, tmp_path / "silent.onnx", inputs=noise(4))
     with pytest.raises(ExportError, match="does not say how pictures become its images"):
         InferenceSession(tmp_path / "silent.onnx", CPU)(pictures(1))
+
+
+def test_a_read_only_array_is_taken_in_silence(small_file: Path) -> None:
+    images = noise(2).numpy()
+    expected = InferenceSession(small_file, CPU)(images)
+    images.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(InferenceSession(small_file, CPU)(images), expected)
+
+
+def test_a_gpu_sees_batches_of_one_shape_alone(small_file: Path) -> None:
+    """The last one is filled up, and what that adds is dropped."""
+    session = InferenceSession(small_file, CPU)
+    plain = InferenceSession(small_file, CPU)
+    shapes = []
+
+    class Buffers:
+        def run(self, images: Tensor) -> Tensor:
+            shapes.append(tuple(images.shape))
+            return plain(images)
+
+    session._buffers = Buffers()
+    images = noise(8)
+    got = list(session.predict(images.numpy(), batch_size=3))
+    assert shapes == [(3, 3, 8, 8)] * 3
+    assert [number for number, _ in got] == list(range(8))
+    np.testing.assert_allclose([logits for _, logits in got], plain(images), atol=1e-5)
 
 
 def changed(path: Path, **properties: str) -> Path:
@@ -152,6 +189,15 @@ def test_metadata_come_back_as_they_went_and_foreign_ones_are_let_be(small_file:
     assert metadata.compression_factor == model.pruning.plan.got
     with pytest.raises(ExportError, match="mean is 'grey' in the metadata"):
         InferenceSession(changed(small_file, mean="grey"), CPU)
+    for values, message in (
+        ({"mean": '"abc"'}, r"changed\.onnx\.mean: expected a list, got 'abc'"),
+        ({"mean": '["a", "b", "c"]'}, "expected a number, got 'a'"),
+        ({"image_shape": "[3, 8, 8.5]"}, "expected an integer, got 8.5"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            InferenceSession(changed(small_file, **values), CPU)
+    with pytest.raises(ExportError, match="does not say how pictures become its images"):
+        InferenceSession(changed(small_file, std="[1, 1]"), CPU)(pictures(1))
     with pytest.raises(ExportError, match="newer prunezoo"):
         InferenceSession(changed(small_file, prunezoo="2"), CPU)
     file = onnx.load(small_file)
@@ -199,42 +245,113 @@ def test_a_provider_that_fails_at_run_time_is_one_error(
     assert capfd.readouterr() == ("", "")
 
 
-def test_cuda_graphs_need_a_gpu(small_file: Path) -> None:
-    with pytest.raises(ExportError, match="CUDA graphs need"):
-        InferenceSession(small_file, CPU, cuda_graph=True)
+def test_cuda_graphs_need_cuda(small_file: Path) -> None:
+    for providers in (CPU, onnx_providers.TENSORRT, [onnx_providers.TENSORRT, onnx_providers.CUDA]):
+        with pytest.raises(ExportError, match="CUDA graphs need CUDAExecutionProvider, not "):
+            InferenceSession(small_file, providers, cuda_graph=True)
     if not torch.cuda.is_available():
         with pytest.raises(ExportError, match="CUDAExecutionProvider cannot be used here"):
             InferenceSession(small_file, cuda_graph=True)
 
 
-@pytest.mark.parametrize(
-    ("working", "expected"),
-    [
-        ({onnx_providers.TENSORRT, onnx_providers.CUDA}, onnx_providers.TENSORRT),
-        ({onnx_providers.CUDA}, onnx_providers.CUDA),
-    ],
-)
-def test_tensorrt_comes_before_cuda(
-    working: set[str], expected: str, small_file: Path, monkeypatch: pytest.MonkeyPatch
+class Machine:
+    """An ONNX Runtime with providers of which some work; the others fail, or are left out."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, failures: dict[str, str | None]) -> None:
+        machine, self.tried = self, []
+
+        class Session:
+            def __init__(self, *_: Any, providers: list[tuple[str, dict]], **__: Any) -> None:
+                self.names = [name for name, _ in providers]
+                machine.tried.append(self.names)
+                for name in self.names:
+                    if failures.get(name):
+                        raise RuntimeError(failures[name])
+
+            def get_providers(self) -> list[str]:
+                return [*(name for name in self.names if name not in failures), CPU]
+
+        ort = onnx_providers.onnxruntime_module()
+        built = [onnx_providers.TENSORRT, onnx_providers.CUDA, CPU]
+        monkeypatch.setattr(ort, "InferenceSession", Session)
+        monkeypatch.setattr(ort, "get_available_providers", lambda: built)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+
+def test_tensorrt_comes_before_cuda_and_cuda_behind_it(
+    small_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Opened:
-        def __init__(self, providers: list[str]) -> None:
-            self.providers = providers
+    tensorrt, cuda = onnx_providers.TENSORRT, onnx_providers.CUDA
+    machine = Machine(monkeypatch, {})
+    for asked, names in (
+        (None, [tensorrt, cuda]),
+        ([tensorrt], [tensorrt, cuda]),
+        ([cuda], [cuda]),
+        ([tensorrt, CPU], [tensorrt, cuda, CPU]),
+    ):
+        assert onnx_providers.open_session(small_file, asked, None, False).names == names
+    assert onnx_providers.open_session(small_file, None, None, True).names == [cuda]
+    assert len(machine.tried) == 5
+    machine = Machine(monkeypatch, {tensorrt: None})
+    assert onnx_providers.open_session(small_file, None, None, False).names == [cuda]
+    assert machine.tried == [[tensorrt, cuda], [cuda]]
 
-    def accelerated(_: Path, providers: list[str], *__: Any) -> Opened | None:
-        return Opened(providers) if set(providers) <= working else None
 
-    ort = onnx_providers.onnxruntime_module()
-    built = [onnx_providers.TENSORRT, onnx_providers.CUDA, CPU]
-    monkeypatch.setattr(ort, "get_available_providers", lambda: built)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(onnx_providers, "_accelerated", accelerated)
-    assert onnx_providers.open_session(small_file, None, None, False).providers[0] == expected
+def test_the_reason_of_a_failure_is_quoted(
+    small_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt, cuda = onnx_providers.TENSORRT, onnx_providers.CUDA
+    Machine(monkeypatch, {cuda: "Failed to allocate 9 bytes.\nat line 8"})
+    for options in ({"providers": [cuda]}, {"cuda_graph": True}):
+        asked = {"providers": None, "threads": None, "cuda_graph": False} | options
+        with pytest.raises(ExportError, match=r"here: Failed to allocate 9 bytes\. Av") as caught:
+            onnx_providers.open_session(small_file, **asked)
+        assert f"Available: {tensorrt}, {CPU}. " in str(caught.value)
+        assert "line 8" not in str(caught.value)
+    with pytest.warns(UserWarning, match="runs on the CPU.*It says: Failed to allocate 9 bytes"):
+        assert onnx_providers.open_session(small_file, None, None, False).names == [CPU]
+
+
+def test_tensorrts_engines_are_kept_by_the_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own names for them tell the file's name and its graph, and no weights."""
+    model, splits = trained("cnet")
+
+    def engines(path: Path) -> str:
+        options = onnx_providers._provider_options(onnx_providers.TENSORRT, path, False)
+        return options["trt_engine_cache_path"]
+
+    path = tmp_path / "m.onnx"
+    for external in (1 << 30, 1000):
+        monkeypatch.setattr("zoo.onnx_export.EXTERNAL_BYTES", external)
+        export(model, path, inputs=splits.val)
+        first = engines(path)
+        assert Path(first).is_dir()
+        assert engines(path) == first
+        export(tuned(model), path, inputs=splits.val)
+        assert engines(path) != first
+    (weights,) = tmp_path.glob("*.data")
+    second = engines(path)
+    content = bytearray(weights.read_bytes())
+    content[100] ^= 1
+    weights.write_bytes(content)
+    assert engines(path) != second
+
+
+def tuned(model: nn.Module) -> nn.Module:
+    """A copy with other weights."""
+    other = copy.deepcopy(model)
+    other.fc.weight.data.mul_(1.5)
+    return other
 
 
 def test_threads_are_onnx_runtimes(small_file: Path) -> None:
     session = InferenceSession(small_file, CPU, threads=3)
-    assert session._session.get_session_options().intra_op_num_threads == 3
+    options = session._session.get_session_options()
+    assert options.intra_op_num_threads == 3
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
     with pytest.raises(ZooError, match="threads"):
         InferenceSession(small_file, CPU, threads=0)
 
@@ -279,6 +396,24 @@ def test_a_file_that_takes_something_else_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(onnx.TensorProto.FLOAT, ["n", 3, 8, 8]), (onnx.TensorProto.DOUBLE, ["n", 3])],
+)
+def test_a_file_that_gives_no_logits_is_an_error(
+    kind: int, shape: list[str | int], tmp_path: Path
+) -> None:
+    value = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, shape)
+    result = onnx.helper.make_tensor_value_info("maps", kind, shape)
+    node = onnx.helper.make_node("Cast", ["images"], ["maps"], to=kind)
+    graph = onnx.helper.make_graph([node], "maps", [value], [result])
+    opset = [onnx.helper.make_opsetid("", 18)]
+    path = tmp_path / "maps.onnx"
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    with pytest.raises(ExportError, match=r"gives maps: tensor\(.*; expected .* logits"):
+        InferenceSession(path, CPU)
+
+
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("CPUExecutionProvdier", "Did you mean 'CPUExecutionProvider'"),
@@ -311,8 +446,10 @@ def test_a_gpu_that_onnx_runtime_cannot_use_falls_back_with_a_warning(
     if "CUDAExecutionProvider" not in onnx_providers.onnxruntime_module().get_available_providers():
         pytest.skip("needs onnxruntime-gpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.warns(UserWarning, match="runs on the CPU: CUDAExecutionProvider needs"):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.warns(UserWarning, match="runs on the CPU: CUDAExecutionProvider needs") as caught:
         session = InferenceSession(small_file)
+    assert "ONNX Runtime does not load it" in str(caught[0].message)
     assert session.providers == ("CPUExecutionProvider",)
     assert capfd.readouterr() == ("", "")
 
@@ -333,14 +470,41 @@ def test_cuda_computes_what_the_cpu_computes(small_file: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_a_cuda_graph_replays_for_every_shape(small_file: Path) -> None:
+def test_a_cuda_graph_replays_for_every_shape_and_its_own_images(small_file: Path) -> None:
     session = InferenceSession(small_file, "CUDAExecutionProvider", cuda_graph=True)
     plain = InferenceSession(small_file, CPU)
-    for count in (4, 9, 4, 9):
-        images = noise(count)
-        torch.testing.assert_close(
-            session(images.cuda()).cpu(), plain(images), rtol=1e-2, atol=1e-2
-        )
+    images = noise(60)
+    start = 0
+    for count in (4, 9, 4, 9, 4, 4):
+        part = images[start : start + count]
+        start += count
+        torch.testing.assert_close(session(part.cuda()).cpu(), plain(part), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_threads_share_a_gpu_session(small_file: Path) -> None:
+    session = InferenceSession(small_file, "CUDAExecutionProvider")
+    plain = InferenceSession(small_file, CPU)
+    images = noise(64 * 32).split(64)
+    expected = [plain(part) for part in images]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            for got, right in zip(pool.map(session, images), expected, strict=True):
+                torch.testing.assert_close(got, right, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_closed_session_is_gone_at_once(small_file: Path) -> None:
+    """With its memory, and no collector's help."""
+    gc.disable()
+    try:
+        session = InferenceSession(small_file, "CUDAExecutionProvider")
+        session(noise(4).cuda())
+        inner = weakref.ref(session._session)
+        del session
+        assert inner() is None
+    finally:
+        gc.enable()
 
 
 def test_only_device_discovery_lines_are_dropped(capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -76,7 +77,22 @@ def test_a_body_that_is_no_picture_is_refused_and_the_server_goes_on(
     served: tuple[Path, str],
 ) -> None:
     _, address = served
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        post(address, b"no picture")
-    assert refused.value.code == 400
-    assert "identify" in json.load(refused.value)["error"]
+    whole = io.BytesIO()
+    Image.effect_noise((64, 64), 80).save(whole, "PNG")
+    for body, reason in (
+        (b"no picture", "identify"),
+        (whole.getvalue()[: len(whole.getvalue()) // 2], "truncated"),
+        (whole.getvalue()[:30], "cannot be read as an image"),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            post(address, body)
+        assert refused.value.code == 400
+        assert reason in json.load(refused.value)["error"]
+    assert len(post(address, whole.getvalue())["logits"]) == 6
+
+
+def test_the_readme_quotes_the_server() -> None:
+    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
+    (quoted,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
+    assert "InferenceSession" in quoted
+    assert quoted in (SCRIPTS / "serve.py").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from zoo.errors import ZooError
@@ -27,9 +28,19 @@ class ExportOptions:
     """least share of images with PyTorch's top class; by default 0.99, and 0.97 for int8"""
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         least = self.min_agreement
         if least is not None and not 0 <= least <= 1:
             raise ZooError(f"min_agreement is a share, from 0 to 1, got {least!r}.")
+
+
+def _numbers(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, values))
+    except (TypeError, ValueError):
+        raise ZooError(f"{name} must be a number per channel, got {values!r}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +61,8 @@ class BenchmarkOptions:
     """for each batch size: calls end when they have taken this long, but not before three"""
     threads: int | None = None
     """of ONNX Runtime on the CPU; by default one per core"""
+    cuda_graph: bool = False
+    """record the calls to the GPU once, and replay them; CUDA alone does"""
     memory: bool = True
     """measure the peak memory of each network too, in a process of its own"""
     seed: int = 0

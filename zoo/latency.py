@@ -33,7 +33,7 @@ from zoo.groups import ChannelGroups
 from zoo.pruning.plan import make_plan
 from zoo.pruning.surgery import apply, evaluating
 
-__all__ = ["device_name", "latency_table", "milliseconds"]
+__all__ = ["device_name", "image_channels", "latency_table", "milliseconds"]
 
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
 """The shares of its outputs, and of its inputs, that a layer is timed at."""
@@ -65,7 +65,7 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
     )
     # the size of a layer's own images is in its call; so networks share the times of like layers
     where = {key: value for key, value in asdict(conditions).items() if key != "image_size"}
-    images = first.new_ones(conditions.batch, _channels(module), *[groups.image_size] * 2)
+    images = first.new_ones(conditions.batch, image_channels(module), *[groups.image_size] * 2)
     calls = _calls(module, groups, images)
     if not calls:
         raise ZooError(
@@ -227,7 +227,7 @@ def _calls(module: nn.Module, groups: ChannelGroups, images: Tensor) -> list[_Ca
     return calls
 
 
-def _channels(module: nn.Module) -> int:
+def image_channels(module: nn.Module) -> int:
     """The channels of the images that a network takes: those of its first convolution."""
     layers = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
     return next((layer.in_channels for layer in layers), 3)

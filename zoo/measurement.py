@@ -7,7 +7,6 @@ logits do.
 
 from __future__ import annotations
 
-import copy
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.deployment import BenchmarkOptions, ExportOptions
-from zoo.errors import ZooError, integer, unknown
+from zoo.errors import ExportError, ZooError, integer, unknown
+from zoo.latency import device_name, image_channels
 from zoo.onnx_export import export
+from zoo.onnx_parity import checked, cpu_copy, logits_of
 from zoo.onnx_program import PRECISIONS
-from zoo.onnx_providers import GPUS
+from zoo.onnx_providers import GPUS, onnxruntime_module
 from zoo.peak_memory import peak_memory
 from zoo.pruning.plan import PruningRecord
 from zoo.runtime import InferenceSession
@@ -38,6 +39,7 @@ __all__ = [
     "Measurement",
     "benchmark",
     "compare",
+    "machine",
     "time_calls",
 ]
 
@@ -52,6 +54,12 @@ class Latency:
     p10_ms: float
     p90_ms: float
     repeats: int
+
+    def __str__(self) -> str:
+        """`median (p10-p90)`, of three digits each."""
+        times = self.median_ms, self.p10_ms, self.p90_ms
+        median, low, high = (f"{float(f'{ms:.3g}'):g}" for ms in times)
+        return f"{median} ({low}-{high})"
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def benchmark(
     """
     networks = {"dense": dense, "pruned": pruned}
     shape = _image_shape(networks, example_input)
-    ratio = _macs(dense, shape) / _macs(pruned, shape)
+    ratio = _macs("dense", dense, shape) / _macs("pruned", pruned, shape)
     measured = _measured(networks, shape, options or BenchmarkOptions())  # by turns
     return tuple(BenchmarkRow(*pair, ratio) for pair in zip(measured, measured, strict=True))
 
@@ -166,12 +174,13 @@ def compare(
         ZooError: if there is nothing to measure.
     """
     shape = _image_shape(networks, example_input)
+    macs = {name: _macs(name, network, shape) for name, network in networks.items()}
     measured = list(_measured(networks, shape, options or BenchmarkOptions()))
     return tuple(
         ComparisonRow(
             name,
             sum(parameter.numel() for parameter in network.parameters()),
-            _macs(network, shape),
+            macs[name],
             None if data is None else evaluate(network, data).accuracy,
             tuple(row for row in measured if row.network == name),
         )
@@ -259,7 +268,9 @@ def _at(
     options: BenchmarkOptions,
 ) -> list[Measurement]:
     sessions = {
-        name: InferenceSession(path, provider, threads=options.threads)
+        name: InferenceSession(
+            path, provider, threads=options.threads, cuda_graph=options.cuda_graph
+        )
         for name, (path, _) in files.items()
     }
     images = _noise(shape, options.seed)
@@ -295,21 +306,40 @@ def _image_shape(
 ) -> tuple[int, ...]:
     """(C, H, W) of the images that all of the networks take."""
     if example_input is not None:
-        return tuple(example_input.shape[1:])
-    records = (getattr(network, "pruning", None) for network in networks.values())
-    sizes = {record.image_size for record in records if isinstance(record, PruningRecord)}
-    if len(sizes) != 1:
+        return tuple(checked("example_input", example_input).shape[1:])
+    records = ((network, getattr(network, "pruning", None)) for network in networks.values())
+    shapes = {
+        (image_channels(network), record.image_size, record.image_size)
+        for network, record in records
+        if isinstance(record, PruningRecord)
+    }
+    if len(shapes) != 1:
         raise ZooError(
             f"Which images are these networks for? Pass example_input=, a batch of them; the "
-            f"networks say {', '.join(map(str, sorted(sizes))) or 'nothing'}."
+            f"networks say {', '.join(map(str, sorted(shapes))) or 'nothing'}."
         )
-    (size,) = sizes
-    return (3, size, size)
+    return shapes.pop()
 
 
-def _macs(network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one forward pass of one image."""
-    module = copy.deepcopy(network).cpu().eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(torch.zeros(1, *shape, dtype=next(module.parameters()).dtype))
-    return counter.get_total_flops() // 2
+def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one forward pass of one image.
+
+    Raises:
+        ExportError: if the network does not take it, or there are none.
+    """
+    module = cpu_copy(network)
+    with FlopCounterMode(display=False) as counter:
+        logits_of(module, torch.zeros(1, *shape))
+    macs = counter.get_total_flops() // 2
+    if macs == 0:
+        raise ExportError(f"{name} has no multiply-accumulates: no convolution, no dense layer.")
+    return macs
+
+
+def machine(threads: int | None = None) -> str:
+    """The processor, the graphics card if there is one, and the version that times are of."""
+    cores = "" if threads is None else f" ({threads} threads)"
+    names = [f"{device_name(torch.device('cpu'))}{cores}"]
+    if torch.cuda.is_available():
+        names.append(device_name(torch.device("cuda")))
+    return f"ONNX Runtime {onnxruntime_module().__version__} on {' and '.join(names)}"

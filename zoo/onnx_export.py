@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from zoo.data import ImageSet
 from zoo.deployment import ExportOptions
 from zoo.errors import ExportError, unknown
+from zoo.latency import image_channels
 from zoo.onnx_metadata import Metadata
 from zoo.onnx_parity import (
     TOLERANCES,
@@ -29,6 +30,7 @@ from zoo.onnx_parity import (
     batches,
     checked,
     compare_logits,
+    cpu_copy,
     gather,
     logits_of,
 )
@@ -41,6 +43,7 @@ __all__ = ["PRECISIONS", "ExportResult", "export"]
 
 PARITY_IMAGES = 256
 NOISE_IMAGES = 16
+HALF_IMAGES = 4
 EXTERNAL_BYTES = 1 << 30
 """Weights of more than this are written to a file of their own: one ONNX file holds 2 GiB."""
 
@@ -121,9 +124,10 @@ def export(
     record = getattr(model, "pruning", None)
     record = record if isinstance(record, PruningRecord) else None
     with _scratch(path) as folder:
-        sample = _sample(inputs, example_input, record, precision)
+        network = cpu_copy(model)
+        own = (image_channels(model), *[record.image_size] * 2) if record is not None else None
+        sample = _sample(inputs, example_input, own, precision)
         normalisation = _normalisation(options, inputs, sample.images.shape[1])
-        network = _cpu_copy(model)
         reference = logits_of(network, sample.images)
         if options.fold:
             assert normalisation is not None
@@ -183,9 +187,10 @@ class _Sample:
 def _sample(
     inputs: Dataset | DataLoader | Tensor | None,
     example: Tensor | None,
-    record: PruningRecord | None,
+    own: tuple[int, ...] | None,
     precision: str,
 ) -> _Sample:
+    """The images of `inputs`, or noise of the shape of `example` or else the module's `own`."""
     int8 = precision.startswith("int8")
     if inputs is not None:
         images, labels = gather(inputs, PARITY_IMAGES * (2 if int8 else 1))
@@ -201,11 +206,8 @@ def _sample(
         return _Sample(images[compared], labels, origin, images[::2])
     if int8:
         raise ExportError("int8 needs inputs=: images that set the ranges of its activations.")
-    if example is not None:
-        shape = tuple(checked("example_input", example).shape[1:])
-    elif record is not None:
-        shape = (3, record.image_size, record.image_size)
-    else:
+    shape = own if example is None else checked("example_input", example).shape[1:]
+    if shape is None:
         raise ExportError(
             "Exporting needs images: pass inputs= (a data set to compare on) or example_input= "
             "(a tensor of the shape the network takes)."
@@ -217,17 +219,16 @@ def _sample(
 
 def _normalisation(options: ExportOptions, inputs: Any, channels: int) -> Normalisation | None:
     """(mean, std) of the images, as asked or as the data set says, if either does."""
-    data = _data_set(inputs)
-    mean = options.mean or getattr(data, "mean", None)
-    std = options.std or getattr(data, "std", None)
+    given = options if options.mean or options.std else _data_set(inputs)
+    mean, std = getattr(given, "mean", None), getattr(given, "std", None)
     if not (isinstance(mean, tuple) and isinstance(std, tuple)):
-        if options.fold or options.mean or options.std:
+        if options.fold or given is options:
             raise ExportError(
-                "Normalisation needs both a mean and a std per channel: name them in "
+                "Normalisation needs both a mean and a std per channel: name both in "
                 "ExportOptions, or pass inputs= that know theirs."
             )
         return None
-    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+    if len(mean) != channels or len(std) != channels or not min(std) > 0:
         raise ExportError(
             f"mean={mean} and std={std} must be {channels} numbers each, one per channel, and "
             f"each std positive."
@@ -266,15 +267,6 @@ def _folded(
     images, calibration = (part * std + mean for part in (sample.images, sample.calibration))
     folded = _Folded(network, mean, std).eval()
     return folded, replace(sample, images=images, calibration=calibration)
-
-
-def _cpu_copy(model: nn.Module) -> nn.Module:
-    try:
-        network = copy.deepcopy(model)
-    except RuntimeError as error:
-        raise ExportError(f"The module cannot be copied for export: {error}") from error
-    network = network.to("cpu", torch.float32).eval()
-    return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _metadata(
@@ -354,6 +346,15 @@ def _compared(
             f"{result} on {len(got)} images ({sample.origin}); allowed are {tolerance}. "
             f"{file.name} was not written."
         )
+    if precision == "fp16":
+        halved = _half_logits(network, sample.images[:HALF_IMAGES])
+        other = compare_logits(reference[:HALF_IMAGES], halved, tolerance.tie)
+        if not tolerance.allows(other):
+            raise ExportError(
+                f"With all of its arithmetic in fp16 the module's logits move by "
+                f"{other.relative_difference:.2g} of the largest, and it keeps its top class on "
+                f"{other.top1_agreement:.1%} of images; allowed are {tolerance}."
+            )
     if options.dynamic_size:
         larger = nn.functional.interpolate(sample.images[:4], scale_factor=2.0)
         try:
@@ -368,6 +369,17 @@ def _compared(
     return result
 
 
+def _half_logits(network: nn.Module, images: Tensor) -> Tensor:
+    """The network's logits with everything in fp16, as on a GPU.
+
+    ONNX Runtime computes the fp16 operators of a file in fp32 on the CPU, where none overflows.
+    """
+    try:
+        return logits_of(copy.deepcopy(network).half(), images.half()).float()
+    except ExportError as error:
+        raise ExportError(f"The module cannot compute in fp16. {error}") from error
+
+
 def _move(written: list[Path], path: Path) -> None:
     """Put the files in their place: the weights first, so that no file ever lacks its own."""
     try:
@@ -376,6 +388,6 @@ def _move(written: list[Path], path: Path) -> None:
             os.replace(file, path.parent / file.name)
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}.") from error
-    for old in path.parent.glob(f"{glob.escape(path.name)}.*.data"):
+    for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"):
         if old.name not in [file.name for file in written]:
             old.unlink(missing_ok=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from zoo.errors import ExportError
+from zoo.documents import decode
+from zoo.errors import DocumentError, ExportError
 
 __all__ = ["Metadata"]
 
@@ -65,21 +66,20 @@ class Metadata:
                 f"{name} was exported by a newer prunezoo, whose metadata have version "
                 f"{properties[_VERSION]!r}; this one knows '1'."
             )
-        return cls(
-            **{
-                field.name: _value(properties[field.name], field.default, f"{name}: {field.name}")
-                for field in fields(cls)
-                if field.name in properties
-            }
-        )
+        kinds = {field.name: field.type for field in fields(cls)}
+        raw = {
+            key: text if kinds[key] == "str" else _value(text, f"{name}: {key}")
+            for key, text in properties.items()
+            if key in kinds
+        }
+        try:
+            return decode(cls, raw, name)
+        except DocumentError as error:
+            raise ExportError(f"The metadata cannot be read: {error}") from None
 
 
-def _value(text: str, default: Any, what: str) -> Any:
-    """The value in `text`, which is of the kind that `default` is of."""
-    if isinstance(default, str):
-        return text
+def _value(text: str, what: str) -> Any:
     try:
-        value = json.loads(text)
-        return tuple(value) if isinstance(default, tuple) else type(default)(value)
-    except (ValueError, TypeError):
+        return json.loads(text)
+    except ValueError:
         raise ExportError(f"{what} is {text!r} in the metadata, which cannot be read.") from None

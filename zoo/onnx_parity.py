@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from zoo.errors import ExportError
 
 __all__ = ["TOLERANCES", "Comparison", "Tolerance", "batches", "checked", "compare_logits",
-           "gather", "logits_of"]  # fmt: skip
+           "cpu_copy", "gather", "logits_of"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,22 @@ def checked(name: str, images: Any) -> Tensor:
         kind = f"{images.dtype} {tuple(images.shape)}" if isinstance(images, Tensor) else images
         raise ExportError(f"{name} must be float images of shape (N, C, H, W), not {kind!r}.")
     return images.detach().to("cpu", torch.float32)
+
+
+def cpu_copy(model: Any) -> nn.Module:
+    """`model` as it is exported: in eval mode, in float32, on the CPU.
+
+    Raises:
+        ExportError: if it is no module, or one that cannot be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"Only modules can be exported, not {type(model).__name__}.")
+    try:
+        network = copy.deepcopy(model)
+    except Exception as error:  # whatever a part of the user's module raises
+        raise ExportError(f"The module cannot be copied for export: {error}") from error
+    network = network.to("cpu", torch.float32).eval()
+    return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def batches(images: Tensor) -> Iterator[Tensor]:

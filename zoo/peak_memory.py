@@ -55,7 +55,8 @@ def _on_gpu(file: str, provider: str, shape: tuple[int, ...]) -> int:
 
     images = torch.zeros(shape, device="cuda")
     before, _ = torch.cuda.mem_get_info()
-    InferenceSession(file, provider)(images)
+    session = InferenceSession(file, provider)  # held, with its memory
+    session(images)
     return before - torch.cuda.mem_get_info()[0]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
@@ -30,7 +30,8 @@ def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
     from PIL import Image
 
     shape, mean, std = metadata.image_shape, metadata.mean, metadata.std
-    if len(shape) != 3 or shape[0] not in _MODES or not (metadata.folded or (mean and std)):
+    known = len(shape) == 3 and shape[0] in _MODES
+    if not known or not (metadata.folded or len(mean) == len(std) == shape[0]):
         raise ExportError(
             f"{name} does not say how pictures become its images: export it with inputs= that "
             f"know their mean and std, or name those in ExportOptions; or give it arrays."
@@ -61,8 +62,8 @@ def find_pictures(folder: Path) -> list[Path]:
     return found
 
 
-def open_picture(path: Path) -> Image:
-    """The picture in a file, read whole.
+def open_picture(source: Path | BinaryIO) -> Image:
+    """The picture in a file, or at the position of an open one, read whole.
 
     Raises:
         DataError: if it cannot be.
@@ -70,8 +71,8 @@ def open_picture(path: Path) -> Image:
     from PIL import Image
 
     try:
-        with Image.open(path) as picture:
+        with Image.open(source) as picture:
             picture.load()
             return picture
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path} cannot be read as an image: {error}.") from None
+        raise DataError(f"{source} cannot be read as an image: {error}.") from None

@@ -13,7 +13,7 @@ from zoo.profile import Evidence, Profile
 from zoo.registry import ProfileEntry
 
 if TYPE_CHECKING:
-    from zoo.measurement import BenchmarkRow, ComparisonRow, Latency
+    from zoo.measurement import BenchmarkRow, ComparisonRow
     from zoo.pruning.plan import PruningRecord
     from zoo.training import TrainResult
 
@@ -54,8 +54,8 @@ def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> 
 
 
 def print_tables(tables: Iterable[Table]) -> None:
-    """The tables one after the other."""
-    console = _console()
+    """The tables one after the other; piped, as wide as they need."""
+    console = _console(piped=1000)
     for table in tables:
         console.print(table)
 
@@ -137,7 +137,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     table = Table("provider", "precision", box=None)
     for column in ("batch", "dense ms", "pruned ms", "dense img/s", "pruned img/s", "file",
                    "memory", "MACs", "measured", "efficiency"):  # fmt: skip
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         dense, pruned = row.dense, row.pruned
         peaks = dense.peak_bytes, pruned.peak_bytes
@@ -145,8 +145,8 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
             dense.provider.removesuffix("ExecutionProvider"),
             dense.precision,
             str(dense.batch),
-            _spread(dense.latency),
-            _spread(pruned.latency),
+            str(dense.latency),
+            str(pruned.latency),
             f"{dense.images_per_second:,.0f}",
             f"{pruned.images_per_second:,.0f}",
             f"{dense.bytes / pruned.bytes:.2f}x",
@@ -159,28 +159,30 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
-    """Networks side by side: a line each, with what every one measurement took."""
+    """Networks side by side: what each costs, and below it a line per measurement."""
     table = Table("network", box=None)
     for column in ("params", "MACs", "accuracy"):
         table.add_column(column, justify="right")
-    precisions = dict.fromkeys(cell.precision for cell in rows[0].measurements)
-    for precision in precisions:
-        table.add_column(f"{precision} file", justify="right")
-    for cell in rows[0].measurements:
-        where = cell.provider.removesuffix("ExecutionProvider")
-        table.add_column(f"{where} {cell.precision} batch {cell.batch}, ms", justify="right")
+    table.add_column("provider")
+    table.add_column("precision")
+    for column in ("batch", "ms", "img/s", "file", "memory"):
+        table.add_column(column, justify="right", overflow="fold")
     for row in rows:
-        sizes = {cell.precision: f"{cell.bytes:,}" for cell in row.measurements}
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
-        times = (_spread(cell.latency) for cell in row.measurements)
-        table.add_row(
-            row.network, f"{row.params:,}", f"{row.macs:,}", accuracy, *sizes.values(), *times
-        )
+        head = [row.network, f"{row.params:,}", f"{row.macs:,}", accuracy]
+        for cell in row.measurements:
+            table.add_row(
+                *head,
+                cell.provider.removesuffix("ExecutionProvider"),
+                cell.precision,
+                str(cell.batch),
+                str(cell.latency),
+                f"{cell.images_per_second:,.0f}",
+                f"{cell.bytes:,}",
+                "" if cell.peak_bytes is None else f"{cell.peak_bytes:,}",
+            )
+            head = [""] * len(head)
     return table
-
-
-def _spread(latency: Latency) -> str:
-    return f"{latency.median_ms:.2f} ({latency.p10_ms:.2f}-{latency.p90_ms:.2f})"
 
 
 def _provisional(arch: str, other: str) -> str:
@@ -221,6 +223,6 @@ def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
             console.print(f"{data}; {fidelity}", highlight=False)
 
 
-def _console() -> Console:
-    """Standard output as a table's place: the terminal's width, or a wide page when piped."""
-    return Console() if sys.stdout.isatty() else Console(width=140)
+def _console(piped: int = 140) -> Console:
+    """Standard output as a table's place: the terminal's width, or a page's of `piped`."""
+    return Console() if sys.stdout.isatty() else Console(width=piped)

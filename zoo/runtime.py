@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import count, islice
@@ -48,10 +49,11 @@ class InferenceSession:
                 TensorRT, CUDA and the CPU that can be used here; a GPU that torch sees and ONNX
                 Runtime cannot use is warned of.
             threads: on the CPU; by default one per core.
-            cuda_graph: record the calls to the GPU once for every shape of images, and replay them.
+            cuda_graph: record the calls to the GPU once for every shape of images, and replay them
+                (CUDA alone does).
 
         Raises:
-            ExportError: if the file is missing, corrupt, too new or takes other inputs, or a
+            ExportError: if the file is missing, corrupt, too new or no classifier of images, or a
                 provider that was asked for cannot be used.
         """
         self.path = Path(path)
@@ -64,20 +66,26 @@ class InferenceSession:
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or inputs[0].type not in _DTYPES:
-            got = ", ".join(f"{item.name}: {item.type}" for item in inputs) or "nothing"
             raise ExportError(
-                f"{self.path} takes {got}; expected one float32 or float16 tensor of images."
+                f"{self.path} takes {_named(inputs)}; expected one float32 or float16 tensor of "
+                f"images."
             )
-        self._input, self._output = inputs[0].name, outputs[0].name
+        logits = outputs[0]
+        if logits.type not in _DTYPES or len(logits.shape or ()) != 2:
+            raise ExportError(
+                f"{self.path} gives {_named(outputs)}; expected float32 or float16 logits "
+                f"(N, classes) first."
+            )
+        self._input, self._output = inputs[0].name, logits.name
         self._dtype = _DTYPES[inputs[0].type]
-        self._classes = outputs[0].shape[-1]
         self.image_shape = tuple(
             size if isinstance(size, int) else None for size in inputs[0].shape
         )
         properties = self._session.get_modelmeta().custom_metadata_map
         self.metadata = Metadata.read(properties, self.path.name)
-        on_gpu = self.providers[0] in GPUS and isinstance(self._classes, int)
-        self._buffers = _Buffers(self, cuda_graph) if on_gpu else None
+        on_gpu = self.providers[0] in GPUS and torch.cuda.is_available()
+        bindable = on_gpu and isinstance(logits.shape[1], int)
+        self._buffers = _Buffers(self._session, cuda_graph) if bindable else None
 
     def __call__(self, images: Any) -> Any:
         """Logits, float32 (N, classes), as a tensor for a tensor and an array for the others.
@@ -94,11 +102,10 @@ class InferenceSession:
         if isinstance(images, Tensor):
             return self._logits(images.detach()).to(images.device)
         if not hasattr(images, "__dlpack__"):
-            pictures = images if isinstance(images, (list, tuple)) else [images]
-            images = np.stack([self._array(picture) for picture in pictures])
+            images = self._stacked(images if isinstance(images, (list, tuple)) else [images])
         if isinstance(images, np.ndarray):
             self._check(images.shape, images.dtype, np.issubdtype(images.dtype, np.floating))
-            tensor = torch.from_numpy(np.ascontiguousarray(images, np.float32))
+            tensor = torch.from_numpy(np.require(images, np.float32, ("C", "W")))
             return self._logits(tensor).cpu().numpy()
         tensor = torch.from_dlpack(images)
         return self._logits(tensor).to(tensor.device)
@@ -134,12 +141,22 @@ class InferenceSession:
 
         remaining, labels = iter(images), iter(names)
         with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
-            while part := [self._array(image) for image in islice(remaining, batch_size)]:
-                if len({array.shape for array in part}) > 1:
-                    raise ExportError("The images of a batch have several shapes; resize them.")
-                logits = self(np.stack(part))
+            while part := list(islice(remaining, batch_size)):
+                images = self._stacked(part)
+                if self._buffers is not None and len(part) < batch_size:
+                    # another shape would have to be prepared for
+                    images = np.resize(images, (batch_size, *images.shape[1:]))
+                logits = self(images)[: len(part)]
                 bar.update(len(part))
                 yield from zip(islice(labels, len(part)), logits, strict=True)
+
+    def _stacked(self, images: Sequence[Any]) -> np.ndarray:
+        if not images:
+            raise ExportError(f"There are no images for {self.path.name} to classify.")
+        arrays = [self._array(image) for image in images]
+        if len({array.shape for array in arrays}) > 1:
+            raise ExportError("The images of a batch have several shapes; resize them.")
+        return np.stack(arrays)
 
     def _array(self, image: Any) -> np.ndarray:
         from PIL import Image
@@ -182,6 +199,11 @@ class InferenceSession:
         return torch.from_numpy(logits).float()
 
 
+def _named(values: Sequence[Any]) -> str:
+    """The inputs or outputs of an ONNX Runtime session, with their types and shapes."""
+    return ", ".join(f"{item.name}: {item.type} {item.shape}" for item in values) or "nothing"
+
+
 @dataclass
 class _Bound:
     """Where the images of one shape go on the GPU, and where their logits appear."""
@@ -193,35 +215,45 @@ class _Bound:
 
 
 class _Buffers:
-    """Calls of a session whose inputs and outputs stay on the GPU (ONNX Runtime's IO binding)."""
+    """Calls of a session whose inputs and outputs stay on the GPU (ONNX Runtime's IO binding).
 
-    def __init__(self, session: InferenceSession, cuda_graph: bool) -> None:
-        self._owner, self._cuda_graph = session, cuda_graph
+    Threads take turns: those with images of one shape share its buffers.
+    """
+
+    def __init__(self, session: Any, cuda_graph: bool) -> None:
+        self._session, self._cuda_graph = session, cuda_graph
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._bound: dict[tuple[int, ...], _Bound] = {}
+        self._turn = threading.Lock()
 
     def run(self, images: Tensor) -> Tensor:
         """The logits of `images`, float32, on the GPU."""
         shape = tuple(images.shape)
-        if shape not in self._bound:
-            if not self._cuda_graph:
-                self._bound.clear()  # a graph stays bound to its memory; else one shape is enough
-            self._bound[shape] = self._bind(shape)
-        bound = self._bound[shape]
-        bound.images.copy_(images)
-        torch.cuda.current_stream(self._device).synchronize()  # ONNX Runtime has its own stream
-        self._owner._session.run_with_iobinding(bound.binding, bound.options)
-        return bound.logits.to(torch.float32, copy=True)
+        with self._turn:
+            if shape not in self._bound:
+                if not self._cuda_graph:
+                    self._bound.clear()  # a graph stays bound to its memory; else one is enough
+                self._bound[shape] = self._bind(shape)
+            bound = self._bound[shape]
+            stream = torch.cuda.current_stream(self._device)
+            bound.images.copy_(images)
+            stream.synchronize()  # ONNX Runtime has its own stream
+            self._session.run_with_iobinding(bound.binding, bound.options)
+            logits = bound.logits.to(torch.float32, copy=True)
+            stream.synchronize()  # before the next thread's logits
+        return logits
 
     def _bind(self, shape: tuple[int, ...]) -> _Bound:
-        owner = self._owner
-        images = torch.empty(shape, dtype=owner._dtype, device=self._device)
-        logits = torch.empty((shape[0], owner._classes), dtype=owner._dtype, device=self._device)
-        kind = np.float32 if owner._dtype is torch.float32 else np.float16
-        binding = owner._session.io_binding()
-        place = "cuda", self._device.index, kind
-        binding.bind_input(owner._input, *place, shape, images.data_ptr())
-        binding.bind_output(owner._output, *place, tuple(logits.shape), logits.data_ptr())
+        given, got = self._session.get_inputs()[0], self._session.get_outputs()[0]
+        images = torch.empty(shape, dtype=_DTYPES[given.type], device=self._device)
+        logits = torch.empty((shape[0], got.shape[1]), dtype=_DTYPES[got.type], device=self._device)
+        binding = self._session.io_binding()
+        for bind, name, tensor in (
+            (binding.bind_input, given.name, images),
+            (binding.bind_output, got.name, logits),
+        ):
+            kind = np.float32 if tensor.dtype is torch.float32 else np.float16
+            bind(name, "cuda", self._device.index, kind, tuple(tensor.shape), tensor.data_ptr())
         options = onnxruntime_module().RunOptions()
         if self._cuda_graph:
             options.add_run_config_entry("gpu_graph_id", str(len(self._bound) + 1))

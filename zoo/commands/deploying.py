@@ -49,11 +49,13 @@ class ExportCommand(ExportOptions):
 def export(command: ExportCommand) -> None:
     import torch
 
+    from zoo.latency import image_channels
+
     model, size = read_network(command.network, command.arch, command.size)
     images = None
     if command.data is not None:
         images = zoo.load_data(command.data, command.data_dir, size=size).val
-    example = torch.zeros(1, 3, size, size)
+    example = torch.zeros(1, image_channels(model), size, size)
     result = zoo.export(
         model,
         command.out,
@@ -83,6 +85,7 @@ class BenchmarkCommand(BenchmarkOptions):
 
 
 def benchmark(command: BenchmarkCommand) -> None:
+    from zoo.measurement import machine
     from zoo.rendering import benchmark_table, print_tables
 
     pruned = zoo.load_pruned(command.folder)
@@ -90,7 +93,7 @@ def benchmark(command: BenchmarkCommand) -> None:
     # times depend on no weights
     dense = zoo.create_model(record.architecture, record.num_classes, image_size=record.image_size)
     print_tables([benchmark_table(zoo.benchmark(dense, pruned, options=command))])
-    _name_the_machine()
+    print(machine(command.threads))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,21 +123,32 @@ class CompareCommand(BenchmarkOptions):
 def compare(command: CompareCommand) -> None:
     import torch
 
+    from zoo.latency import image_channels
+    from zoo.measurement import machine
     from zoo.rendering import comparison_table, print_tables
 
+    if not command.networks:
+        raise ZooError("Compare which networks? Name at least one.")
     if command.cf is None:
         found = {name: read_network(name, command.arch, command.size) for name in command.networks}
         networks = {name: network for name, (network, _) in found.items()}
-        size = max(own for _, own in found.values())
+        sizes = {own for _, own in found.values()}
+        if len(sizes) > 1:
+            raise ZooError(
+                f"These networks are for images of {', '.join(map(str, sorted(sizes)))} pixels per "
+                f"side; name one size for all with --size."
+            )
+        (size,) = sizes
     else:
         networks, size = _pruned_by(command, command.cf)
     test = None
     if command.data is not None:
         test = zoo.load_data(command.data, command.data_dir, size=size).test
-    example = torch.zeros(1, 3, size, size)
+    channels = image_channels(next(iter(networks.values())))
+    example = torch.zeros(1, channels, size, size)
     rows = zoo.compare(networks, data=test, example_input=example, options=command)
     print_tables([comparison_table(rows)])
-    _name_the_machine()
+    print(machine(command.threads))
 
 
 def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], int]:
@@ -155,14 +169,3 @@ def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module]
         )
         for name in command.networks
     }, size
-
-
-def _name_the_machine() -> None:
-    import onnxruntime
-    import torch
-
-    from zoo.latency import device_name
-
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    names = " and ".join(device_name(torch.device(kind)) for kind in devices)
-    print(f"ONNX Runtime {onnxruntime.__version__} on {names}")
