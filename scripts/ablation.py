@@ -16,10 +16,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import tyro
 
 import zoo
+from zoo.checkpoints import load_dense
 from zoo.data import Splits
+from zoo.latency import device_name
 from zoo.savepoints import discard
 from zoo.search.tasks import sample
 
@@ -70,22 +73,37 @@ class Ablation:
 def main(config: Ablation) -> None:
     """Train what is missing and print the table."""
     splits = zoo.load_data(config.data, config.data_dir, size=config.size)
+    dense, checkpoint, _, _ = load_dense(config.arch, config.weights, image_size=config.size)
     results = Results(config.out / "results.jsonl")
+    where = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    told_otherwise = {"out", "arms", "seeds", "data_dir", "weights", "epochs", "lr"}
+    shared = {name: value for name, value in asdict(config).items() if name not in told_otherwise}
+    shared |= {"weights": checkpoint.source.sha256, "device": where}
+
+    def key_of(arm: str, init: str, seed: int) -> dict[str, Any]:
+        """Everything that one accuracy depends on."""
+        teacher, recipe = arm_of(config, arm)
+        return shared | {"teacher": teacher, "recipe": asdict(recipe), "init": init, "seed": seed}
+
     for seed in config.seeds:
         for init in INITS:
             for arm in config.arms:
-                if results.find(key_of(config, arm, init, seed)) is None:
+                if results.find(key_of(arm, init, seed)) is None:
                     accuracy = measure(config, splits, arm, init, seed)
-                    results.add(key_of(config, arm, init, seed), accuracy)
+                    results.add(key_of(arm, init, seed), accuracy)
                     print(f"seed {seed}, {init} weights, {arm}: {accuracy:.2%}", flush=True)
-    print_table(config, splits, results)
+    table = {
+        arm: [[results.find(key_of(arm, init, seed)) for seed in config.seeds] for init in INITS]
+        for arm in config.arms
+    }
+    before = zoo.evaluate(dense, splits.test).accuracy
+    print_table(config, splits, before, where, table)
 
 
-def key_of(config: Ablation, arm: str, init: str, seed: int) -> dict[str, Any]:
-    """Everything that one accuracy depends on."""
-    shared = {"out", "arms", "seeds", "data_dir"}
-    settings = {name: value for name, value in asdict(config).items() if name not in shared}
-    return settings | {"arm": arm, "init": init, "seed": seed}
+def arm_of(config: Ablation, arm: str) -> tuple[Literal["source"] | None, zoo.Recipe]:
+    """The teacher of an arm, and its recipe as it is trained."""
+    teacher, recipe = ARMS[arm]
+    return teacher, replace(recipe, epochs=config.epochs, lr=config.lr)
 
 
 class Results:
@@ -113,7 +131,7 @@ def measure(
     config: Ablation, splits: Splits, arm: str, init: Literal["pretrained", "random"], seed: int
 ) -> float:
     """Test accuracy of one pruned network after one fine-tune."""
-    teacher, recipe = ARMS[arm]
+    teacher, recipe = arm_of(config, arm)
     model = zoo.load(
         config.arch, config.cf, config.weights, profile=config.profile, init=init, seed=seed
     )
@@ -123,7 +141,7 @@ def measure(
         sample(splits.train, config.images),
         None,
         teacher=teacher,
-        recipe=replace(recipe, epochs=config.epochs, lr=config.lr),
+        recipe=recipe,
         seed=seed,
         checkpoint=folder,
         resume=True,
@@ -133,20 +151,31 @@ def measure(
     return accuracy
 
 
-def print_table(config: Ablation, splits: Splits, results: Results) -> None:
+def print_table(
+    config: Ablation,
+    splits: Splits,
+    dense: float,
+    where: str,
+    table: dict[str, list[list[Any]]],
+) -> None:
+    """`table` has the accuracies of every seed, by arm and kind of weights."""
     images = config.images or len(splits.train)
     print(
         f"\nTest accuracy on {splits.test.name}, {config.arch} at {config.cf:g}x params by "
         f"{config.profile}, {config.epochs} epochs of {images:,} images, "
-        f"lr {config.lr:g}, last weights, {len(config.seeds)} seeds, mean ± standard deviation."
+        f"lr {config.lr:g} for both kinds of weights, last weights, {len(config.seeds)} seeds, "
+        f"mean ± standard deviation. The dense network has {100 * dense:.2f}. On "
+        f"{where}, torch {torch.__version__}."
     )
     print(f"\n| | {' | '.join(f'{init} weights' for init in INITS)} |\n|---|---:|---:|")
-    for arm in config.arms:
-        cells = [
-            told([results.find(key_of(config, arm, init, seed)) for seed in config.seeds])
-            for init in INITS
-        ]
-        print(f"| {arm} | {' | '.join(cells)} |")
+    for arm, cells in table.items():
+        print(f"| {arm} | {' | '.join(told(accuracies) for accuracies in cells)} |")
+    print()
+    for arm in table:
+        teacher, recipe = ARMS[arm]
+        values = [f"{k}={v}" for k, v in asdict(recipe).items() if v != getattr(PLAIN, k)]
+        values += [] if teacher is None else [f"distill={recipe.distill}"]
+        print(f"{arm}: {', '.join(values) or 'nothing more'}")
 
 
 def told(accuracies: list[float]) -> str:

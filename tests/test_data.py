@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import sys
 import types
 import zlib
@@ -10,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from zoo.batches import Augmentation, DeviceLoader
 from zoo.data import ImageSet, load_data
@@ -118,6 +119,29 @@ def test_a_corrupt_image_is_named(image_tree, kind):
     (image_tree / "train" / "dog" / "03.png").write_bytes(_corruptions()[kind])
     with pytest.raises(DataError, match=r"dog/03\.png cannot be read as an image"):
         load_data(f"imagefolder:{image_tree}", size=8)
+
+
+@pytest.mark.parametrize("error", [struct.error("unpack"), EOFError("no more")])
+def test_what_a_decoder_stumbles_over_is_a_corrupt_image(image_tree, monkeypatch, error):
+    def stumble(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Image, "open", stumble)
+    with pytest.raises(DataError, match=r"cat/00\.png cannot be read as an image"):
+        load_data(f"imagefolder:{image_tree}", size=8)
+
+
+def test_a_link_to_nothing_is_named(image_tree):
+    (image_tree / "train" / "dog" / "zz.png").symlink_to("gone.png")
+    with pytest.raises(DataError, match=r"cannot be read.*zz\.png"):
+        load_data(f"imagefolder:{image_tree}", size=8)
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(image_tree, tmp_path, monkeypatch):
+    wanted = load_data(f"imagefolder:{image_tree}", size=8)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "file"))
+    assert load_data(f"imagefolder:{image_tree}", size=8).digest == wanted.digest
 
 
 def test_what_is_missing_is_said(tmp_path, image_tree):
@@ -304,6 +328,14 @@ class FakeRows(dict):
         return self.count
 
 
+class Undecodable:
+    """A column whose images the datasets package cannot decode."""
+
+    def __iter__(self):
+        yield Image.new("RGB", (16, 16))
+        raise UnidentifiedImageError("cannot identify image file")
+
+
 def test_a_data_set_of_the_hub_is_read_by_its_column_types(monkeypatch):
     asked = []
 
@@ -320,6 +352,11 @@ def test_a_data_set_of_the_hub_is_read_by_its_column_types(monkeypatch):
     assert splits.val.images[:, 0, 0, 0].tolist() == [180, 190]
     assert splits.test.images[:, :, 5, 5].tolist() == [[10 * n, 200 * (n % 2), 7] for n in range(6)]
     assert splits.test.labels.tolist() == [0, 1] * 3
+    broken = FakeRows(6, "fine")
+    broken["img"] = Undecodable()
+    package.load_dataset = lambda *_, **__: {"train": FakeRows(20, "fine"), "test": broken}
+    with pytest.raises(DataError, match=r"hf:org/pets holds an image that cannot be read: cannot"):
+        load_data("hf:org/pets", size=8)
     package.load_dataset = lambda *_, **__: {"train": FakeRows(4, "fine")}
     with pytest.raises(DataError, match=r"hf:org/pets has the splits train"):
         load_data("hf:org/pets", size=8)

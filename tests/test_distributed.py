@@ -44,22 +44,34 @@ def cnet() -> nn.Module:
     return build_model("cnet", 10, image_size=8)
 
 
+def normalising_images() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
+
+
 CASES = {
     "cnet": (cnet, digits, {"batch_size": 40}),
     "cnet, any dataset": (cnet, tensors, {"batch_size": 40}),
     "batch norm": (normalised, digits, {"accumulate": 2}),
     "two batches each": (cnet, digits, {"batch_size": 80}),
+    "statistics": (normalising_images, digits, {"batch_size": 40}),
 }
 """Network, data, and how one process takes the images that two take."""
 
 
-def trained(case: str, alone: bool, folder: Path | None = None) -> tuple[list[float], nn.Module]:
+def trained(
+    case: str, alone: bool, folder: Path | None = None, resume: bool = False
+) -> tuple[list[float], nn.Module]:
     build, data, change = CASES[case]
     recipe = replace(RECIPE, **change) if alone else RECIPE
     if not alone and case == "two batches each":
         recipe = replace(RECIPE, accumulate=2)
     model = build()
-    result = finetune(model, data(170), digits(50), recipe=recipe, checkpoint=folder, cpu=True)
+    val = None if case == "statistics" else digits(50)
+    result = finetune(
+        model, data(170), val, recipe=recipe, checkpoint=folder, resume=resume, cpu=True
+    )
     return [record.loss for record in result.history], model
 
 
@@ -70,6 +82,9 @@ def one_of_two(rank: int, port: int, folder: str) -> None:
     for number, case in enumerate(CASES):
         losses, model = trained(case, False, Path(folder, f"training {number}"))
         torch.save((losses, weights(model)), Path(folder, f"{case} {rank}.pt"))
+    own = Path(folder, "nothing" if rank else "training 0")
+    losses, model = trained("cnet", False, own, resume=True)
+    torch.save((losses, weights(model)), Path(folder, f"resumed {rank}.pt"))
     torch.distributed.destroy_process_group()
 
 
@@ -84,7 +99,28 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
+def test_a_process_without_the_savepoint_goes_on_with_the_first_ones(pair):
+    for rank in (0, 1):
+        (losses, own), (resumed, same_weights) = (
+            torch.load(pair / f"{name} {rank}.pt", weights_only=True)
+            for name in ("cnet", "resumed")
+        )
+        assert resumed == losses
+        assert same(own, same_weights)
+
+
+@pytest.mark.slow
+def test_running_statistics_are_of_the_images_of_both_processes(pair):
+    """The mean of a batch is that of its halves', and so is what runs after it."""
+    own, other = (torch.load(pair / f"statistics {n}.pt", weights_only=True)[1] for n in (0, 1))
+    assert same(own, other)
+    _, alone = trained("statistics", True)
+    assert torch.allclose(own["0.running_mean"], alone[0].running_mean, atol=1e-6)
+    assert not torch.allclose(alone[0].running_mean, torch.zeros(3), atol=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case for case in CASES if case != "statistics"])
 def test_two_processes_have_the_losses_of_one(pair, case):
     (losses, own), (other_losses, other) = (
         torch.load(pair / f"{case} {rank}.pt", weights_only=True) for rank in (0, 1)

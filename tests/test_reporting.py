@@ -9,9 +9,11 @@ from typing import ClassVar
 import pytest
 from accelerate import tracking
 from test_training import QUICK, network
+from torch.utils.data import BatchSampler, DataLoader
 
 from zoo.cli import main
 from zoo.errors import ZooError
+from zoo.reporting import progress_bar
 from zoo.training import finetune
 
 
@@ -85,3 +87,10 @@ def test_the_bar_shows_speed_loss_accuracy_and_the_time_left(toy_images, capsys)
     assert re.search(r"\d+/192 \[\d+:\d+<\d+:\d+, +[\d.]+(img/s|s/img)", shown)
     last = result.history[-1]
     assert f"loss {last.loss:.3f}, val {last.accuracy:.2%}" in shown
+
+
+def test_the_bar_counts_the_images_of_every_process_and_batch_sampler(toy_images, capsys):
+    batches = DataLoader(toy_images, batch_sampler=BatchSampler(range(96), 16, drop_last=False))
+    with progress_bar(batches, 2, 1, 3, show=True) as tell:
+        tell(16, 0.5)
+    assert "336/576" in capsys.readouterr().err

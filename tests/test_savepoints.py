@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -12,11 +13,19 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_training import QUICK, network, same, weights
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    RandomSampler,
+    TensorDataset,
+)
 
 from zoo.cli import main
 from zoo.engine import Engine
@@ -24,17 +33,25 @@ from zoo.errors import ZooError
 from zoo.savepoints import HISTORY, SAVEPOINT
 from zoo.training import finetune
 
-EPOCHS = 30
+EPOCHS = 16
 TRAIN = ["--arch", "cnet", "--data", "digits", "--size", "8", "--lr", "0.05"]
 LONG = replace(QUICK, epochs=4, ema=0.9)
 
 
 def flags(out: Path) -> list[str]:
-    return ["train", *TRAIN, "--epochs", str(EPOCHS), "--out", str(out)]
+    """A training with batch norm and an average."""
+    recipe = out.parent / "ema.toml"
+    recipe.write_text("ema = 0.9\n")
+    network = ["--arch", "resnet20-16", "--recipe", str(recipe)]
+    return ["train", *TRAIN, *network, "--epochs", str(EPOCHS), "--out", str(out)]
 
 
 def history(out: Path) -> list[dict[str, float]]:
-    path = out.with_name(f"{out.name}.training") / HISTORY
+    return history_in(out.with_name(f"{out.name}.training"))
+
+
+def history_in(folder: Path) -> list[dict[str, float]]:
+    path = folder / HISTORY
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) | {"seconds": 0} for line in lines]
 
@@ -69,17 +86,58 @@ def test_a_training_killed_again_and_again_ends_with_the_same_weights(tmp_path):
     assert {path.name for path in folder.iterdir()} == {HISTORY, "history.png"}
 
 
-@pytest.mark.parametrize("kind", ["image set", "dataset", "loader", "loader without a generator"])
+def test_what_a_kill_left_half_written_is_removed(toy_images, tmp_path):
+    for name in (SAVEPOINT, HISTORY):
+        (tmp_path / f".123.{name}").touch()
+    (tmp_path / ".123.mine").touch()
+    finetune(network(), toy_images, None, recipe=QUICK, checkpoint=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {SAVEPOINT, HISTORY, ".123.mine"}
+
+
+class Jittered(Dataset):
+    """Images with noise of NumPy's and Python's generators."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        noise = random.random() + np.random.random()
+        return self.images[index] + noise, int(self.labels[index])
+
+
+LOADERS = {
+    "loader": lambda data: DataLoader(
+        data, 16, shuffle=True, generator=torch.Generator().manual_seed(0)
+    ),
+    "loader without a generator": lambda data: DataLoader(data, 16, shuffle=True),
+    "sampler with a generator": lambda data: DataLoader(
+        data, 16, sampler=RandomSampler(data, generator=torch.Generator().manual_seed(0))
+    ),
+    "batch sampler": lambda data: DataLoader(
+        data,
+        batch_sampler=BatchSampler(
+            RandomSampler(data, generator=torch.Generator().manual_seed(0)), 16, False
+        ),
+    ),
+    "order of the epoch": lambda data: DataLoader(
+        data, 16, sampler=DistributedSampler(data, num_replicas=1, rank=0)
+    ),
+    "dataset": lambda data: data,
+    "noise": lambda data: Jittered(*data.tensors),
+}
+
+
+@pytest.mark.parametrize("kind", ["image set", *LOADERS])
 @pytest.mark.parametrize("recipe", [LONG, replace(LONG, optimizer="adamw", lr=0.01, ema=0)])
 def test_every_kind_of_data_resumes_bit_by_bit(toy_images, tmp_path, monkeypatch, kind, recipe):
     def data():
         if kind == "image set":
             return toy_images
-        tensors = TensorDataset(toy_images.normalise(toy_images.images), toy_images.labels)
-        if kind == "dataset":
-            return tensors
-        generator = torch.Generator().manual_seed(0) if kind == "loader" else None
-        return DataLoader(tensors, 16, shuffle=True, generator=generator)
+        images = toy_images.normalise(toy_images.images)
+        return LOADERS[kind](TensorDataset(images, toy_images.labels))
 
     options = {"recipe": recipe, "cpu": True}
     model = network()
@@ -171,19 +229,21 @@ class Trap:
 def test_a_full_disk_is_an_error_with_the_best_weights_in_place(toy_images, tmp_path, monkeypatch):
     plain = network()
     finetune(plain, toy_images, toy_images, recipe=LONG, cpu=True)
-    real = torch.save
+    real, written = Path.write_bytes, []
 
-    def full(value, path):
-        if len(value["state"]["standing"]["history"]) == 3:
-            Path(path).write_bytes(b"part")
-            raise RuntimeError("PytorchStreamWriter failed writing file")
-        real(value, path)
+    def full(path, content):
+        written.append(path)
+        if len(written) == 3:
+            real(path, b"part")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, content)
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     model = network()
-    with pytest.raises(ZooError, match="Cannot write"):
+    with pytest.raises(ZooError, match=r"Cannot write.*No space left"):
         finetune(model, toy_images, toy_images, recipe=LONG, checkpoint=tmp_path, cpu=True)
     monkeypatch.undo()
+    assert len(history_in(tmp_path)) == 3
     assert {path.name for path in tmp_path.iterdir()} == {SAVEPOINT, HISTORY}
     finetune(model, toy_images, toy_images, recipe=LONG, checkpoint=tmp_path, resume=True, cpu=True)
     assert same(weights(model), weights(plain))
@@ -198,6 +258,17 @@ def test_a_finished_training_resumes_to_its_result_at_once(toy_images, tmp_path,
     )
     assert same(weights(first), weights(again))
     assert resumed.history == result.history
+
+
+def test_ctrl_c_in_the_first_epoch_of_the_command_line_is_one_too(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "x.safetensors"
+    with monkeypatch.context() as patch:
+        stop_in_epoch(1, patch)
+        assert main(["train", *TRAIN, "--out", str(out)]) == 130
+    shown = capsys.readouterr()
+    assert "Add --resume" in shown.out
+    assert not shown.err
+    assert main(["train", *TRAIN, "--epochs", "1", "--out", str(out), "--resume"]) == 0
 
 
 def test_finetune_on_the_command_line_resumes_into_its_folder(tmp_path, monkeypatch, capsys):

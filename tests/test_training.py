@@ -1,17 +1,19 @@
 from __future__ import annotations
 
 import math
+import random
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from zoo import engine, training
-from zoo.batches import check_labels
+from zoo.batches import DeviceLoader, check_labels
 from zoo.data import ImageSet, load_data
 from zoo.errors import DataError, ZooError
 from zoo.recipes import RECIPES, Recipe
@@ -160,6 +162,23 @@ def test_ctrl_c_keeps_the_best_weights_so_far(toy_images, monkeypatch):
     assert not model.training
 
 
+def test_ctrl_c_while_an_epoch_is_noted_leaves_the_one_before_whole(toy_images, monkeypatch):
+    scripted_accuracies(monkeypatch, 0.1, 0.5, 0.7)
+    kept, original = [], training._snapshot
+
+    def snapshot(model: nn.Module) -> dict[str, torch.Tensor]:
+        if len(kept) == 2:
+            raise KeyboardInterrupt
+        kept.append(original(model))
+        return kept[-1]
+
+    monkeypatch.setattr(training, "_snapshot", snapshot)
+    model = network()
+    result = finetune(model, toy_images, toy_images, recipe=QUICK)
+    assert (result.accuracy, result.epoch, len(result.history)) == (0.5, 1, 1)
+    assert same(weights(model), kept[1])
+
+
 def test_a_loss_that_is_not_finite_is_an_error_with_the_best_weights_in_place(
     toy_images, monkeypatch
 ):
@@ -214,6 +233,78 @@ def test_a_wrong_label_in_a_later_batch_is_refused_too(toy_images):
     assert same(weights(model), before)
 
 
+@pytest.mark.parametrize("seed", range(17))
+def test_a_wrong_label_is_refused_though_the_first_pass_leaves_it_out(toy_images, seed):
+    """Each pass leaves one of 17 images out, with one of the seeds the wrong one."""
+    labels = toy_images.labels.clone()
+    labels[5] = -100  # what cross-entropy ignores
+    wrong = replace(toy_images, labels=labels).subset(torch.arange(17))
+    with pytest.raises(DataError, match="labels from -100"):
+        finetune(network(), wrong, None, recipe=QUICK, seed=seed)
+
+
+def test_labels_that_change_from_pass_to_pass_are_checked_in_each():
+    class Changing(Dataset):
+        asked = 0
+
+        def __len__(self) -> int:
+            return 96
+
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            self.asked += 1
+            return torch.zeros(3, 8, 8), -100 if self.asked == 150 else index % 3
+
+    with pytest.raises(DataError, match="labels from -100"):
+        finetune(network(), Changing(), None, recipe=QUICK)
+
+
+class Streamed(IterableDataset):
+    def __iter__(self):
+        return iter([(torch.zeros(3, 8, 8), 0)])
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "told"),
+    [
+        (torch.zeros(32, 3, 8, 8), torch.zeros(32), r"integers \(N,\).*float32 \(16,\)"),
+        (torch.zeros(32, 3, 8, 8), torch.zeros(32, 1).long(), r"integers \(N,\).*int64 \(16, 1\)"),
+        (torch.zeros(32, 3, 8, 8).byte(), torch.zeros(32).long(), "uint8, not floats.*ToDtype"),
+    ],
+)
+def test_data_of_other_types_is_refused(toy_images, images, labels, told):
+    data = TensorDataset(images, labels)
+    with pytest.raises(DataError, match=told):
+        finetune(network(), data, toy_images, recipe=QUICK)
+    with pytest.raises(DataError, match=told):
+        evaluate(network(), data, batch_size=16)
+
+
+@pytest.mark.parametrize("data", [Streamed(), DataLoader(Streamed(), 16)])
+def test_data_without_a_length_is_refused(toy_images, data):
+    for train, val in ((data, toy_images), (toy_images, data)):
+        with pytest.raises(DataError, match="no length"):
+            finetune(network(), train, val, recipe=QUICK)
+
+
+def test_short_integers_are_labels_too(toy_images):
+    images = toy_images.normalise(toy_images.images)
+    results = []
+    for kind in (torch.int64, torch.int32, torch.uint8):
+        model = network()
+        data = TensorDataset(images, toy_images.labels.to(kind))
+        finetune(model, data, data, recipe=replace(QUICK, epochs=1))
+        results.append(weights(model))
+    assert same(results[0], results[1])
+    assert same(results[0], results[2])
+
+
+@pytest.mark.parametrize("classes", [("r", "g"), ("r", "g", "b", "a")])
+def test_a_set_of_more_or_fewer_classes_than_outputs_is_not_trained_on(toy_images, classes):
+    other = replace(toy_images.subset(toy_images.labels.argsort()[:64]), classes=classes)
+    with pytest.raises(DataError, match=f"toy has {len(classes)} classes, the network 3 outputs"):
+        finetune(network(), other, None, recipe=QUICK)
+
+
 def test_labels_are_checked_against_outputs():
     check_labels(torch.tensor([0, 2]), torch.zeros(2, 3))
     for labels in ([0, 3], [-1, 0]):
@@ -239,9 +330,10 @@ def test_an_unknown_recipe_names_the_nearest_one(toy_images):
 
 
 def test_the_callers_random_state_is_left_alone(toy_images):
-    before = torch.random.get_rng_state()
+    before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
     finetune(network(), toy_images, toy_images, recipe=replace(QUICK, epochs=1))
-    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 @pytest.mark.parametrize("kind", ["image set", "dataset"])
@@ -303,12 +395,54 @@ def test_a_teacher_teaches_in_eval_mode_and_is_in_its_own_afterwards(toy_images,
     teacher = network(seed=9).train(training_mode)
     teacher[1].train(not training_mode)
     before, frozen, seen = modes(teacher), weights(teacher), []
-    teacher.register_forward_hook(lambda *_: seen.extend(modes(teacher)))
+    layout = teacher[0].weight.stride()
+
+    def look(*_: object) -> None:
+        seen.extend(modes(teacher))
+        assert teacher[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+    teacher.register_forward_hook(look)
     finetune(network(), toy_images, toy_images, teacher=teacher, recipe=replace(QUICK, epochs=1))
     assert seen
     assert not any(seen)
     assert modes(teacher) == before
+    assert teacher[0].weight.stride() == layout
     assert same(weights(teacher), frozen)
+
+
+def test_images_and_weights_are_channels_last(toy_images):
+    model, seen = network(), []
+    model[0].register_forward_hook(lambda layer, given, _: seen.extend([given[0], layer.weight]))
+    for data in (toy_images, TensorDataset(torch.zeros(32, 3, 8, 8), torch.arange(32) % 3)):
+        seen.clear()
+        finetune(model, data, data, recipe=replace(QUICK, epochs=1))
+        assert seen
+        assert all(t.is_contiguous(memory_format=torch.channels_last) for t in seen)
+
+
+def test_half_precision_is_of_the_training_alone_every_time(toy_images):
+    """Neither network's forward is changed: what is measured is what is measured afterwards."""
+    model, teacher = network(), network(seed=9)
+    seen: dict[bool, set[torch.dtype]] = {}
+    taught: set[torch.dtype] = set()
+    model[0].register_forward_hook(
+        lambda layer, _, output: seen.setdefault(layer.training, set()).add(output.dtype)
+    )
+    teacher[0].register_forward_hook(lambda _, __, output: taught.add(output.dtype))
+    recipe = replace(QUICK, epochs=1, precision="bf16")
+    for _ in range(2):
+        seen.clear()
+        taught.clear()
+        result = finetune(model, toy_images, toy_images, teacher=teacher, recipe=recipe, cpu=True)
+        assert seen == {True: {torch.bfloat16}, False: {torch.float32}}
+        assert taught == {torch.bfloat16}
+        assert result.accuracy == evaluate(model, toy_images).accuracy
+        assert not {"forward", "_is_accelerate_prepared"} & set(vars(model))
+
+
+def test_a_cpu_does_not_pretend_to_train_in_fp16(toy_images):
+    with pytest.raises(ZooError, match="fp16: choose the precision bf16"):
+        finetune(network(), toy_images, None, recipe=replace(QUICK, precision="fp16"), cpu=True)
 
 
 def test_precision_and_device_may_change_from_run_to_run(toy_images):
@@ -367,3 +501,67 @@ def test_training_runs_on_cuda_and_cpu_in_one_process(toy_images: ImageSet):
         assert result.device.startswith(kind)
         assert next(model.parameters()).device.type == kind
         assert result.accuracy > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"compile": True},
+        {"compile": True, "accumulate": 2},
+        {"ema": 0.5},
+        {"mixup": 0.4, "cutmix": 1.0},
+        {"rand_augment": 5},
+        {"distill": 0.5},
+        {"accumulate": 2},
+    ],
+    ids=str,
+)
+def test_every_ingredient_learns_on_cuda_and_resumes(toy_images, tmp_path, monkeypatch, change):
+    recipe = replace(QUICK, epochs=16, **change)
+    teacher = network(seed=9)
+    finetune(teacher, toy_images, toy_images, recipe=replace(QUICK, epochs=8))
+    options = {"recipe": recipe, "teacher": teacher if "distill" in change else None}
+    model = network()
+    result = finetune(model, toy_images, toy_images, **options)
+    assert result.device.startswith("cuda")
+    assert result.accuracy > 0.95
+    assert evaluate(model, toy_images).accuracy == result.accuracy
+    original, passes = engine.Engine.train, 0
+
+    def interrupted(self: engine.Engine, tell: object) -> float:
+        nonlocal passes
+        passes += 1
+        if passes == 4:
+            raise KeyboardInterrupt
+        return original(self, tell)
+
+    again = network()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.Engine, "train", interrupted)
+        finetune(again, toy_images, toy_images, checkpoint=tmp_path, **options)
+    resumed = finetune(again, toy_images, toy_images, checkpoint=tmp_path, resume=True, **options)
+    assert len(resumed.history) == 16
+    assert resumed.accuracy > 0.95
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [{}, {"ema": 0.5}, {"mixup": 0.4}])
+def test_a_step_waits_for_nothing_on_cuda(toy_images, change):
+    recipe = replace(QUICK, precision="bf16", **change)
+    accelerator = engine.make_accelerator(recipe, cpu=False)
+    loader = DeviceLoader(toy_images, 16, device="cuda", augment=True, shuffle=True)
+    model, teacher = network().cuda().train(), network(seed=9).cuda().eval()
+    trainer = engine.Engine(model, loader, recipe, accelerator, teacher)
+    batches = iter(loader)
+    for _ in range(2):  # the first steps look at the labels, and make what is made once
+        trainer._loss(*trainer._checked(*next(batches))).backward()
+        trainer._step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer._loss(*trainer._checked(*next(batches))).backward()
+        trainer._step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

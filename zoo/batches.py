@@ -11,16 +11,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.errors import DataError
-from zoo.images import AnyImages, ImageFiles, ImageSet
+from zoo.images import AnyImages, ImageFiles, ImageSet, sent
 
-__all__ = ["Augmentation", "DeviceLoader", "check_labels"]
+__all__ = ["Augmentation", "DeviceLoader", "check_batch", "check_labels"]
 
 
 WORKERS = 8
 """Most processes that decode files."""
 
-Share = tuple[Tensor, list[Tensor]]
-"""One batch to be made: the indices of its images, and the random numbers of each."""
+OPERATIONS = 2
+"""That RandAugment does to an image."""
+
+Share = tuple[Tensor, Tensor, Tensor]
+"""One batch to be made: the indices of its images (N,); how far each is moved down and right, and
+whether it is mirrored (N, 3); and RandAugment's draws, which stay on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,15 @@ class DeviceLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         self.epoch += 1
+        plan = list(self._plan(generator))
         made: Iterable[tuple[Tensor, Tensor]]
         if isinstance(self.data, ImageFiles):
-            made = _by_workers(self.data, list(self._plan(generator)), self.augment)
+            made = _by_workers(self.data, plan, self.augment, torch.device(self.device))
         else:
-            made = (_made(self.data, own, self.augment) for own in self._plan(generator))
+            made = (_made(self.data, own, self.augment) for own in _on(self.device, plan))
         for images, index in made:
-            images = self.data.normalise(images.to(self.device))
-            yield images, self.labels[index.to(self.device)]
+            images = self.data.normalise(images.to(self.device, non_blocking=True))
+            yield images, self.labels[index.to(self.device, non_blocking=True)]
 
     def _plan(self, generator: torch.Generator) -> Iterator[Share]:
         count = len(self.data)
@@ -97,33 +102,48 @@ class DeviceLoader:
         if self.drop_last:
             order = order[: count - count % together]
         for step in order.split(together * self.accumulate):
-            draws = self._draw(len(step), generator)
+            moves, changes = self._draw(len(step), generator)
             for batch in torch.arange(len(step)).split(together):
                 share = len(batch) // self.world_size
                 if share:
                     own = batch[self.rank * share : (self.rank + 1) * share]
-                    yield step[own], [draw[own] for draw in draws]
+                    yield step[own], moves[own], changes[own]
 
-    def _draw(self, count: int, generator: torch.Generator) -> list[Tensor]:
-        """The random numbers of `count` images, one row of each tensor per image."""
-        draws = []
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The random numbers of `count` images: of each crop and of its further operations."""
+        moves = changes = torch.empty(count, 0, dtype=torch.long)
         if self.augment.crop:
             span = 2 * _margin(self.data.image_size) + 1
-            draws += list(torch.randint(span, (2, count, 1), generator=generator))
-            draws.append(torch.rand(count, 1, generator=generator) < 0.5)
+            shifts = torch.randint(span, (2, count, 1), generator=generator)
+            mirrored = torch.rand(count, 1, generator=generator) < 0.5
+            moves = torch.cat([*shifts, mirrored & self.data.flip], dim=1)
         if self.augment.rand_augment:
-            draws.append(torch.randint(2**62, (count,), generator=generator))
-        return draws
+            from zoo.rand_augment import KINDS
+
+            changes = torch.randint(KINDS, (count, OPERATIONS), generator=generator)
+        return moves, changes
+
+
+def _on(device: torch.device | str, plan: list[Share]) -> Iterator[Share]:
+    """`plan` with what crops and chooses images on `device`, copied there once for all batches."""
+    if not plan:
+        return
+    indices, moves, changes = zip(*plan, strict=True)
+    sizes = [len(own) for own in indices]
+    there = (sent(torch.cat(parts), device).split(sizes) for parts in (indices, moves))
+    yield from zip(*there, changes, strict=True)
 
 
 def _made(data: AnyImages, own: Share, augment: Augmentation) -> tuple[Tensor, Tensor]:
     """One batch of uint8 images, augmented, and the indices that they have in `data`."""
-    index, draws = own
+    index, moves, changes = own
     images = data.gather(index)
     if augment.crop:
-        images = _moved(images, draws[0], draws[1], draws[2] & data.flip)
+        images = _moved(images, moves)
     if augment.rand_augment:
-        images = _rand_augmented(images, augment.rand_augment, draws[-1])
+        from zoo.rand_augment import rand_augmented
+
+        images = rand_augmented(images, augment.rand_augment, changes)
     return images, index
 
 
@@ -143,13 +163,13 @@ class _Work(Dataset):
 
 
 def _by_workers(
-    data: ImageFiles, plan: list[Share], augment: Augmentation
+    data: ImageFiles, plan: list[Share], augment: Augmentation, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
     batches = DataLoader(
         _Work(data, plan, augment),
         batch_size=None,
         num_workers=min(WORKERS, os.cpu_count() or 1, len(plan)),
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the caller's random state is left alone
     )
     try:
@@ -164,13 +184,13 @@ def _margin(size: int) -> int:
     return max(1, size // 8)
 
 
-def _moved(images: Tensor, down: Tensor, right: Tensor, mirrored: Tensor) -> Tensor:
-    """Crops of the reflected images (N, 3, S, S) at offsets (N, 1), or their mirror images."""
+def _moved(images: Tensor, moves: Tensor) -> Tensor:
+    """Crops of the reflected images (N, 3, S, S), or their mirror images, by `moves` (N, 3)."""
     count, _, size, _ = images.shape
-    steps = torch.arange(size) - _margin(size)
+    down, right, mirrored = moves.split(1, dim=1)
+    steps = torch.arange(size, device=images.device) - _margin(size)
     rows, columns = (_reflect(shift + steps, size) for shift in (down, right))
-    columns = torch.where(mirrored, columns.flip(1), columns)
-    rows, columns = rows.to(images.device), columns.to(images.device)
+    columns = torch.where(mirrored.bool(), columns.flip(1), columns)
     pick = torch.arange(count, device=images.device)[:, None, None]
     # Advanced indices around a slice put the sliced axis (channels) last.
     return images[pick, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
@@ -181,17 +201,21 @@ def _reflect(positions: Tensor, size: int) -> Tensor:
     return (size - 1) - (size - 1 - positions.abs()).abs()
 
 
-def _rand_augmented(images: Tensor, magnitude: int, seeds: Tensor) -> Tensor:
-    """Two random operations on each uint8 image, from its own seed."""
-    from torchvision.transforms import v2
+def check_batch(images: Tensor, labels: Tensor) -> None:
+    """Refuse a batch that is not of images and the numbers of their classes.
 
-    operations = v2.RandAugment(magnitude=magnitude)
-    with torch.random.fork_rng(devices=[]):
-        changed = []
-        for image, seed in zip(images, seeds.tolist(), strict=True):
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach CUDA's too
-            changed.append(operations(image))
-    return torch.stack(changed)
+    Raises:
+        DataError: for images that are not of floats, or labels that are not integers (N,).
+    """
+    if not images.is_floating_point():
+        raise DataError(
+            f"The images are {images.dtype}, not floats: put torchvision.transforms.v2.ToDtype("
+            "torch.float32, scale=True) into the data's transforms."
+        )
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise DataError(
+            f"Labels must be integers (N,), the data has {labels.dtype} {tuple(labels.shape)}."
+        )
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn import functional
 
 from zoo.documents import replacing
 from zoo.errors import DataError, unknown
-from zoo.images import AnyImages, ImageFiles, ImageSet, decode_all
+from zoo.images import UNREADABLE, AnyImages, ImageFiles, ImageSet, decode_all
 
 __all__ = ["DATASETS", "IN_MEMORY", "AnyImages", "ImageSet", "Splits", "load_data"]
 
@@ -90,7 +91,7 @@ def _hold_out(data: AnyImages, share: float) -> tuple[AnyImages, AnyImages]:
 
 
 def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages:
-    """One ImageFolder tree, decoded once and kept in the user's cache folder if it is not large."""
+    """One ImageFolder tree, decoded once and, if not large, cached where that can be written."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
@@ -105,7 +106,10 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages
     told = (torch.tensor(labels), tuple(classes), *IMAGENET)
     if size is not None and 3 * size**2 * len(paths) > IN_MEMORY:
         return ImageFiles(folder.name, tuple(paths), size, *told)
-    facts = ((path, path.stat()) for path in paths)
+    try:
+        facts = [(path, path.stat()) for path in paths]
+    except OSError as error:
+        raise DataError(f"{folder} holds a file that cannot be read: {error}.") from None
     stamp = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
     stamp += f"\n{size}"
     cached = cache_folder() / "images" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.npy"
@@ -114,7 +118,7 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages
     else:
         images = decode_all(paths, size)
         if cache:
-            with replacing(cached) as partial:
+            with suppress(OSError), replacing(cached) as partial:
                 np.save(partial, images)
     return ImageSet(folder.name, torch.from_numpy(np.ascontiguousarray(images)), *told)
 
@@ -206,7 +210,10 @@ def _hub_split(name: str, rows: Any, size: int) -> ImageSet:
             f"{name} has {len(rows):,} images, more than fit in memory at {size}x{size}: choose a "
             "smaller size, or save it as folders of images."
         )
-    images = decode_all(rows[columns["Image"]], size)
+    try:
+        images = decode_all(rows[columns["Image"]], size)
+    except UNREADABLE as error:  # met while the rows are read, each decoded by the library
+        raise DataError(f"{name} holds an image that cannot be read: {error}.") from None
     label = columns["ClassLabel"]
     return ImageSet(
         f"{name} at {size}x{size}",

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 
-from zoo.batches import DeviceLoader, check_labels
-from zoo.errors import DataError
+from zoo.batches import DeviceLoader, check_batch, check_labels
+from zoo.errors import DataError, ZooError
+from zoo.images import AnyImages
 from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe
+from zoo.seeding import random_state, set_random_state
 
 __all__ = ["Engine", "make_accelerator"]
 
@@ -38,6 +42,9 @@ class Engine:
 
     Attributes:
         kept: the network whose weights are worth keeping: the average, if the recipe wants one.
+
+    Raises:
+        ZooError: for a precision that the device does not have.
     """
 
     def __init__(
@@ -50,20 +57,29 @@ class Engine:
     ) -> None:
         self.model, self.batches, self.recipe = model, batches, recipe
         self.accelerator, self.teacher = accelerator, teacher
+        kind = accelerator.device.type
+        half = _half_precision(recipe, kind)
+        self._autocast = partial(torch.autocast, kind, half, enabled=half is not None)
+        self._scaler = torch.amp.GradScaler(kind, enabled=half is torch.float16)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = _optimizer(model, recipe)
+        self._optimizer = _optimizer(model, recipe)
         steps = recipe.epochs * math.ceil(len(batches) / recipe.accumulate)
         warm = max(1, round(recipe.warmup * steps))
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warmup_cosine(warm, steps))
-        self._average = ModelEmaV3(model, recipe.ema, use_warmup=True) if recipe.ema else None
-        self._forward, self._optimizer = accelerator.prepare(model, optimizer)
-        self._logits: Tensor | None = None
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, _warmup_cosine(warm, steps)
+        )
+        self._average = _Average(model, recipe.ema) if recipe.ema else None
+        self._forward = accelerator.prepare_model(model)
+        # The mark of Accelerate would make it leave the network as it is the next time.
+        vars(model).pop("_is_accelerate_prepared", None)
+        self._logits: Any = None
         self.kept: nn.Module = self._average.module if self._average else model
 
-    def train(self, advance: Callable[..., None], *, check: bool) -> float:
+    def train(self, advance: Callable[..., None]) -> float:
         """One pass; the mean loss, which is not finite soon after one step's is not.
 
-        To `check` the labels waits for the device at every step.
+        Raises:
+            DataError: for labels that the network cannot be asked for.
         """
         self._forward.train()
         self._optimizer.zero_grad(set_to_none=True)
@@ -74,8 +90,8 @@ class Engine:
             count += 1
             last = count == first + share
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
-                loss = self._loss(images, labels, check)
-                self.accelerator.backward(loss / share)
+                loss = self._loss(*self._checked(images, labels))
+                self._scaler.scale(loss if share == 1 else loss / share).backward()
             if last:
                 self._step()
             total += loss.detach()
@@ -93,20 +109,31 @@ class Engine:
         """The learning rate of the next step."""
         return float(self._schedule.get_last_lr()[0])
 
-    def _loss(self, images: Tensor, labels: Tensor, check: bool) -> Tensor:
-        device = self.accelerator.device
-        images = images.to(device, memory_format=torch.channels_last)
-        labels = labels.to(device)
-        if check:
-            check_labels(labels, self._outputs(images))
-        if self.recipe.mixup or self.recipe.cutmix:
-            images, labels = self._mixed(images, labels)
-        logits = self._forward(images)
-        loss = functional.cross_entropy(
-            logits.float(), labels, label_smoothing=self.recipe.label_smoothing
+    def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """One batch on the device; of an image set, all labels are looked at with the first."""
+        check_batch(images, labels)
+        images = images.to(
+            self.accelerator.device, non_blocking=True, memory_format=torch.channels_last
         )
+        own = isinstance(self.batches, DeviceLoader)
+        if self._logits is None:
+            with evaluating(self.model), torch.no_grad():
+                self._logits = self.model(images[:1])
+            if own:
+                check_labels(self.batches.labels, self._logits)
+                _check_classes(self.batches.data, self._logits)
+        if not own:
+            check_labels(labels, self._logits)
+        return images, labels.to(self.accelerator.device, torch.long, non_blocking=True)
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._mixed(images, labels)
+        with self._autocast():
+            logits = self._forward(images)
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is not None:
-            with torch.no_grad():
+            with torch.no_grad(), self._autocast():
                 target = self.teacher(images).float()
             if target.shape != logits.shape:
                 raise DataError(
@@ -116,26 +143,24 @@ class Engine:
             loss = (1 - share) * loss + share * _distillation(logits, target)
         return loss
 
-    def _outputs(self, images: Tensor) -> Tensor:
-        """The network's logits of one image, asked for once; they tell how many there are."""
-        if self._logits is None:
-            with evaluating(self.model), torch.no_grad():
-                self._logits = self.model(images[:1])
-        return self._logits
-
-    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images mixed with one another, and their labels as probabilities (N, classes)."""
+    @cached_property
+    def _mixed(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Mixes images with one another, and makes their labels probabilities (N, classes)."""
+        if not (self.recipe.mixup or self.recipe.cutmix):
+            return lambda images, labels: (images, labels)
         from torchvision.transforms import v2
 
         kinds = ((v2.MixUp, self.recipe.mixup), (v2.CutMix, self.recipe.cutmix))
-        classes = self._outputs(images).shape[1]
+        classes = self._logits.shape[1]
         wanted = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-        return v2.RandomChoice(wanted)(images, labels)
+        return v2.RandomChoice(wanted)
 
     def _step(self) -> None:
         if self.recipe.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self._forward.parameters(), self.recipe.clip_norm)
-        self._optimizer.step()
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
         self._schedule.step()
         if self._average is not None:
@@ -153,64 +178,118 @@ class Engine:
         """`value`, averaged over the processes."""
         return self.accelerator.reduce(value, "mean").item()
 
-    def close(self) -> None:
-        """Leave `model` as it was, but for its weights, its layout and its device."""
-        self.accelerator.unwrap_model(
-            self._forward, keep_fp32_wrapper=False, keep_torch_compile=False
-        )
-
     def state(self) -> dict[str, Any]:
         """Tensors and plain values, from which `restore` goes on bit by bit on the same device."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
-        random = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
-        return parts | {"random": random, "order": self._order()}
+        return parts | {"random": random_state(), "order": self._order()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`, inside the caller's fork of the random generators."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        torch.set_rng_state(state["random"][0])
-        if len(state["random"]) == 1 + torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(state["random"][1:])
+        set_random_state(state["random"])
         if isinstance(self.batches, DeviceLoader):
             self.batches.epoch = state["order"]
-        elif state["order"] is not None:
-            self.batches.generator.set_state(state["order"])
+            return
+        passes, generators = state["order"]
+        if hasattr(self.batches, "iteration"):
+            self.batches.iteration = passes
+        for generator, own in zip(_generators(self.batches), generators, strict=True):
+            generator.set_state(own)
 
     def _order(self) -> Any:
         """What the order of the next pass depends on, beside the global random state."""
         if isinstance(self.batches, DeviceLoader):
             return self.batches.epoch
-        generator = getattr(self.batches, "generator", None)
-        return None if generator is None else generator.get_state()
+        states = [generator.get_state() for generator in _generators(self.batches)]
+        return getattr(self.batches, "iteration", 0), states
 
     def _parts(self) -> dict[str, Any]:
-        parts = {"model": self.model, "optimizer": self._optimizer, "schedule": self._schedule}
-        optional = {"average": self._average, "scaler": self.accelerator.scaler}
-        return parts | {name: part for name, part in optional.items() if part is not None}
+        parts = {
+            "model": self.model, "optimizer": self._optimizer, "schedule": self._schedule,
+            "scaler": self._scaler,
+        }  # fmt: skip
+        return parts | ({"average": self._average} if self._average else {})
+
+
+class _Average(ModelEmaV3):
+    """timm's average, which walks through the modules once and not at every update."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, decay, use_warmup=True)
+        self._places = list(zip(_places(self.module), _places(model), strict=True))
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        del model
+        pairs = [(mine[name], theirs[name]) for (mine, name), (theirs, _) in self._places]
+        averages, values = zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averages, values, weight=1 - decay)
+        counts = [p for p in pairs if not p[0].is_floating_point()]
+        if counts:
+            copies, originals = zip(*counts, strict=True)
+            torch._foreach_copy_(copies, originals)
+
+
+def _places(network: nn.Module) -> list[tuple[Mapping[str, Any], str]]:
+    """Where the tensors of the state dict are held: DDP, for one, puts other buffers there."""
+    return [
+        (held, name)
+        for module in network.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def _check_classes(data: AnyImages, logits: Tensor) -> None:
+    if len(data.classes) != logits.shape[1]:
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes, the network {logits.shape[1]} outputs."
+        )
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """What the order of a DataLoader's batches is drawn from, beside the global generators."""
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", None)
+    holders = (batches, getattr(batches, "sampler", None), batch_sampler, sampler)
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list(dict.fromkeys(generator for generator in found if generator is not None))
+
+
+def _half_precision(recipe: Recipe, device: str) -> torch.dtype | None:
+    """What a forward pass computes in, None for single precision."""
+    if recipe.precision == "fp16" and device == "cpu":
+        raise ZooError("A CPU does not train in fp16: choose the precision bf16, fp32 or auto.")
+    if recipe.precision == "auto":
+        cuda = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if cuda else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
 
 
 def make_accelerator(
     recipe: Recipe, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
-    """An accelerator of the recipe's precision, on CUDA where there is one unless `cpu`.
+    """An accelerator on CUDA where there is one unless `cpu`, which compiles if the recipe asks.
 
     Args:
         trackers: names that Accelerate knows; what they write goes into `folder`.
     """
-    cuda = torch.cuda.is_available() and not cpu
-    precision: str = recipe.precision
-    if precision == "auto":
-        precision = "bf16" if cuda and torch.cuda.is_bf16_supported() else "fp32"
-    mixed: Any = "no" if precision == "fp32" else precision
-    # Accelerate keeps one state per process and refuses another precision or device after the
-    # first; unless processes are joined through it, it can simply be forgotten.
-    AcceleratorState._reset_state(reset_partial_state=PartialState(cpu=cpu).num_processes == 1)
-    compiler = "inductor" if recipe.compile else None
+    # Accelerate keeps one state per process and refuses another device after the first; unless
+    # processes are joined through it, it can simply be forgotten.
+    processes = PartialState(cpu=cpu)
+    # CUDA graphs keep gradients where the next pass writes, so that they cannot add up.
+    graphs = processes.device.type == "cuda" and recipe.accumulate == 1
+    AcceleratorState._reset_state(reset_partial_state=processes.num_processes == 1)
+    compiler = TorchDynamoPlugin(
+        backend="inductor" if recipe.compile else "no",
+        mode="reduce-overhead" if graphs else "default",
+    )
     return Accelerator(
-        mixed_precision=mixed,
+        mixed_precision="no",  # the engine's affair: Accelerate would change the network's forward
         cpu=cpu,
-        dynamo_backend=compiler,
+        dynamo_plugin=compiler,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         log_with=list(trackers) or None,
         project_dir=folder,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -20,7 +22,21 @@ from zoo.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AnyImages", "ImageFiles", "ImageSet", "decode_all"]
+__all__ = ["UNREADABLE", "AnyImages", "ImageFiles", "ImageSet", "decode_all", "sent"]
+
+
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on `device`, which CUDA is not waited for."""
+    if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@functools.lru_cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """`values` as (1, 3, 1, 1), made once, since to wait for a copy at every batch takes time."""
+    with torch.inference_mode(mode=False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 class _Images(Dataset):
@@ -53,8 +69,7 @@ class _Images(Dataset):
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images (N, 3, S, S) as normalised float32."""
-        mean = torch.tensor(self.mean, device=images.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=images.device).view(1, 3, 1, 1)
+        mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
 
@@ -130,6 +145,10 @@ class ImageFiles(_Images):
         return state.hexdigest()
 
 
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+"""What Pillow's decoders raise for files that are not what they seem."""
+
+
 def decode(source: Path | Image, size: int | None) -> np.ndarray:
     """One image as uint8 (S, S, 3), or (H, W, 3) without a size.
 
@@ -144,7 +163,7 @@ def decode(source: Path | Image, size: int | None) -> np.ndarray:
             if size is not None and pixels.size != (size, size):
                 pixels = pixels.resize((size, size), Image.Resampling.BOX)
             return np.asarray(pixels)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise DataError(f"{source} cannot be read as an image: {error}.") from None
 
 

@@ -56,26 +56,31 @@ def tracking(
 
 
 @contextmanager
-def progress_bar(batches: Any, epochs: int, done: int, show: bool) -> Iterator[Callable[..., None]]:
+def progress_bar(
+    batches: Any, epochs: int, done: int, processes: int, show: bool
+) -> Iterator[Callable[..., None]]:
     """A function (images done, loss, accuracy) that moves the bar, or does nothing without one.
 
     Args:
-        batches: of one epoch.
+        batches: of one epoch and process.
         epochs, done: how many there will be, and are already.
+        processes: that have as many images each.
     """
     if not show:
         yield lambda *_: None
         return
     from tqdm import tqdm
 
-    images = len(batches) * (getattr(batches, "batch_size", None) or 1)
+    size: Any = getattr(batches, "batch_size", None)
+    size = size or getattr(getattr(batches, "batch_sampler", None), "batch_size", 1)
+    images = len(batches) * size * processes
     told = {"loss": "", "accuracy": ""}
     with tqdm(
         total=epochs * images, initial=done * images, unit="img", leave=False, file=sys.stderr
     ) as bar:
 
         def tell(count: int, loss: float | None = None, accuracy: float | None = None) -> None:
-            bar.update(count)
+            bar.update(count * processes)
             if loss is not None:
                 told["loss"] = f"loss {loss:.3f}"
             if accuracy is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ from zoo.recipes import Recipe
 __all__ = ["HISTORY", "SAVEPOINT", "discard", "identify", "read_savepoint", "write_savepoint"]
 
 SAVEPOINT, HISTORY = "training.pt", "history.jsonl"
+
+FORMAT = 2
+"""Of the state in a savepoint; another cannot be gone on from."""
 
 
 def identify(
@@ -40,6 +44,7 @@ def identify(
     record: Any = getattr(model, "pruning", None)
     kept = [] if record is None else [json.dumps(record.plan.kept)]
     return {
+        "format": FORMAT,
         **vars(recipe),
         "seed": seed,
         "network": digest([*tensors, *kept]),
@@ -80,14 +85,16 @@ def write_savepoint(
         ZooError: if they cannot be written; the old savepoint is left as it was.
     """
     lines = [json.dumps(vars(record)) + "\n" for record in history]
-    content = {"identity": dict(identity), "state": dict(state)}
+    content = io.BytesIO()
+    torch.save({"identity": dict(identity), "state": dict(state)}, content)
     try:
-        for left_by_a_kill in folder.glob(f".*.{SAVEPOINT}"):
-            left_by_a_kill.unlink()
+        for name in (SAVEPOINT, HISTORY):
+            for left_by_a_kill in folder.glob(f".*.{name}"):
+                left_by_a_kill.unlink()
         write_text(folder / HISTORY, "".join(lines))
         with replacing(folder / SAVEPOINT) as partial:
-            torch.save(content, partial)
-    except (OSError, RuntimeError) as error:  # torch's writer raises the latter on a full disk
+            partial.write_bytes(content.getbuffer())
+    except OSError as error:
         raise ZooError(
             f"Cannot write to {folder}: {error}. The savepoint before this one is kept."
         ) from error

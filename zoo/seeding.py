@@ -1,18 +1,50 @@
-"""Torch's global generators, borrowed."""
+"""The global random generators of torch, NumPy and Python, borrowed."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
-__all__ = ["seeded"]
+__all__ = ["random_state", "seeded", "set_random_state"]
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Torch's generators, on all devices, start from `seed` inside and are as before afterwards."""
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
-        torch.manual_seed(seed)
+    """The generators start from `seed` inside and are as before afterwards.
+
+    They are those of torch on the CPU and the current CUDA device, of NumPy and of Python.
+    """
+    before = random_state()
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+    try:
         yield
+    finally:
+        set_random_state(before)
+
+
+def random_state() -> dict[str, Any]:
+    """Where the generators are, as tensors and plain values; None for a CUDA that is not in use."""
+    state: Any = np.random.get_state()
+    kind, keys, *rest = state
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "numpy": (kind, keys.tolist(), *rest),
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to where they were."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
+import torch
 from torch import nn
 
 from zoo.checkpoints import load_dense
 from zoo.errors import CheckpointError, ZooError, unknown
 from zoo.pruning.plan import PruningRecord
+from zoo.pruning.surgery import evaluating
 
-__all__ = ["Teacher", "find_teacher", "source_network"]
+__all__ = ["Teacher", "find_teacher", "source_network", "teaching"]
 
 Teacher = nn.Module | Literal["auto", "source"] | None
 
@@ -18,7 +23,8 @@ Teacher = nn.Module | Literal["auto", "source"] | None
 def find_teacher(model: nn.Module, teacher: Teacher) -> tuple[nn.Module | None, str | None]:
     """The network that `teacher` stands for, and what to call it; None and None for none.
 
-    `auto` is the source where it can be read and still answers the questions that `model` is asked.
+    `auto` is the source where it can be read and still answers the questions that `model` is asked;
+    a recorded file that cannot be is warned of.
 
     Raises:
         ZooError: for `source`, as `source_network`; for any other word.
@@ -31,10 +37,25 @@ def find_teacher(model: nn.Module, teacher: Teacher) -> tuple[nn.Module | None, 
         return None, None
     try:
         return source_network(model), _record(model).source.reference
-    except ZooError:
+    except ZooError as error:
         if teacher == "source":
             raise
+        if _record(model).source.sha256 is not None:
+            warnings.warn(f"No network teaches. {error}", stacklevel=3)
         return None, None
+
+
+@contextmanager
+def teaching(network: nn.Module) -> Iterator[None]:
+    """`network` in eval mode and channels-last inside; in its own mode and layout afterwards."""
+    layouts = {parameter: parameter.data for parameter in network.parameters()}
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        with evaluating(network):
+            yield
+    finally:
+        for parameter, data in layouts.items():
+            parameter.data = data
 
 
 def source_network(model: nn.Module) -> nn.Module:

@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from zoo.batches import Augmentation, DeviceLoader, check_labels
+from zoo.batches import Augmentation, DeviceLoader, check_batch, check_labels
 from zoo.data import AnyImages, load_data
 from zoo.engine import Engine, make_accelerator
 from zoo.errors import DataError, DivergenceError, ZooError
@@ -27,7 +27,7 @@ from zoo.recipes import Recipe, read_recipe
 from zoo.reporting import check_trackers, progress_bar, tracking
 from zoo.savepoints import identify, read_savepoint, write_savepoint
 from zoo.seeding import seeded
-from zoo.teachers import Teacher, find_teacher
+from zoo.teachers import Teacher, find_teacher, teaching
 
 __all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
 
@@ -93,10 +93,11 @@ class _Standing:
 
     def note(self, record: EpochRecord, network: nn.Module) -> None:
         """One more epoch, and the weights of `network` unless better ones were measured."""
-        self.history.append(record)
+        change: dict[str, Any] = {"history": [*self.history, record]}
         if record.accuracy is None or self.accuracy is None or record.accuracy >= self.accuracy:
-            self.accuracy, self.epoch = record.accuracy, record.epoch
-            self.weights = _snapshot(network)
+            change |= {"accuracy": record.accuracy, "epoch": record.epoch}
+            change["weights"] = _snapshot(network)
+        vars(self).update(change)  # all at once: Ctrl-C comes before or after
 
     def state(self) -> dict[str, Any]:
         return {**vars(self), "history": [vars(record) for record in self.history]}
@@ -129,15 +130,16 @@ def finetune(
             which the training and validation splits are taken. Without `val` nothing is measured
             and the last weights are kept.
         teacher: a network with the same outputs to distil from, which is moved to the device and
-            whose mode is restored; `source` for the dense network that a pruned one was cut from,
-            by its recorded reference and sha256; `auto` for that where it can be read and else
-            none; None for none.
+            whose mode and layout are restored; `source` for the dense network that a pruned one was
+            cut from, by its recorded reference and sha256; `auto` for that where it can be read and
+            else none, with a warning if a file is recorded; None for none.
         recipe: a name of `RECIPES`, the path of a TOML file, or a `Recipe`.
         seed: of shuffling, augmentation and dropout; the caller's random state is left alone.
         checkpoint: folder that holds the whole state of the training after every epoch, and its
             history.jsonl. The state of a finished training stays until it is removed.
         resume: go on from `checkpoint`, or begin where it holds nothing yet; on a CPU the result is
-            that of a training that was never interrupted, bit by bit.
+            that of a training that was never interrupted, bit by bit, unless a DataLoader's
+            persistent workers, whose random state is their own, transform images at random.
         trackers: names of Accelerate's experiment trackers (`tensorboard`, `wandb`, ...) that are
             told loss, accuracy and learning rate after every epoch; files go into `checkpoint`.
         progress: show a bar; by default when standard error is a terminal.
@@ -151,11 +153,12 @@ def finetune(
         training early with the best weights so far in place.
 
     Raises:
-        DataError: when a label or the teacher does not fit the network's outputs.
+        DataError: when data has no length, is not of float images and integer labels, or when a
+            label or the teacher does not fit the network's outputs.
         CheckpointError: when the source is asked for, and is not recorded or not what it was.
         DivergenceError: when the loss stops being finite; the best weights so far are in place.
-        ZooError: when `checkpoint` cannot be written, with the best weights so far in place; or
-            when it is of another training.
+        ZooError: when `checkpoint` cannot be written, with the best weights so far in place; when
+            it is of another training; or for a precision that the device does not have.
     """
     started = time.perf_counter()
     settings = read_recipe(recipe)
@@ -175,8 +178,9 @@ def finetune(
     if folder is not None:
         processes = accelerator.num_processes
         identity = identify(settings, seed, model, dense, batches, held, processes)
-        saved = read_savepoint(folder, identity, resume=resume)
-    teaching = nullcontext() if dense is None else evaluating(dense.to(device))
+        if accelerator.is_main_process:  # the folder may be on its machine alone
+            saved = read_savepoint(folder, identity, resume=resume)
+        (saved,) = broadcast_object_list([saved])
     engine = Engine(model, batches, settings, accelerator, dense)
     interrupted = False
     if saved is None:
@@ -188,13 +192,14 @@ def finetune(
         show = sys.stderr.isatty() if progress is None else progress
         show = show and accelerator.is_main_process
         done = len(standing.history)
-        bar = progress_bar(batches, settings.epochs, done, show)
-        with teaching, seeded(seed), tracking(accelerator, settings) as track, bar as tell:
+        bar = progress_bar(batches, settings.epochs, done, accelerator.num_processes, show)
+        taught = nullcontext() if dense is None else teaching(dense.to(device))
+        with taught, seeded(seed), tracking(accelerator, settings) as track, bar as tell:
             if saved is not None:
                 engine.restore(saved["engine"])
             for epoch in range(done + 1, settings.epochs + 1):
                 tick = time.perf_counter()
-                loss = engine.train(tell, check=epoch == 1)
+                loss = engine.train(tell)
                 if not math.isfinite(loss):
                     raise DivergenceError(
                         f"The training loss became {loss} in epoch {epoch}; the best weights so "
@@ -213,7 +218,6 @@ def finetune(
     except KeyboardInterrupt:
         interrupted = True
     finally:
-        engine.close()
         model.load_state_dict(standing.weights)
         model.eval()
     return TrainResult(
@@ -241,7 +245,8 @@ def evaluate(
         batch_size: used when `data` is not already batched.
 
     Raises:
-        DataError: when the data is empty or a label does not fit the network's outputs.
+        DataError: when the data is empty, is not of float images and integer labels, or a label
+            does not fit the network's outputs.
     """
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
@@ -255,8 +260,9 @@ def evaluate(
     correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
     with evaluating(model), torch.inference_mode():
         for images, labels in batches:
-            images = images.to(device, memory_format=torch.channels_last)
-            labels = labels.to(device)
+            check_batch(images, labels)
+            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            labels = labels.to(device, torch.long, non_blocking=True)
             logits = model(images).float()
             check_labels(labels, logits)
             loss += functional.cross_entropy(logits, labels, reduction="sum")
@@ -294,14 +300,21 @@ def _loader(data: Data, split: str, recipe: Recipe, accelerator: Accelerator, se
             f"rand_augment={recipe.rand_augment} is for the zoo's own image sets: put "
             f"torchvision.transforms.v2.RandAugment into the {type(data).__name__}'s transforms."
         )
+    if isinstance(getattr(data, "dataset", data), IterableDataset):
+        raise DataError(
+            f"The {split} data, a {type(data).__name__}, has no length to plan a training by: give "
+            "a Dataset with __len__ and __getitem__, or a DataLoader of one."
+        )
     if isinstance(data, Dataset):
         generator = torch.Generator().manual_seed(seed)
-        workers = 2 if accelerator.device.type == "cuda" else 0
+        cuda = accelerator.device.type == "cuda"
         data = DataLoader(
-            data, size, shuffle=training, num_workers=workers, generator=generator,
-            drop_last=training and len(data) >= size,  # type: ignore[arg-type]
+            data, size, shuffle=training, num_workers=2 if cuda else 0, generator=generator,
+            drop_last=training and len(data) >= size, pin_memory=cuda,  # type: ignore[arg-type]
         )  # fmt: skip
-    return accelerator.prepare(data) if training else data
+    if training and isinstance(data, DataLoader):
+        return accelerator.prepare_data_loader(data, device_placement=False)
+    return data
 
 
 def _name_and_root(data: str) -> tuple[str, Path | None]:

@@ -286,7 +286,7 @@ def _report_training(
 
     print(training_summary(result, test, recipe.epochs))
     print(f"Wrote {out}")
-    if importlib.util.find_spec("matplotlib"):
+    if result.history and importlib.util.find_spec("matplotlib"):
         from zoo import plots
 
         plots.save(plots.training_curves(result.history), folder / "history.png")

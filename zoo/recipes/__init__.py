@@ -48,7 +48,7 @@ class Recipe:
     distill: float = 0.7
     """weight of the teacher's term when there is a teacher (Hinton et al., temperature 4)"""
     precision: Precision = "auto"
-    """auto: bf16 where a CUDA device likes it, else fp32"""
+    """auto: bf16 where a CUDA device has it, else fp32; fp16 is not for CPUs"""
     accumulate: int = 1
     """batches whose mean gradient makes one step"""
     ema: float = 0.0
