@@ -12,23 +12,20 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.measurement import BenchmarkRow, Latency, machine
+from zoo.latency import image_channels
+from zoo.measurement import BenchmarkRow, Latency, Measurement, machine
 from zoo.models import architecture
 
-HEAD = [
-    "architecture", "asked", "got", "align", "provider", "precision", "batch", "dense, ms",
-    "pruned, ms", "dense, img/s", "pruned, img/s", "dense, MB", "pruned, MB",
-    "dense peak, MB", "pruned peak, MB", "MACs", "measured", "efficiency",
-]  # fmt: skip
+HEAD = ["network", "params", "MACs", "provider", "precision", "MB", "peak MB"]
 CONDITIONS = ("machine", "profile", "options")
 """What the cases of one table share."""
 
 
 @dataclass(frozen=True)
 class Deploy:
-    """Dense beside pruned by one policy, every case in the same run; a Markdown table at the end.
+    """The dense network beside those that one policy prunes, all by turns; Markdown at the end.
 
-    Cases go into a file one by one: started again, it goes on where it was.
+    What an architecture and a metric give goes into a file at once: started again, it goes on.
     """
 
     out: Path = Path("deploy.jsonl")
@@ -54,25 +51,26 @@ class Deploy:
 def bench_deploy(config: Deploy) -> None:
     """Measure the cases that are missing, and print all of them."""
     threads = config.options.threads or torch.get_num_threads()
-    options = dataclasses.replace(config.options, threads=threads)
-    config = dataclasses.replace(config, options=options)
+    config = dataclasses.replace(
+        config, options=dataclasses.replace(config.options, threads=threads)
+    )
     known = read(config.out)
-    cases = itertools.product(config.architectures, config.metrics, config.factors, config.aligns)
-    for arch, metric, cf, align in cases:
+    for arch, metric in itertools.product(config.architectures, config.metrics):
         case = {
             "architecture": arch,
             "metric": metric,
-            "cf": cf,
-            "align": align,
+            "factors": config.factors,
+            "aligns": config.aligns,
             "profile": config.profile,
             "machine": machine(threads),
-            "options": json.loads(json.dumps(dataclasses.asdict(options))),
+            "options": dataclasses.asdict(config.options),
         }
+        case = json.loads(json.dumps(case))
         if not any(case == {key: row[key] for key in case} for row in known):
-            known.append(case | measured(config, arch, metric, cf, align))
+            known.append(case | measured(config, arch, metric))
             with config.out.open("a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps(known[-1]))  # a line cut short stays alone
-            print(f"{arch} {metric} {cf:g}x align {align}: measured", flush=True)
+            print(f"{arch} by {metric}: measured", flush=True)
     print(markdown(known))
 
 
@@ -88,72 +86,69 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def measured(config: Deploy, arch: str, metric: str, cf: float, align: int) -> dict[str, Any]:
-    """The factor met and a row per measurement, or why there is none."""
+def measured(config: Deploy, arch: str, metric: str) -> dict[str, Any]:
+    """A row per network, the dense one first, and why others could not be made."""
     dense = zoo.create_model(arch, architecture(arch).num_classes)
-    try:
-        pruned = zoo.load(arch, cf, dense, profile=config.profile, metric=metric, align=align)
-        rows = zoo.benchmark(dense, pruned, options=config.options)
-    except zoo.ZooError as error:
-        return {"got": None, "error": str(error), "rows": []}
-    record: Any = pruned.pruning
-    return {"got": record.plan.got, "rows": [flat(row) for row in rows]}
-
-
-def flat(row: BenchmarkRow) -> dict[str, Any]:
-    """A row's numbers, with those that it computes."""
-    computed = {
-        "ratio": row.ratio,
-        "efficiency": row.efficiency,
-        "verdict": row.verdict,
-        "images_per_second": [side.images_per_second for side in (row.dense, row.pruned)],
-    }
-    return dataclasses.asdict(row) | computed
+    networks, errors = {"dense": dense}, {}
+    for cf, align in itertools.product(config.factors, config.aligns):
+        name = f"{cf:g}x {metric}" + (f", align {align}" if align > 1 else "")
+        try:
+            networks[name] = zoo.load(
+                arch, cf, dense, profile=config.profile, metric=metric, align=align
+            )
+        except zoo.ZooError as error:
+            errors[name] = " ".join(str(error).split())
+    size = architecture(arch).image_size
+    example = torch.zeros(1, image_channels(dense), size, size)
+    rows = zoo.compare(networks, example_input=example, options=config.options)
+    return {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
 
 
 def markdown(cases: list[dict[str, Any]]) -> str:
-    """Every measurement as a line of a Markdown table, under the conditions it was made in."""
-    lines = []
-    tables = {json.dumps([case[key] for key in CONDITIONS]): case for case in cases}
-    for conditions, first in tables.items():
-        options = ", ".join(f"{name} {value}" for name, value in first["options"].items())
-        lines += ["", f"{first['machine']}; profile {first['profile']}; {options}."]
-        lines += ["Median (10th to 90th percentile) of each batch.", ""]
-        lines += [line_of(HEAD), line_of(["---"] * len(HEAD))]
-        for case in cases:
-            if json.dumps([case[key] for key in CONDITIONS]) != conditions:
-                continue
-            lines += [line_of(cells_of(case, row)) for row in case["rows"]]
-            if not case["rows"]:
-                asked = f"{case['cf']:g}x {case['metric']}"
-                error = " ".join(case["error"].split())
-                lines.append(line_of([case["architecture"], asked, error]))
+    """A table per case, under the conditions that they were measured in."""
+    lines: list[str] = []
+    told = None
+    for case in sorted(cases, key=lambda case: [str(case[key]) for key in CONDITIONS]):
+        conditions = [case[key] for key in CONDITIONS]
+        if conditions != told:
+            options = ", ".join(f"{name} {value}" for name, value in case["options"].items())
+            lines += ["", f"{case['machine']}; profile {case['profile']}; {options}."]
+            told = conditions
+        lines += ["", f"**{case['architecture']}, pruned by {case['metric']}**", "", *table(case)]
     return "\n".join(lines)
+
+
+def table(case: dict[str, Any]) -> list[str]:
+    """A line per network, provider and precision, all beside the first network."""
+    batches = case["options"]["batch_sizes"]
+    head = [*HEAD, *(f"batch {batch}" for batch in batches)]
+    lines = [line_of(head), line_of(["---"] * len(head))]
+    whole, *_ = case["rows"]
+    for row in case["rows"]:
+        ratios = [f"{whole[cost] / row[cost]:.2f}x" for cost in ("params", "macs")]
+        pairs = zip(map(taken, whole["measurements"]), map(taken, row["measurements"]), strict=True)
+        compared = [BenchmarkRow(*pair, whole["macs"] / row["macs"]) for pair in pairs]
+        for number in range(0, len(compared), len(batches)):
+            kind = compared[number : number + len(batches)]
+            one = kind[0].pruned
+            peaks = [own.pruned.peak_bytes for own in kind if own.pruned.peak_bytes is not None]
+            start = [row["network"], *ratios, one.provider.removesuffix("ExecutionProvider")]
+            start += [one.precision, f"{one.bytes / 1e6:.2f}"]
+            start += [f"{max(peaks) / 1e6:.0f}" if peaks else ""]
+            lines.append(line_of([*start, *(cell(own, row is whole) for own in kind)]))
+    return lines + [line_of([name, text]) for name, text in case["errors"].items()]
+
+
+def taken(row: dict[str, Any]) -> Measurement:
+    """A measurement, from JSON."""
+    return Measurement(**row | {"latency": Latency(**row["latency"])})
+
+
+def cell(row: BenchmarkRow, dense: bool) -> str:
+    """Milliseconds of a call; of a pruned network also against the dense one's."""
+    time = str(row.pruned.latency)
+    return time if dense else f"{time}, {row.verdict}, {row.efficiency:.0%}"
 
 
 def line_of(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def cells_of(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
-    dense, pruned = row["dense"], row["pruned"]
-    return [
-        case["architecture"],
-        f"{case['cf']:g}x {case['metric']}",
-        f"{case['got']:.2f}x",
-        str(case["align"]),
-        dense["provider"].removesuffix("ExecutionProvider"),
-        dense["precision"],
-        str(dense["batch"]),
-        *(str(Latency(**side["latency"])) for side in (dense, pruned)),
-        *(f"{rate:,.0f}" for rate in row["images_per_second"]),
-        *(megabytes(side[size]) for size in ("bytes", "peak_bytes") for side in (dense, pruned)),
-        f"{row['macs_ratio']:.2f}x",
-        row["verdict"],
-        f"{row['efficiency']:.0%}",
-    ]
-
-
-def megabytes(count: int | None) -> str:
-    """Empty where the bytes are not known."""
-    return "" if count is None else f"{count / 1e6:.2f}"

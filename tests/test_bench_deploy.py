@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,27 +10,34 @@ import bench_deploy
 import pytest
 
 import zoo
-from zoo.errors import ExportError
 
 OPTIONS = zoo.BenchmarkOptions(batch_sizes=(2,), repeats=1, warmup=0, memory=False, threads=1)
+
+
+def deploy(out: Path, **changes: Any) -> bench_deploy.Deploy:
+    given = {"architectures": ("cnet",), "metrics": ("macs",), "aligns": (1,), "options": OPTIONS}
+    return bench_deploy.Deploy(out=out, **given | changes)
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_a_killed_table_goes_on_and_measures_nothing_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done: list[tuple[str, float]] = []
+    done: list[tuple[str, str]] = []
 
-    def measured(_: Any, arch: str, metric: str, cf: float, align: int) -> dict[str, Any]:
-        del arch, align
+    def measured(_: Any, arch: str, metric: str) -> dict[str, Any]:
         if len(done) == 2:
             raise KeyboardInterrupt
-        done.append((metric, cf))
-        return {"got": None, "error": f"none at {cf}", "rows": []}
+        done.append((arch, metric))
+        cost = {"params": 1, "macs": 1, "measurements": []}
+        return {"rows": [{"network": "dense", **cost}], "errors": {"2x": f"none by {metric}"}}
 
-    config = bench_deploy.Deploy(
-        out=tmp_path / "t.jsonl", architectures=("cnet",), factors=(2, 4), aligns=(1,),
-        options=OPTIONS,
-    )  # fmt: skip
+    config = deploy(
+        tmp_path / "t.jsonl", architectures=("cnet", "resnet20"), metrics=("params", "macs")
+    )
     monkeypatch.setattr(bench_deploy, "measured", measured)
     with pytest.raises(KeyboardInterrupt):
         bench_deploy.bench_deploy(config)
@@ -40,72 +48,61 @@ def test_a_killed_table_goes_on_and_measures_nothing_twice(
     assert first not in done
     done.clear()
     bench_deploy.bench_deploy(config)
-    assert done == [("macs", 4)]
+    assert done == [("resnet20", "macs")]
     done.clear()
     capsys.readouterr()
     bench_deploy.bench_deploy(config)
     assert done == []
-    lines = [line for line in capsys.readouterr().out.splitlines() if "| cnet |" in line]
-    assert len(lines) == 4
-    assert all("none at" in line for line in lines)
+    assert capsys.readouterr().out.count("| none by ") == 4
 
 
-def test_a_measured_case_is_a_line_with_its_numbers(
+def test_a_case_is_a_table_with_a_line_per_network(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = bench_deploy.Deploy(
-        out=tmp_path / "t.jsonl", architectures=("cnet",), factors=(2, 1e6), metrics=("macs",),
-        aligns=(1,), options=OPTIONS,
+    options = zoo.BenchmarkOptions(
+        batch_sizes=(1, 2), precisions=("fp32", "fp16"), repeats=1, warmup=0, memory=False,
+        threads=1,
     )  # fmt: skip
+    config = deploy(tmp_path / "t.jsonl", factors=(2, 1e6), aligns=(1, 8), options=options)
     bench_deploy.bench_deploy(config)
-    good, bad = [line for line in capsys.readouterr().out.splitlines() if "| cnet |" in line]
-    cells = [cell.strip() for cell in good.strip("|").split("|")]
-    assert len(cells) == len(bench_deploy.HEAD)
-    assert cells[:7] == ["cnet", "2x macs", "2.00x", "1", "CPU", "fp32", "2"]
-    named = dict(zip(bench_deploy.HEAD, cells, strict=True))
-    assert named["MACs"] == "2.00x"
-    assert float(named["dense, MB"]) > float(named["pruned, MB"]) > 0
-    milliseconds = float(named["dense, ms"].partition(" ")[0])
-    rate = float(named["dense, img/s"].replace(",", ""))
-    assert rate == pytest.approx(2000 / milliseconds, rel=0.01)
-    assert named["dense peak, MB"] == ""
-    assert "1e+06x macs" in bad
-
-
-def test_a_case_that_cannot_be_exported_is_named_and_the_others_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    benchmark = zoo.benchmark
-
-    def failing(dense: Any, pruned: Any, **options: Any) -> Any:
-        if pruned.pruning.plan.asked == 2:
-            raise ExportError("an operator\nof no kind")
-        return benchmark(dense, pruned, **options)
-
-    monkeypatch.setattr(zoo, "benchmark", failing)
-    config = bench_deploy.Deploy(
-        out=tmp_path / "t.jsonl", architectures=("cnet",), factors=(2, 4), metrics=("macs",),
-        aligns=(1,), options=OPTIONS,
-    )  # fmt: skip
-    bench_deploy.bench_deploy(config)
-    bad, good = [line for line in capsys.readouterr().out.splitlines() if "| cnet |" in line]
-    assert "an operator of no kind" in bad
-    assert "4x macs" in good
+    out = capsys.readouterr().out
+    assert "**cnet, pruned by macs**" in out
+    head, _, *body = [cells(line) for line in out.splitlines() if line.startswith("|")]
+    assert [line[0] for line in body] == [
+        "dense", "dense", "2x macs", "2x macs", "2x macs, align 8", "2x macs, align 8",
+        "1e+06x macs", "1e+06x macs, align 8",
+    ]  # fmt: skip
+    assert all(line[1] for line in body[-2:])
+    dense, half_dense, pruned, *_ = (dict(zip(head, line, strict=True)) for line in body[:-2])
+    assert (dense["precision"], half_dense["precision"]) == ("fp32", "fp16")
+    assert (dense["params"], dense["MACs"], pruned["MACs"]) == ("1.00x", "1.00x", "2.00x")
+    assert (pruned["provider"], pruned["precision"], pruned["peak MB"]) == ("CPU", "fp32", "")
+    assert float(dense["MB"]) > float(pruned["MB"]) > 0
+    for batch in ("batch 1", "batch 2"):
+        time, verdict, share = pruned[batch].split(", ")
+        before, after = (float(text.partition(" ")[0]) for text in (dense[batch], time))
+        assert ("slower" in verdict) == (after > before * 1.005)
+        assert float(share.rstrip("%")) == pytest.approx(100 * before / after / 2, abs=2)
+    (row,) = json.loads(config.out.read_text())["rows"][2:3]
+    assert [own["batch"] for own in row["measurements"]] == [1, 2] * 2
 
 
 def test_tables_of_other_conditions_are_apart_and_say_theirs() -> None:
     def case(profile: str, repeats: int) -> dict[str, Any]:
         return {
-            "architecture": "cnet", "cf": 2, "metric": "macs", "error": f"{profile} {repeats}",
-            "machine": "a machine", "profile": profile, "rows": [],
-            "options": {"repeats": repeats, "threads": 1},
+            "architecture": "cnet", "metric": "macs", "machine": "a machine", "profile": profile,
+            "rows": [{"network": "dense", "params": 1, "macs": 1, "measurements": []}],
+            "errors": {"2x": f"none, {profile} {repeats}"},
+            "options": {"repeats": repeats, "batch_sizes": [1]},
         }  # fmt: skip
 
     pages = bench_deploy.markdown([case("equal", 1), case("greedy", 1), case("equal", 2)] * 2)
     heads = [line for line in pages.splitlines() if line.startswith("a machine; ")]
-    assert heads == [
-        f"a machine; profile {profile}; repeats {repeats}, threads 1."
-        for profile, repeats in (("equal", 1), ("greedy", 1), ("equal", 2))
+    assert sorted(heads) == [
+        f"a machine; profile {profile}; repeats {repeats}, batch_sizes [1]."
+        for profile, repeats in (("equal", 1), ("equal", 2), ("greedy", 1))
     ]
     page = pages.partition(heads[1])[2].partition(heads[2])[0]
-    assert page.count("| cnet | 2x macs | greedy 1 |") == page.count("| cnet |") == 2
+    own = heads[1].split()
+    assert page.count(f"| none, {own[3].strip(';')} {own[5].strip(',')} |") == 2
+    assert page.count("| none, ") == 2

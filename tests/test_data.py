@@ -7,13 +7,14 @@ import sys
 import types
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from zoo.batches import Augmentation, DeviceLoader
+from zoo.batches import Augmentation, DeviceLoader, _boxes
 from zoo.data import ImageSet, load_data
 from zoo.errors import DataError
 from zoo.images import ImageFiles
@@ -248,10 +249,74 @@ def _crop(padded: np.ndarray, top: int, left: int, size: int, mirrored: bool) ->
     return crop[:, :, ::-1] if mirrored else crop
 
 
-@pytest.mark.parametrize("magnitude", [0, 9])
-def test_processes_and_batches_share_a_step_without_changing_it(magnitude):
+def quartered(kind: str, folder: Path) -> ImageSet | ImageFiles:
+    """Images of four colours, 10, 60, 120 and 180 from left to right and down, 64 pixels wide."""
+    pixels = torch.zeros(200, 3, 64, 64, dtype=torch.uint8)
+    for number, colour in enumerate((10, 60, 120, 180)):
+        row, column = divmod(number, 2)
+        pixels[:, :, 32 * row : 32 * row + 32, 32 * column : 32 * column + 32] = colour
+    told = (torch.arange(200), tuple(map(str, range(200))), (0.0,) * 3, (1.0,) * 3)
+    if kind == "memory":
+        return ImageSet("quartered", pixels, *told)
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(folder / "one.png")
+    return ImageFiles("quartered", (folder / "one.png",) * 200, 16, *told)
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_boxes_are_what_is_taken_of_the_images(kind, tmp_path):
+    data = quartered(kind, tmp_path)
+    boxes = torch.tensor([[0.1, 0.2, 0.4, 0.4], [0.6, 0.1, 0.9, 0.2], [0.0, 0.6, 1.0, 1.0]])
+    first, second, lower = data.gather(torch.arange(3), boxes)
+    assert (first == 10).all()
+    assert (second == 60).all()
+    half = data.image_size // 2
+    assert (lower[:, :, : half - 2] == 120).all()
+    assert (lower[:, :, half + 2 :] == 180).all()
+    whole = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    if isinstance(data, ImageSet):
+        assert torch.equal(data.gather(torch.tensor([0]), whole), data.images[:1])
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_resized_crops_take_shares_of_the_image_everywhere(kind, tmp_path):
+    """By the colours at the edges and corners: how much is seen, where, and mirrored or not."""
+    data = quartered(kind, tmp_path)
+    loader = DeviceLoader(data, 50, augment=Augmentation(scale=0.08), shuffle=True, seed=3)
+    images = torch.cat([(batch * 255).round() for batch, _ in loader])[:, 0]
+    size = data.image_size
+    mirrored = images[:, 0, 0] > images[:, 0, -1]  # where both columns of quarters are seen
+    plain = images[:, 0, 0] < images[:, 0, -1]
+    assert mirrored.sum() > 40
+    assert plain.sum() > 40
+    rows = images[:, :, 0] < 110  # of the upper quarters
+    upper = rows.sum(1)
+    assert len(upper.unique()) > size // 3
+    wholes = (upper == 0).sum() + (upper == size).sum()  # crops that lie in one half
+    assert 10 < wholes < 100
+    again = DeviceLoader(data, 50, augment=Augmentation(scale=0.08), shuffle=True, seed=3)
+    assert torch.equal(torch.cat([(batch * 255).round() for batch, _ in again])[:, 0], images)
+
+
+def test_random_boxes_lie_in_the_image_and_have_the_area_and_form_they_should():
+    boxes = _boxes(20_000, 0.25, torch.Generator().manual_seed(0))
+    assert (boxes >= 0).all()
+    assert (boxes <= 1).all()
+    width, height = (boxes[:, 2:] - boxes[:, :2]).T
+    free = (width < 0.999) & (height < 0.999)  # others were cut to fit
+    area, form = width * height, width / height
+    assert 0.2499 < area.min() < 0.26
+    assert area.max() > 0.95
+    assert 0.749 < form[free].min() < 0.77
+    assert 1.30 < form[free].max() < 1.334
+    assert (form < 1).float().mean() == pytest.approx(0.5, abs=0.02)
+    slack = boxes[free, 0] / (1 - width[free])
+    assert torch.histc(slack, 4, 0, 1).min() > 0.2 * free.sum()
+
+
+@pytest.mark.parametrize("augment", [{}, {"rand_augment": 9}, {"scale": 0.3}])
+def test_processes_and_batches_share_a_step_without_changing_it(augment):
     """One batch of 24; three of 8; two processes of two batches of 6: images and crops alike."""
-    augment = Augmentation(rand_augment=magnitude)
+    augment = Augmentation(**augment)
     options = {"augment": augment, "shuffle": True, "drop_last": True, "seed": 4}
     whole = list(DeviceLoader(numbered(50), 24, **options))
     thirds = list(DeviceLoader(numbered(50), 8, accumulate=3, **options))

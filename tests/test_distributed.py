@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -132,3 +134,31 @@ def test_two_processes_have_the_losses_of_one(pair, case):
     assert losses[0] > losses[-1]
     history = pair / f"training {list(CASES).index(case)}" / HISTORY
     assert [json.loads(line)["loss"] for line in history.read_text().splitlines()] == losses
+
+
+@pytest.mark.slow
+def test_the_command_line_under_accelerate_launch_trains_as_one_process_does(tmp_path):
+    """Nothing but the launcher joins the processes: a machine without CUDA must not hinder that."""
+    text = "epochs = 2\nlr = 0.05\nbatch_size = {}\n"
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2"]
+    launcher += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    launcher += ["--main_process_port=0"]
+    told = {}
+    for name, batch, start in (("two", 100, launcher), ("one", 200, [])):
+        Path(tmp_path, f"{name}.toml").write_text(text.format(batch))
+        arguments = ["-m", "zoo", "train", "--arch", "cnet", "--data", "digits", "--size", "8"]
+        arguments += ["--recipe", f"{name}.toml", "--out", f"{name}.safetensors"]
+        done = subprocess.run(
+            [sys.executable, *start, *arguments],
+            cwd=tmp_path, capture_output=True, text=True, check=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        told[name] = done.stdout.splitlines()
+    assert [line for line in told["two"] if "Wrote" in line] == ["Wrote two.safetensors"]
+    two, one = (
+        [json.loads(line) for line in (tmp_path / f"{name}.safetensors.training" / HISTORY).open()]
+        for name in ("two", "one")
+    )
+    assert [record["loss"] for record in two] == pytest.approx(
+        [record["loss"] for record in one], abs=1e-5
+    )

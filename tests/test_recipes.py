@@ -24,7 +24,8 @@ from zoo.training import finetune
 EVERYTHING = Recipe(
     epochs=3, batch_size=32, optimizer="adamw", lr=1, momentum=0.5, weight_decay=0.1, warmup=0.5,
     label_smoothing=0.1, clip_norm=float("inf"), augment=False, distill=0.5, precision="bf16",
-    accumulate=2, ema=0.9, mixup=0.2, cutmix=1, rand_augment=7, compile=True,
+    accumulate=2, ema=0.9, mixup=0.2, cutmix=1, rand_augment=7, crop_scale=0.2,
+    compile=True,
 )  # fmt: skip
 
 

@@ -19,12 +19,10 @@ __all__ = ["Augmentation", "DeviceLoader", "check_batch", "check_labels"]
 WORKERS = 8
 """Most processes that decode files."""
 
-OPERATIONS = 2
-"""That RandAugment does to an image."""
-
 Share = tuple[Tensor, Tensor, Tensor]
-"""One batch to be made: the indices of its images (N,); how far each is moved down and right, and
-whether it is mirrored (N, 3); and RandAugment's draws, which stay on the CPU."""
+"""One batch to be made: the indices of its images (N,); how far each is moved down and right, or
+the box of it that is resized, and then whether it is mirrored (N, 3 or 5); and RandAugment's draws,
+which stay on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,12 @@ class Augmentation:
 
     Attributes:
         crop: random crops after reflecting one eighth of the side, and mirroring if the set allows.
+        scale: below 1 the crops are instead of this share of the image to all of it, resized.
         rand_augment: magnitude of RandAugment's two operations per image, 1 to 30; 0 for none.
     """
 
     crop: bool = True
+    scale: float = 1.0
     rand_augment: int = 0
 
 
@@ -113,14 +113,17 @@ class DeviceLoader:
         """The random numbers of `count` images: of each crop and of its further operations."""
         moves = changes = torch.empty(count, 0, dtype=torch.long)
         if self.augment.crop:
-            span = 2 * _margin(self.data.image_size) + 1
-            shifts = torch.randint(span, (2, count, 1), generator=generator)
+            if self.augment.scale < 1:
+                moves = _boxes(count, self.augment.scale, generator)
+            else:
+                span = 2 * _margin(self.data.image_size) + 1
+                moves = torch.randint(span, (2, count, 1), generator=generator).squeeze(2).T
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
-            moves = torch.cat([*shifts, mirrored & self.data.flip], dim=1)
+            moves = torch.cat([moves, mirrored & self.data.flip], dim=1)
         if self.augment.rand_augment:
-            from zoo.rand_augment import KINDS
+            from zoo.rand_augment import KINDS, PER_IMAGE
 
-            changes = torch.randint(KINDS, (count, OPERATIONS), generator=generator)
+            changes = torch.randint(KINDS, (count, PER_IMAGE), generator=generator)
         return moves, changes
 
 
@@ -137,9 +140,12 @@ def _on(device: torch.device | str, plan: list[Share]) -> Iterator[Share]:
 def _made(data: AnyImages, own: Share, augment: Augmentation) -> tuple[Tensor, Tensor]:
     """One batch of uint8 images, augmented, and the indices that they have in `data`."""
     index, moves, changes = own
-    images = data.gather(index)
-    if augment.crop:
-        images = _moved(images, moves)
+    if augment.crop and augment.scale < 1:
+        images = data.gather(index, moves[:, :4])
+        images = torch.where(moves[:, 4, None, None, None].bool(), images.flip(3), images)
+    else:
+        images = data.gather(index)
+        images = _moved(images, moves) if augment.crop else images
     if augment.rand_augment:
         from zoo.rand_augment import rand_augmented
 
@@ -182,6 +188,15 @@ def _by_workers(
 def _margin(size: int) -> int:
     """Pixels that a crop may move."""
     return max(1, size // 8)
+
+
+def _boxes(count: int, scale: float, generator: torch.Generator) -> Tensor:
+    """Random boxes (N, 4) of `scale` to 1 of an image, 3:4 to 4:3 in form where that fits in it."""
+    area, form, across, down = torch.rand(4, count, generator=generator)
+    area, form = scale + (1 - scale) * area, (4 / 3) ** (2 * form - 1)
+    width, height = (area * form).sqrt().clamp(max=1), (area / form).sqrt().clamp(max=1)
+    left, top = across * (1 - width), down * (1 - height)
+    return torch.stack([left, top, left + width, top + height], dim=1).clamp(max=1)
 
 
 def _moved(images: Tensor, moves: Tensor) -> Tensor:

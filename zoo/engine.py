@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property, partial
@@ -272,9 +273,13 @@ def make_accelerator(
 ) -> Accelerator:
     """An accelerator on CUDA where there is one unless `cpu`, which compiles if the recipe asks.
 
+    Processes that a launcher started are joined on the CPU too.
+
     Args:
         trackers: names that Accelerate knows; what they write goes into `folder`.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        cpu = True  # without this word Accelerate would let each of them train alone
     # Accelerate keeps one state per process and refuses another device after the first; unless
     # processes are joined through it, it can simply be forgotten.
     processes = PartialState(cpu=cpu)

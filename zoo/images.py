@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from zoo.errors import DataError
@@ -63,14 +64,34 @@ class _Images(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.normalise(self.gather(torch.tensor([index])))[0], int(self.labels[index])
 
-    def gather(self, indices: Tensor) -> Tensor:
-        """The pixels of the images at `indices` (N,): uint8, (N, 3, S, S)."""
+    def gather(self, indices: Tensor, boxes: Tensor | None = None) -> Tensor:
+        """The pixels of the images at `indices` (N,): uint8, (N, 3, S, S).
+
+        Args:
+            boxes: (N, 4), what is taken of each image and resized bilinearly: left, top, right and
+                bottom as shares of its sides.
+        """
         raise NotImplementedError
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 images (N, 3, S, S) as normalised float32."""
         mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
+
+
+def _zoomed(images: Tensor, boxes: Tensor) -> Tensor:
+    """`boxes` (N, 4) of uint8 images (N, 3, S, S), each as large as the image was."""
+    left, top, right, bottom = (2 * boxes - 1).unbind(1)  # -1 and 1 are the outer edges
+    none = torch.zeros_like(left)
+    across = torch.stack([(right - left) / 2, none, (right + left) / 2], dim=1)
+    down = torch.stack([none, (bottom - top) / 2, (bottom + top) / 2], dim=1)
+    grid = functional.affine_grid(
+        torch.stack([across, down], dim=1), list(images.shape), align_corners=False
+    )
+    pixels = functional.grid_sample(
+        images.float(), grid, padding_mode="border", align_corners=False
+    )
+    return pixels.round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -94,8 +115,9 @@ class ImageSet(_Images):
         """Pixels per side."""
         return self.images.shape[-1]
 
-    def gather(self, indices: Tensor) -> Tensor:
-        return self.images[indices.to(self.images.device)]
+    def gather(self, indices: Tensor, boxes: Tensor | None = None) -> Tensor:
+        images = self.images[indices.to(self.images.device)]
+        return images if boxes is None else _zoomed(images, boxes.to(images.device))
 
     def subset(self, indices: Tensor) -> ImageSet:
         """The images at `indices`, in that order."""
@@ -127,8 +149,12 @@ class ImageFiles(_Images):
     std: tuple[float, float, float]
     flip: bool = True
 
-    def gather(self, indices: Tensor) -> Tensor:
-        images = [decode(self.paths[index], self.image_size) for index in indices.tolist()]
+    def gather(self, indices: Tensor, boxes: Tensor | None = None) -> Tensor:
+        own = [None] * len(indices) if boxes is None else boxes.tolist()
+        images = [
+            decode(self.paths[index], self.image_size, box)
+            for index, box in zip(indices.tolist(), own, strict=True)
+        ]
         return torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2).copy())
 
     def subset(self, indices: Tensor) -> ImageFiles:
@@ -149,8 +175,13 @@ UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
 """What Pillow's decoders raise for files that are not what they seem."""
 
 
-def decode(source: Path | Image, size: int | None) -> np.ndarray:
+def decode(
+    source: Path | Image, size: int | None, box: Sequence[float] | None = None
+) -> np.ndarray:
     """One image as uint8 (S, S, 3), or (H, W, 3) without a size.
+
+    Args:
+        box: what is taken of it, as `gather` has it; all, resampled by area, without.
 
     Raises:
         DataError: naming the file, if it cannot be read.
@@ -160,7 +191,12 @@ def decode(source: Path | Image, size: int | None) -> np.ndarray:
     try:
         with Image.open(source) if isinstance(source, Path) else source as image:
             pixels = image.convert("RGB")
-            if size is not None and pixels.size != (size, size):
+            if size is not None and box is not None:
+                corners = tuple(
+                    share * side for share, side in zip(box, pixels.size * 2, strict=True)
+                )
+                pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, corners)
+            elif size is not None and pixels.size != (size, size):
                 pixels = pixels.resize((size, size), Image.Resampling.BOX)
             return np.asarray(pixels)
     except (*UNREADABLE, Image.DecompressionBombError) as error:

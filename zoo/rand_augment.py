@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional
 
 from zoo.images import sent
 
-__all__ = ["KINDS", "OPERATIONS", "rand_augmented"]
+__all__ = ["KINDS", "PER_IMAGE", "rand_augmented"]
 
 STRENGTHS = 31
 """Magnitudes: 0 to 30."""
@@ -50,13 +50,16 @@ OPERATIONS: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
 KINDS = 2 * len(OPERATIONS)
 """Numbers that an image can draw: each operation with either sign."""
 
+PER_IMAGE = 2
+"""Draws of every image."""
+
 
 def rand_augmented(images: Tensor, magnitude: int, draws: Tensor) -> Tensor:
     """Uint8 images (N, 3, S, S), each changed by the operations that it drew, one after the other.
 
     Args:
         magnitude: from 0 to 30.
-        draws: on the CPU, (N, operations), below `KINDS`.
+        draws: on the CPU, (N, `PER_IMAGE`), below `KINDS`.
     """
     operations = list(OPERATIONS.values())
     for column in draws.T:

@@ -287,7 +287,7 @@ def _loader(data: Data, split: str, recipe: Recipe, accelerator: Accelerator, se
             data,
             size,
             device=accelerator.device,
-            augment=Augmentation(recipe.augment, recipe.rand_augment),
+            augment=Augmentation(recipe.augment, recipe.crop_scale, recipe.rand_augment),
             shuffle=True,
             drop_last=len(data) >= size * accelerator.num_processes,
             seed=seed,

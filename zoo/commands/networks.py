@@ -17,6 +17,9 @@ from zoo.commands.shared import INTERRUPTED, Metric, read_network
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from zoo.data import Splits
     from zoo.recipes import Recipe
     from zoo.training import TrainResult
 
@@ -71,21 +74,12 @@ def train(command: TrainCommand) -> int | None:
 
     recipe = _recipe(command)
     _check_writable(command.out)
+    folder = command.out.with_name(f"{command.out.name}.training")
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
     model = zoo.create_model(
         command.arch, splits.num_classes, image_size=command.size, seed=command.seed
     )
-    folder = command.out.with_name(f"{command.out.name}.training")
-    result = zoo.finetune(
-        model,
-        splits.train,
-        splits.val,
-        recipe=recipe,
-        seed=command.seed,
-        checkpoint=folder,
-        resume=command.resume,
-        trackers=command.track,
-    )
+    result = _fit(command, model, splits, recipe, folder)
     if not _main_process():
         return None
     test = zoo.evaluate(model, splits.test).accuracy
@@ -205,17 +199,7 @@ def finetune(command: FinetuneCommand) -> int | None:
         teacher = zoo.create_model(
             record.architecture, record.num_classes, pretrained=teacher, image_size=size
         )
-    result = zoo.finetune(
-        model,
-        splits.train,
-        splits.val,
-        teacher=teacher,
-        recipe=recipe,
-        seed=command.seed,
-        checkpoint=out,
-        resume=command.resume,
-        trackers=command.track,
-    )
+    result = _fit(command, model, splits, recipe, out, teacher)
     if not _main_process():
         return None
     test = zoo.evaluate(model, splits.test).accuracy
@@ -260,6 +244,28 @@ def _recipe(command: _Training) -> Recipe:
         if not value > 0:
             raise ZooError(f"--{key} must be positive, got {value}.")
     return dataclasses.replace(read_recipe(command.recipe), **changes)
+
+
+def _fit(
+    command: _Training,
+    model: nn.Module,
+    splits: Splits,
+    recipe: Recipe,
+    folder: Path,
+    teacher: Any = None,
+) -> TrainResult:
+    """Train on the training split and keep the best on the validation split; state in `folder`."""
+    return zoo.finetune(
+        model,
+        splits.train,
+        splits.val,
+        teacher=teacher,
+        recipe=recipe,
+        seed=command.seed,
+        checkpoint=folder,
+        resume=command.resume,
+        trackers=command.track,
+    )
 
 
 def _check_writable(path: Path) -> None:

@@ -45,6 +45,9 @@ class Recipe:
     """largest gradient norm; inf or None clips nothing"""
     augment: bool = True
     """random crops and mirroring, for the zoo's own image sets"""
+    crop_scale: float = 1.0
+    """least share of an image that a random crop takes, which is then resized (Szegedy et al.,
+    2015, with 0.08); 1 moves the image by up to an eighth of its side instead"""
     distill: float = 0.7
     """weight of the teacher's term when there is a teacher (Hinton et al., temperature 4)"""
     precision: Precision = "auto"
@@ -85,6 +88,7 @@ _RANGES = {
     "warmup": (0, 1),
     "label_smoothing": (0, 1),
     "clip_norm": (0, _ANY),
+    "crop_scale": (0.01, 1),
     "distill": (0, 1),
     "accumulate": (1, _ANY),
     "ema": (0, 1),
