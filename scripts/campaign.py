@@ -25,6 +25,7 @@ from zoo.pruning.policies import policy_solution
 from zoo.registry import folder_name, write_index
 from zoo.search.campaign import search_profile
 from zoo.search.certificate import Certificate, Pair, certify
+from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator, FineTuning
 from zoo.search.evidence import evidence, examined
 from zoo.search.ledger import Ledger
@@ -101,6 +102,10 @@ def search_rivals(campaign: Campaign, profile: Profile) -> dict[str, Widths]:
         own = dataclasses.replace(
             config, agent=name, cf=(profile.cf,), episodes=made.episodes, budget=None,
             conditioned=False, out=config.out / name / profile.name, resume=True,
+            known=(*config.known, config.out), std=SearchConfig.std,
+            env=dataclasses.replace(
+                config.env, features=EnvSettings.features, observation=EnvSettings.observation
+            ),
         )  # fmt: skip
         (rival,) = search_profile(own)
         found[name] = widths(rival)

@@ -17,8 +17,8 @@ from zoo.registry import get_profile, list_profiles
 
 
 def table() -> str:
-    """One row per profile and data set, one column per policy; accuracies as mean ± sd."""
-    measured = [(profile, own) for profile in bundled() for own in by_data(profile.evidence)]
+    """One row per profile and base network, one column per policy; accuracies as mean ± sd."""
+    measured = [(profile, own) for profile in bundled() for own in by_exam(profile.evidence)]
     policies = dict.fromkeys(row.policy for _, own in measured for row in own)
     heads = ("dense" if policy == "base" else policy for policy in policies)
     lines = [
@@ -33,10 +33,10 @@ def table() -> str:
 
 
 def details() -> str:
-    """A table for each profile and data set: costs, and accuracies before and after training."""
+    """A table for each profile and base network: costs, accuracies before and after training."""
     parts = []
     for profile in bundled():
-        for own in by_data(profile.evidence):
+        for own in by_exam(profile.evidence):
             title = f"{_name(profile)}, {own[0].data}, {own[-1].fidelity}"
             lines = [
                 f"**{title}**\n",
@@ -57,11 +57,11 @@ def bundled() -> Iterator[Profile]:
     return (get_profile(entry.reference) for entry in list_profiles())
 
 
-def by_data(rows: Iterable[Evidence]) -> list[list[Evidence]]:
-    """The rows of each data set, `base` first."""
-    parts: dict[str, list[Evidence]] = {}
+def by_exam(rows: Iterable[Evidence]) -> list[list[Evidence]]:
+    """The rows of each base network and its data, `base` first."""
+    parts: dict[tuple[str, str], list[Evidence]] = {}
     for row in rows:
-        parts.setdefault(row.data, []).append(row)
+        parts.setdefault(row.exam, []).append(row)
     return list(parts.values())
 
 
@@ -89,7 +89,7 @@ def _accuracy(row: Evidence) -> str:
 @dataclass(frozen=True)
 class Options:
     details: bool = False
-    """every number of the evidence, a table for each profile and data set"""
+    """every number of the evidence, a table for each profile and base network"""
 
 
 if __name__ == "__main__":

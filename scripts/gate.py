@@ -3,8 +3,9 @@
     python scripts/gate.py --arch resnet20-16 --task base.safetensors@cifar10 --data-dir DIR \
         --size 16 --out runs/gate
 
-The cheap and the long accuracy of a profile share one draw of channels, and so its luck: as in a
-search, whose episodes all share one draw per task. Every accuracy goes into `ledger.jsonl` in
+The cheap accuracies are those of one draw of channels, as a search's are, whose episodes all share
+one draw per task; the long fine-tune of every profile is of a draw of its own, so that no luck is
+shared. Every accuracy goes into `ledger.jsonl` in
 `--out` as it comes; a run that is started again goes on.
 `--masked-epochs 0` leaves out the base network that is trained under random masks.
 """
@@ -30,11 +31,14 @@ from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration
 from zoo.search.gate import ENOUGH, Agreement, agreement
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import train_under_masks
-from zoo.search.tasks import Candidate, Task, load_tasks, say
+from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say, task_data
 from zoo.search.workers import pool_of
 
 LR = 0.05
 """Peak learning rate of every training."""
+
+DATA = "cifar10"
+"""Of a base network that names none."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Gate:
     arch: str
     """architecture"""
     task: str
-    """CHECKPOINT@DATA of the base network"""
+    """CHECKPOINT@DATA of the base network; on CIFAR-10 without DATA"""
     out: Path
     """folder of the ledger"""
     data_dir: Path | None = None
@@ -68,7 +72,7 @@ class Gate:
 def main(config: Gate) -> None:
     """Measure what is missing and print the table."""
     model = cost_model(reference_groups(config.arch))
-    (task,) = load_tasks(config.arch, [config.task], "", config.data_dir, config.size)
+    (task,) = load_tasks(config.arch, [config.task], DATA, config.data_dir, config.size)
     profiles = {
         metric: [
             policy_solution("random", model, config.cf, metric, seed).widths
@@ -93,7 +97,10 @@ def main(config: Gate) -> None:
     accuracies: dict[tuple[str, str], list[float]] = {}
     for name, (on, fidelity) in [*columns.items(), ("long", (task, long))]:
         for metric, widths in profiles.items():
-            candidates = [Candidate(on, w, seed) for seed, w in enumerate(widths)]
+            candidates = [
+                Candidate(on, w, seed if name == "long" else SEARCH_SEEDS[0])
+                for seed, w in enumerate(widths)
+            ]
             accuracies[name, metric] = evaluator(candidates, fidelity, "gate")
             say(f"{name}: {len(candidates)} profiles of {config.cf:g}x {metric}")
     pool.close()
@@ -117,8 +124,8 @@ def masked_twin(task: Task, config: Gate) -> Task:
         torch.set_num_threads(1)
         train_under_masks(module, task.groups, task.train, recipe)
         save_checkpoint(module, path, {"split_digest": task.split_digest})
-    data = config.task.partition("@")[2]
-    (twin,) = load_tasks(config.arch, [f"{path}@{data}"], "", config.data_dir, config.size)
+    data = task_data(config.task, DATA)[1]
+    (twin,) = load_tasks(config.arch, [f"{path}"], data, config.data_dir, config.size)
     return dataclasses.replace(twin, name="masked")
 
 
@@ -136,7 +143,7 @@ def print_table(
 ) -> None:
     print(
         f"Spearman's rank correlation with {config.epochs} epochs of {config.images:,} images, "
-        f"{config.profiles} random profiles of {config.cf:g}x, one seed each, "
+        f"{config.profiles} random profiles of {config.cf:g}x, "
         f"95 % bootstrap intervals\n"
     )
     heads = "".join(f" {m}, all | {m}, top half |" for m in config.metrics)

@@ -16,7 +16,7 @@ import pytest
 from zoo.artefacts import save_checkpoint
 from zoo.cost import cost_model
 from zoo.data import load_data
-from zoo.errors import FactorError, ZooError
+from zoo.errors import DocumentError, FactorError, ZooError
 from zoo.models import build_model
 from zoo.profile import Profile
 from zoo.pruning.policies import POLICIES
@@ -27,7 +27,7 @@ from zoo.search.campaign import SearchConfig, search_profile
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator, FineTuning
 from zoo.search.evidence import evidence, examined
-from zoo.search.ledger import Ledger, read
+from zoo.search.ledger import Ledger, merge, read
 from zoo.search.provenance import command_of
 from zoo.search.settings import parse_budget
 from zoo.search.tasks import Task, load_tasks, task_data
@@ -44,10 +44,8 @@ def quick() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> SearchConfig:
-    """A tiny search of cnet on the digits at their own size of 8x8, with two base networks."""
-    folder = tmp_path_factory.mktemp("campaign")
+def base_networks(folder: Path) -> tuple[str, ...]:
+    """Two checkpoints of cnet for the digits."""
     splits = load_data("digits", size=8)
     paths = []
     for seed in range(2):
@@ -56,9 +54,16 @@ def config(tmp_path_factory) -> SearchConfig:
         finetune(module, splits.train, splits.val, recipe=recipe, seed=seed, progress=False)
         paths.append(str(folder / f"base-{seed}.safetensors"))
         save_checkpoint(module, paths[-1], {"split_digest": splits.digest})
+    return tuple(paths)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> SearchConfig:
+    """A tiny search of cnet on the digits at their own size of 8x8, with two base networks."""
+    folder = tmp_path_factory.mktemp("campaign")
     return SearchConfig(
-        arch="cnet", tasks=tuple(paths), out=folder / "run", cf=(2.0,), data="digits", size=8,
-        episodes=16, workers=1, calibration_images=128, val_images=None, candidates=3,
+        arch="cnet", tasks=base_networks(folder), out=folder / "run", cf=(2.0,), data="digits",
+        size=8, episodes=16, workers=1, calibration_images=128, val_images=None, candidates=3,
         finalists=2, final_seeds=1, finetune_images=256,
     )  # fmt: skip
 
@@ -143,6 +148,32 @@ def test_a_rerun_replays_and_a_killed_run_goes_on(config, searched, monkeypatch)
         search(config)
 
 
+def test_a_replay_elsewhere_does_not_change_where_a_profile_comes_from(
+    config, searched, monkeypatch
+):
+    monkeypatch.setattr("zoo.search.provenance._machine", lambda: "another machine")
+    assert search(dataclasses.replace(config, resume=True)) == searched
+    file = config.out / "params-cf2.json"
+    file.unlink()
+    made = search(dataclasses.replace(config, resume=True)).provenance
+    assert made.machine == "another machine"
+    searched.write(file)
+
+
+def test_what_other_runs_have_measured_is_not_measured_again(
+    config, searched, monkeypatch, tmp_path
+):
+    merge([config.out], tmp_path / "merged.parquet")
+    own = dataclasses.replace(config, out=tmp_path / "own", known=(tmp_path / "merged.parquet",))
+    with monkeypatch.context() as patch:
+        patch.setattr("zoo.search.evaluation.cut", None)
+        assert search(own).kept == searched.kept
+    rows, before = ({row.key: row for row in read([run.out])} for run in (own, config))
+    assert rows == before
+    with pytest.raises(DocumentError, match="does not exist"):
+        search(dataclasses.replace(own, out=tmp_path / "other", known=(tmp_path / "none",)))
+
+
 def test_sigkill_loses_at_most_what_was_being_measured(config, tmp_path):
     flags = ["search", "--arch", "cnet", "--tasks", config.tasks[0], "--out", str(tmp_path)]
     flags += ["--cf", "2", "--data", "digits", "--size", "8", "--episodes", "16", "--workers", "1"]
@@ -201,7 +232,10 @@ def test_ctrl_c_ends_the_episodes_and_a_profile_comes_of_it(config, monkeypatch,
         return original(self, candidate)
 
     monkeypatch.setattr(campaign.Recalibration, "measure", measure)
-    profile = search(dataclasses.replace(config, out=tmp_path, cf=(2.0, 3.0), episodes=64))
+    with pytest.raises(campaign.SearchInterrupted) as stopped:
+        search_profile(dataclasses.replace(config, out=tmp_path, cf=(2.0, 3.0), episodes=64))
+    (profile,) = stopped.value.profiles
+    assert Profile.read(tmp_path / "params-cf2.json") == profile
     assert (profile.cf, profile.provenance.episodes) == (2.0, 8)
     assert profile.got == pytest.approx(2.0, rel=0.02)
     assert len(calls) > 12
@@ -263,8 +297,9 @@ def test_ctrl_c_before_any_episode_leaves_nothing_and_says_so(
 
     monkeypatch.setattr(campaign.Recalibration, "measure", measure)
     monkeypatch.setattr(campaign.FineTuning, "measure", lambda *_: 0.5)
-    found = search_profile(dataclasses.replace(config, out=tmp_path, agent=agent, cf=(2.0, 3.0)))
-    assert len(found) == (1 if agent == "ppo" else 0)
+    with pytest.raises(campaign.SearchInterrupted) as stopped:
+        search_profile(dataclasses.replace(config, out=tmp_path, agent=agent, cf=(2.0, 3.0)))
+    assert len(stopped.value.profiles) == (1 if agent == "ppo" else 0)
     if agent == "random":
         assert "nothing to choose from" in capsys.readouterr().err
         assert "without a choice" in (tmp_path / "report.md").read_text()
@@ -309,13 +344,46 @@ def test_the_command_of_a_profile_is_its_search(tmp_path):
         {"episodes": 0}, {"episodes": -8}, {"episode_images": 0}, {"calibration_images": 0},
         {"val_images": -60}, {"finalists": 0}, {"final_seeds": 0}, {"workers": 0},
         {"finetune_images": 0}, {"std": 0.0}, {"finetune_lr": -1.0}, {"cf": ()},
-        {"budget": "soon"},
+        {"budget": "soon"}, {"seed": -1},
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_at_once(changes):
     (name,) = changes
     with pytest.raises(ZooError, match="factor" if name == "cf" else name):
         SearchConfig("cnet", ("a",), Path("out"), **changes)
+
+
+@pytest.mark.parametrize(
+    ("agent", "changes"),
+    [
+        ("cma-es", {"std": 0.2}), ("gnn", {"env": EnvSettings(observation="raw")}),
+        ("random", {"env": EnvSettings(features="live")}),
+        ("ppo", {"cluster": "ray://head:10001", "workers": 2}),
+    ],
+)  # fmt: skip
+def test_settings_that_would_do_nothing_are_refused(agent, changes):
+    SearchConfig("cnet", ("a",), Path("out"), agent=agent)
+    with pytest.raises(ZooError, match=r"is for ppo|leave out workers"):
+        SearchConfig("cnet", ("a",), Path("out"), agent=agent, **changes)
+
+
+def test_without_a_number_the_budget_says_how_many_episodes_are_played():
+    def most(**settings):
+        return SearchConfig("cnet", ("a",), Path("out"), **settings).most_episodes
+
+    assert (most(), most(episodes=8, budget="1h"), most(episodes=9)) == (320, 8, 9)
+    assert most(budget="1h") > 3000
+
+
+def test_tasks_that_share_a_file_name_have_names_of_their_own(config, tmp_path):
+    (tmp_path / "other").mkdir()
+    copies = [tmp_path / "b.safetensors", tmp_path / "other" / "b.safetensors"]
+    for path, copy in zip(config.tasks, copies, strict=True):
+        copy.write_bytes(Path(path).read_bytes())
+    for ending in ("", "@digits"):
+        tasks = tuple(f"{copy}{ending}" for copy in copies)
+        named = [task.name for task in load(dataclasses.replace(config, tasks=tasks))]
+        assert named == ["b.safetensors", "b.safetensors (2)"]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +395,9 @@ def test_impossible_settings_are_refused_at_once(changes):
         ("a.pt@imagefolder:/x/y[5:]", ("a.pt", "imagefolder:/x/y[5:]")),
         ("hf:o/r/a.pt@v1", ("hf:o/r/a.pt@v1", "digits")),
         ("hf:o/r/a.pt@v1@cifar10", ("hf:o/r/a.pt@v1", "cifar10")),
+        ("hf:o/r/a.pt@digits2", ("hf:o/r/a.pt@digits2", "digits")),
+        ("a.pt@hf:o/data@v2[:5]", ("a.pt", "hf:o/data@v2[:5]")),
+        ("hf:o/r/a.pt@v1@hf:o/data", ("hf:o/r/a.pt@v1", "hf:o/data")),
     ],
 )
 def test_a_task_names_its_data_behind_the_last_at(reference, parts):

@@ -36,6 +36,14 @@ def test_the_interval_holds_the_estimate_and_shrinks_with_more_profiles():
     assert widths[1] < widths[0] / 2
 
 
+def test_a_fidelity_that_calls_the_best_alike_has_no_interval():
+    long = np.arange(8.0)
+    found = agreement(np.array([0, 1, 2, 3, 5, 5, 5, 5.0]), long)
+    assert np.isnan(found.top_half)
+    assert np.isnan(found.interval).all()
+    assert found.overall > 0.9
+
+
 def test_what_cannot_be_ranked_is_refused():
     for cheap, long in (([0.1] * 3, [0.1] * 3), ([0.1] * 5, [0.1] * 6)):
         with pytest.raises(ZooError, match="four profiles or more"):

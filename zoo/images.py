@@ -192,9 +192,8 @@ def decode(
         with Image.open(source) if isinstance(source, Path) else source as image:
             pixels = image.convert("RGB")
             if size is not None and box is not None:
-                corners = tuple(
-                    share * side for share, side in zip(box, pixels.size * 2, strict=True)
-                )
+                (left, top, right, bottom), (width, height) = box, pixels.size
+                corners = left * width, top * height, right * width, bottom * height
                 pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, corners)
             elif size is not None and pixels.size != (size, size):
                 pixels = pixels.resize((size, size), Image.Resampling.BOX)

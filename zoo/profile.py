@@ -33,6 +33,7 @@ class Evidence:
         before: the same before any fine-tuning (batch-norm statistics recalibrated).
         fidelity: how it was trained and measured.
         data: the data set and split.
+        network: sha256 of the base network's checkpoint.
     """
 
     policy: str
@@ -45,6 +46,12 @@ class Evidence:
     fidelity: str
     data: str
     before: tuple[float, ...] = ()
+    network: str = ""
+
+    @property
+    def exam(self) -> tuple[str, str]:
+        """What rows must share to be compared: the data and the base network."""
+        return self.data, self.network
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,8 @@ def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
     if not evidence:
         console.print("\nNo evidence is stored with this profile.")
         return
-    for data in dict.fromkeys(row.data for row in evidence):
-        own = [row for row in evidence if row.data == data]
+    for exam in dict.fromkeys(row.exam for row in evidence):
+        own = [row for row in evidence if row.exam == exam]
         table = Table("\npolicy", box=None)
         for column in ("params", "MACs", "before", "accuracy", "seeds"):
             table.add_column(f"\n{column}", justify="right")
@@ -220,7 +220,7 @@ def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
             table.add_row(row.policy, *costs, before, accuracy, str(len(row.seeds)))
         console.print(table)
         for fidelity in dict.fromkeys(row.fidelity for row in own):
-            console.print(f"{data}; {fidelity}", highlight=False)
+            console.print(f"{exam[0]}; {fidelity}", highlight=False)
 
 
 def _console(piped: int = 140) -> Console:

@@ -20,12 +20,16 @@ class SearchCommand:
 
 def search(command: Any) -> int | None:
     from zoo.rendering import headline
-    from zoo.search.campaign import search_profile
+    from zoo.search.campaign import SearchInterrupted, search_profile
 
-    profiles = search_profile(command)
+    code = None
+    try:
+        profiles = search_profile(command)
+    except SearchInterrupted as stopped:
+        profiles, code = stopped.profiles, INTERRUPTED
     for profile in profiles:
         print(f"{command.out / profile.name}.json: {headline(profile)}")
-    return INTERRUPTED if len(profiles) < len(command.cf) else None
+    return code
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,19 +20,28 @@ from zoo.pruning.policies import POLICIES, policy_solution
 from zoo.search.agents import Episode
 from zoo.search.env import PruningEnv
 from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration, live_features
-from zoo.search.ledger import FILE, Ledger
-from zoo.search.provenance import Found, profile_of
+from zoo.search.gate import RANKED
+from zoo.search.ledger import FILE, Ledger, read
+from zoo.search.provenance import Found, as_first_found, profile_of
 from zoo.search.settings import SearchConfig, cost_of, parse_budget, pool_for, trainer_of
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.solver import scale_curve, solve
 
-__all__ = ["SearchConfig", "search_profile"]
+__all__ = ["SearchConfig", "SearchInterrupted", "search_profile"]
 
 Widths = tuple[int, ...]
 
 TOGETHER = 8
 """Episodes that are played in lockstep and evaluated together."""
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C ended a search; `profiles` were chosen from the episodes that were played."""
+
+    def __init__(self, profiles: tuple[Profile, ...]) -> None:
+        super().__init__("the search was interrupted")
+        self.profiles = profiles
 
 
 def search_profile(config: SearchConfig) -> tuple[Profile, ...]:
@@ -52,30 +61,35 @@ def search_profile(config: SearchConfig) -> tuple[Profile, ...]:
     each process imports the script.
 
     Returns:
-        The profiles, in the order of the factors; fewer after Ctrl-C.
+        The profiles, in the order of the factors.
 
     Raises:
+        SearchInterrupted: after Ctrl-C, when everything is written, with the profiles chosen.
         FactorError: for a factor out of reach, naming the reachable range.
-        ZooError: for tasks that do not fit, a base network near chance, an unknown agent, a missing
-            extra, a folder that holds a run already or another one, or one that another process is
-            writing.
+        ZooError: for tasks that do not fit, a base network near chance, an unknown agent or an
+            option that it does not have, a missing extra, a folder that holds a run already or
+            another one, or one that another process is writing.
     """
     from zoo.search.report import write_report
 
     path = config.out / FILE
     if not config.resume and path.exists() and path.stat().st_size:
         raise ZooError(f"{config.out} holds a run already: add --resume, or name another --out.")
-    with Ledger(path) as ledger:
+    with Ledger(path, known=read(config.known)) as ledger:
         search = _Search.prepared(config, ledger)
         profiles = []
         try:
             for found in search.run():
-                profiles.append(profile_of(config, search.groups, found))
-                profiles[-1].write(config.out / f"{profiles[-1].name}.json")
+                profile = profile_of(config, search.groups, found)
+                own = config.out / f"{profile.name}.json"
+                profiles.append(as_first_found(profile, own))
+                profiles[-1].write(own)
         finally:
             search.evaluator.pool.close()
         bases = {task.network: task.base_accuracy for task in (*search.tasks, *search.judges)}
         write_report(config.out, profiles, search.episodes, ledger, search.cost, bases)
+    if search.interrupted:
+        raise SearchInterrupted(tuple(profiles))
     return tuple(profiles)
 
 
@@ -90,6 +104,7 @@ class _Search:
     judges: tuple[Task, ...]
     evaluator: Evaluator
     episodes: list[Episode] = field(default_factory=list)
+    interrupted: bool = False
 
     @classmethod
     def prepared(cls, config: SearchConfig, ledger: Ledger) -> _Search:
@@ -109,6 +124,13 @@ class _Search:
         if {task.network for task in tasks} & {judge.network for judge in judges}:
             raise ZooError("A held-back base network is a task of the search too: name another.")
         _check_run(config, tasks, judges)
+        if config.env.metric not in RANKED and config.episode_images is None:
+            say(
+                f"Recalibration is not known to rank the best profiles by {config.env.metric} as a "
+                f"long fine-tune does; scripts/gate.py measures it."
+            )
+        if not judges:
+            say("No base network is held back: finalists are compared on the tasks themselves.")
         evaluator = Evaluator(ledger, pool_for(config))
         return cls(config, groups, cost, tasks, judges or tasks, evaluator)
 
@@ -127,7 +149,8 @@ class _Search:
                     continue
                 self._measure_policies(cf)
                 yield leg.found(cf, *self._choose(candidates))
-            if leg.interrupted:
+            self.interrupted = leg.interrupted
+            if self.interrupted:
                 return
 
     def measure(self, candidates: Sequence[Candidate]) -> list[float]:
@@ -221,7 +244,7 @@ class _Leg:
 
     def __init__(self, search: _Search, factors: tuple[float, ...], budget: float | None) -> None:
         self.search, self.factors, self.budget = search, factors, budget
-        self.total = search.config.episodes * len(factors)
+        self.total = search.config.most_episodes * len(factors)
         self.played: list[Episode] = []
         self.interrupted = self._late = False
         self._started, self._before = time.perf_counter(), search.evaluator.spent

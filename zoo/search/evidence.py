@@ -89,4 +89,5 @@ def _row(
         fidelity=fidelity,
         data=f"{exam.val.name}, test split",
         before=tuple(before),
+        network=exam.network,
     )

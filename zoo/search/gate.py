@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,10 +10,14 @@ import numpy as np
 
 from zoo.errors import ZooError
 
-__all__ = ["ENOUGH", "Agreement", "agreement"]
+__all__ = ["ENOUGH", "RANKED", "Agreement", "agreement"]
 
 ENOUGH = 0.7
 """The least correlation within the top half of a fidelity that searches may use."""
+
+
+RANKED = ("params",)
+"""Metrics whose best profiles recalibration ranks well enough (EVIDENCE.md, cheap accuracies)."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,8 @@ class Agreement:
     Attributes:
         overall: over all profiles.
         top_half: over the half of the profiles that the long fine-tune puts first.
-        interval: of `top_half`, 95 %, by the bootstrap over those profiles.
+        interval: of `top_half`, 95 %, by the bootstrap over those profiles; not a number where all
+            of them are equal.
         count: of profiles.
     """
 
@@ -56,6 +62,8 @@ def _interval(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     drawn = rng.integers(len(left), size=(2000, len(left)))
     # a resample of equal values has no correlation
     found = [_spearman(left[i], right[i]) for i in drawn if min(np.ptp(left[i]), np.ptp(right[i]))]
+    if not found:
+        return math.nan, math.nan
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
 

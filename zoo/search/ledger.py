@@ -71,14 +71,16 @@ class Ledger:
 
     Args:
         path: the JSON lines file; None keeps the rows in memory alone.
+        known: rows of other runs, of which those that are asked for are copied into this one's.
 
     Raises:
         ZooError: if another process, or another `Ledger` of this one, is writing the file.
         DocumentError: for a row that is malformed or has another schema version.
     """
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, known: Iterable[Row] = ()) -> None:
         self.path = path
+        self._known = {row.key: row for row in known}
         self._rows: dict[Key, Row] = {}
         self._stream: BinaryIO | None = None
         if path is not None:
@@ -105,6 +107,8 @@ class Ledger:
 
     def get(self, key: Key) -> Row | None:
         """The row of `key`, or None."""
+        if key not in self._rows and key in self._known:
+            self.add(self._known[key])
         return self._rows.get(key)
 
     def add(self, row: Row) -> None:

@@ -10,10 +10,12 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zoo.errors import DocumentError
 from zoo.groups import ChannelGroups
 from zoo.models import architecture
 from zoo.profile import Profile, Provenance, Reference
@@ -32,7 +34,7 @@ PACKAGES = (
     "pymoo",
 )
 
-__all__ = ["Found", "command_of", "profile_of"]
+__all__ = ["Found", "as_first_found", "command_of", "profile_of"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,21 @@ def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Pro
             versions=_versions(),
         ),
     )
+
+
+def as_first_found(profile: Profile, path: Path) -> Profile:
+    """`profile` as the file at `path` has it, if the same search found the same there before.
+
+    A search that is only replayed does not change machine, date and versions.
+    """
+    try:
+        before = Profile.read(path)
+    except DocumentError:
+        return profile
+    own, first = profile.provenance, before.provenance
+    if own is None or first is None or (own.command, profile.kept) != (first.command, before.kept):
+        return profile
+    return dataclasses.replace(profile, provenance=first)
 
 
 def _named(task: Task) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes
 
@@ -36,6 +36,9 @@ _COUNTS = (
     "finetune_images",
 )
 
+_AGENTS_OF = {"std": ("ppo",), "features": ("ppo", "ddpg"), "observation": ("ppo", "ddpg")}
+"""Settings that some agents alone have."""
+
 
 @dataclass(frozen=True)
 class SearchConfig:
@@ -53,11 +56,13 @@ class SearchConfig:
     """ppo, ddpg, gnn, random, cma-es, genetic, swarm or annealing"""
     env: Annotated[EnvSettings, OmitArgPrefixes] = field(default_factory=EnvSettings)
     """what the agent sees, does and is rewarded for"""
-    episodes: int = 320
-    """evaluations per factor, in whole rounds of eight or, where an agent plays every profile on
-    all tasks, whole profiles"""
+    episodes: int | None = None
+    """most evaluations per factor, in whole rounds of eight or, where an agent plays every profile
+    on all tasks, whole profiles; by default 320, or what the budget allows"""
     budget: str | None = None
     """wall time of all episodes, as 20m or 1h30m, in equal parts; choosing comes on top"""
+    known: tuple[Path, ...] = ()
+    """ledgers or folders of other runs, whose evaluations are not made again"""
     resume: bool = False
     """go on with the run in --out"""
     conditioned: bool = False
@@ -105,10 +110,23 @@ class SearchConfig:
         for name in ("std", "finetune_lr"):
             if not getattr(self, name) > 0:
                 raise ZooError(f"{name} must be positive, got {getattr(self, name)}.")
+        integer("seed", self.seed, 0)
+        for name, agents in _AGENTS_OF.items():
+            holder: Any = self if hasattr(self, name) else self.env
+            given, usual = getattr(holder, name), getattr(type(holder), name)
+            if self.agent not in agents and given != usual:
+                raise ZooError(f"{name} {given} is for {' and '.join(agents)}, not {self.agent}.")
+        if self.workers is not None and self.cluster not in (None, "local"):
+            raise ZooError("A cluster has the workers that it has: leave out workers.")
         if not self.cf:
             raise ZooError("A search needs a compression factor: name at least one in cf.")
         if self.budget is not None:
             parse_budget(self.budget)
+
+    @property
+    def most_episodes(self) -> int:
+        """Per factor, the budget apart."""
+        return self.episodes or (320 if self.budget is None else 10_000)
 
 
 def parse_budget(text: str) -> float:

@@ -114,12 +114,12 @@ def make_task(
 
     Raises:
         DataError: if a label does not fit the base network's outputs.
-        ZooError: if the base network is near chance (below 1.5 / classes).
+        ZooError: if the base network is near chance (half as good again, or less).
     """
     module = module.to(device()).eval()
     accuracy = evaluate(module, val).accuracy
     classes = len(val.classes)
-    if accuracy < 1.5 / classes:
+    if accuracy < (1.5 - 0.5 / classes) / classes:
         raise ZooError(
             f"The base network of {name} has {accuracy:.1%} on the validation split, which is near "
             f"chance for {classes} classes: train it first, or check that it belongs to this data."
@@ -176,7 +176,8 @@ def load_tasks(
         if name not in splits:
             splits[name] = load_data(name, data_dir, size=size)
         task = load_task(arch, path, splits[name])
-        same = sum(Path(other).name == task.name for other in tasks[: len(loaded)])
+        before = (task_data(other, data)[0] for other in tasks[: len(loaded)])
+        same = sum(Path(other).name == task.name for other in before)
         loaded.append(replace(task, name=f"{task.name} ({same + 1})") if same else task)
     return tuple(loaded)
 
@@ -186,9 +187,9 @@ def task_data(reference: str, data: str) -> tuple[str, str]:
 
     An `@` before anything that is no data set belongs to the checkpoint (`hf:ORG/REPO@REVISION`).
     """
-    path, _, named = reference.rpartition("@")
-    known = re.sub(r"[:\[].*", "", named) in (*DATASETS, "imagefolder")
-    return (path, named) if path and known else (reference, data)
+    kinds = "|".join((*DATASETS, "imagefolder:", "hf:"))
+    path, *named = re.split(rf"(?<=.)@(?=(?:{kinds})(?:(?<=:).|\[|$))", reference, maxsplit=1)
+    return path, named[0] if named else data
 
 
 def load_task(arch: str, path: str, splits: Splits) -> Task:
