@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
+import campaign
 import pytest
 import torch
+import tyro
 
 import zoo
+from zoo.cli import COMMANDS, main
 from zoo.data import ImageSet
 from zoo.models import build_model
 
@@ -55,3 +59,22 @@ def test_the_tables_are_the_registrys() -> None:
     assert details in (ROOT / "EVIDENCE.md").read_text(encoding="utf-8")
     assert len(summary.splitlines()) > 6
     assert details.count("| searched |") == len(summary.splitlines()) - 2
+
+
+def test_the_command_lines_are_ones_that_the_program_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = re.split(r"^```.*$", README, flags=re.MULTILINE)[1::2]
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("DIR", ".").splitlines()
+    lines = [line.partition(" # ")[0].replace("--seed N", "--seed 1") for line in lines]
+    given = [shlex.split(line) for line in lines if line.startswith(("zoo ", "python "))]
+    taken = []
+    for name, (flags, _) in COMMANDS.items():
+        monkeypatch.setitem(COMMANDS, name, (flags, taken.append))
+    for program, command, *arguments in given:
+        if program == "zoo" and arguments != ["--help"]:
+            assert main([command, *arguments]) == 0, capsys.readouterr()
+        elif program == "python":
+            assert command == "scripts/campaign.py"
+            taken.append(tyro.cli(campaign.Campaign, args=arguments))
+    assert len(taken) == len(given) - 1 > 14

@@ -218,7 +218,7 @@ def _key(candidate: Candidate, fidelity: Fidelity) -> Key:
 def live_features(
     candidate: Candidate, calibration_images: int = 512, feature_images: int = 512
 ) -> tuple[NDArray, ...]:
-    """The Taylor features of a candidate as it is now: masked, with batch norms recalibrated.
+    """The Taylor features of a candidate as it is now: masked, its batch norms recalibrated.
 
     Returns:
         One float64 vector per channel group, as long as the dense group; pruned channels have 0.
@@ -226,7 +226,8 @@ def live_features(
     task = candidate.task
     module = masked(task.module, task.groups, plan_of(candidate))
     norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    _reset_statistics(module, norms, sample(task.train, calibration_images))
+    if norms:
+        _reset_statistics(module, norms, sample(task.train, calibration_images))
     return layer_features(module, task.groups, sample(task.val, feature_images))
 
 
