@@ -41,7 +41,7 @@ class Deploy:
     """compression factors"""
     metrics: tuple[str, ...] = ("params", "macs")
     """what they count"""
-    aligns: tuple[int, ...] = (1, 8)
+    aligns: tuple[int, ...] = (1, 8, 16)
     """widths are multiples of it, or whole"""
     profile: str = "equal"
     """policy that prunes"""
