@@ -225,9 +225,7 @@ def live_features(
     """
     task = candidate.task
     module = masked(task.module, task.groups, plan_of(candidate))
-    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    if norms:
-        _reset_statistics(module, norms, sample(task.train, calibration_images))
+    _reset_statistics(module, sample(task.train, calibration_images))
     return layer_features(module, task.groups, sample(task.val, feature_images))
 
 
@@ -250,9 +248,7 @@ def recalibrate(module: nn.Module, dense: nn.Module, train: ImageSet) -> None:
         dense: the network that it was cut from, with the same parameter names.
         train: the calibration images; they are not augmented.
     """
-    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    if norms:
-        _reset_statistics(module, norms, train)
+    if _reset_statistics(module, train):
         return
     shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
     with torch.no_grad():
@@ -262,7 +258,11 @@ def recalibrate(module: nn.Module, dense: nn.Module, train: ImageSet) -> None:
     _small_steps(module, train)
 
 
-def _reset_statistics(module: nn.Module, norms: list[_BatchNorm], train: ImageSet) -> None:
+def _reset_statistics(module: nn.Module, train: ImageSet) -> bool:
+    """Recompute the statistics of batch norms over `train`; false where there are none."""
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    if not norms:
+        return False
     module.eval()
     momenta = [layer.momentum for layer in norms]
     for layer in norms:
@@ -276,6 +276,7 @@ def _reset_statistics(module: nn.Module, norms: list[_BatchNorm], train: ImageSe
     for layer, momentum in zip(norms, momenta, strict=True):
         layer.momentum = momentum
     module.eval()
+    return True
 
 
 def _small_steps(module: nn.Module, train: ImageSet) -> None:
