@@ -15,6 +15,7 @@ import zoo
 from zoo.latency import image_channels
 from zoo.measurement import BenchmarkRow, Latency, Measurement, machine
 from zoo.models import architecture
+from zoo.padding import padded
 
 HEAD = ["network", "params", "MACs", "provider", "precision", "MB", "peak MB"]
 CONDITIONS = ("machine", "profile", "options")
@@ -43,6 +44,8 @@ class Deploy:
     """what they count"""
     aligns: tuple[int, ...] = (1, 8, 16)
     """widths are multiples of it, or whole"""
+    pads: tuple[int, ...] = (8,)
+    """widths of networks with align 1 are filled up to multiples of it, as an export does"""
     profile: str = "equal"
     """policy that prunes"""
     options: zoo.BenchmarkOptions = field(default_factory=zoo.BenchmarkOptions)
@@ -51,9 +54,8 @@ class Deploy:
 def bench_deploy(config: Deploy) -> None:
     """Measure the cases that are missing, and print all of them."""
     threads = config.options.threads or torch.get_num_threads()
-    config = dataclasses.replace(
-        config, options=dataclasses.replace(config.options, threads=threads)
-    )
+    options = dataclasses.replace(config.options, threads=threads, pad=1)  # `pads` has its own rows
+    config = dataclasses.replace(config, options=options)
     known = read(config.out)
     for arch, metric in itertools.product(config.architectures, config.metrics):
         case = {
@@ -61,6 +63,7 @@ def bench_deploy(config: Deploy) -> None:
             "metric": metric,
             "factors": config.factors,
             "aligns": config.aligns,
+            "pads": config.pads,
             "profile": config.profile,
             "machine": machine(threads),
             "options": dataclasses.asdict(config.options),
@@ -90,18 +93,25 @@ def measured(config: Deploy, arch: str, metric: str) -> dict[str, Any]:
     """A row per network, the dense one first, and why others could not be made."""
     dense = zoo.create_model(arch, architecture(arch).num_classes)
     networks, errors = {"dense": dense}, {}
+    unpadded = {}
     for cf, align in itertools.product(config.factors, config.aligns):
         name = f"{cf:g}x {metric}" + (f", align {align}" if align > 1 else "")
         try:
             networks[name] = zoo.load(
                 arch, cf, dense, profile=config.profile, metric=metric, align=align
             )
+            for pad in config.pads if align == 1 else ():
+                filled = f"{name}, pad {pad}"
+                networks[filled], unpadded[filled] = padded(networks[name], pad), name
         except zoo.ZooError as error:
             errors[name] = " ".join(str(error).split())
     size = architecture(arch).image_size
     example = torch.zeros(1, image_channels(dense), size, size)
     rows = zoo.compare(networks, example_input=example, options=config.options)
-    return {"rows": [dataclasses.asdict(row) for row in rows], "errors": errors}
+    own = {row.network: {"params": row.params, "macs": row.macs} for row in rows}
+    costs = {name: own[unpadded.get(name, name)] for name in networks}  # zeros are no work done
+    told = [dataclasses.asdict(row) | costs[row.network] for row in rows]
+    return {"rows": told, "errors": errors}
 
 
 def markdown(cases: list[dict[str, Any]]) -> str:

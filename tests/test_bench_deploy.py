@@ -63,21 +63,27 @@ def test_a_case_is_a_table_with_a_line_per_network(
         batch_sizes=(1, 2), precisions=("fp32", "fp16"), repeats=1, warmup=0, memory=False,
         threads=1,
     )  # fmt: skip
-    config = deploy(tmp_path / "t.jsonl", factors=(2, 1e6), aligns=(1, 8), options=options)
+    config = deploy(
+        tmp_path / "t.jsonl", factors=(2, 1e6), aligns=(1, 8), pads=(8,), options=options
+    )
     bench_deploy.bench_deploy(config)
     out = capsys.readouterr().out
     assert "**cnet, pruned by macs**" in out
     head, _, *body = [cells(line) for line in out.splitlines() if line.startswith("|")]
     assert [line[0] for line in body] == [
-        "dense", "dense", "2x macs", "2x macs", "2x macs, align 8", "2x macs, align 8",
+        "dense", "dense", "2x macs", "2x macs", "2x macs, pad 8", "2x macs, pad 8",
+        "2x macs, align 8", "2x macs, align 8",
         "1e+06x macs", "1e+06x macs, align 8",
     ]  # fmt: skip
     assert all(line[1] for line in body[-2:])
-    dense, half_dense, pruned, *_ = (dict(zip(head, line, strict=True)) for line in body[:-2])
+    dense, half_dense, pruned, _, filled, *_ = (
+        dict(zip(head, line, strict=True)) for line in body[:-2]
+    )
     assert (dense["precision"], half_dense["precision"]) == ("fp32", "fp16")
     assert (dense["params"], dense["MACs"], pruned["MACs"]) == ("1.00x", "1.00x", "2.00x")
     assert (pruned["provider"], pruned["precision"], pruned["peak MB"]) == ("CPU", "fp32", "")
-    assert float(dense["MB"]) > float(pruned["MB"]) > 0
+    assert float(dense["MB"]) > float(filled["MB"]) > float(pruned["MB"]) > 0
+    assert (filled["params"], filled["MACs"]) == (pruned["params"], pruned["MACs"])
     for batch in ("batch 1", "batch 2"):
         time, verdict, share = pruned[batch].split(", ")
         before, after = (float(text.partition(" ")[0]) for text in (dense[batch], time))

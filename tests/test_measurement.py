@@ -14,6 +14,7 @@ from torch import nn
 
 import zoo
 from zoo.commands import deploying
+from zoo.commands.shared import Network
 from zoo.deployment import BenchmarkOptions
 from zoo.errors import ExportError, ZooError
 from zoo.measurement import (
@@ -190,7 +191,7 @@ def test_networks_and_images_that_cannot_be_measured_are_named(
 
 
 def test_networks_for_images_of_two_sizes_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"a": (nn.Identity(), 8), "b": (nn.Identity(), 32)}
+    sizes = {"a": Network(nn.Identity(), 8, "a"), "b": Network(nn.Identity(), 32, "b")}
     monkeypatch.setattr(deploying, "read_network", lambda name, *_: sizes[name])
     with pytest.raises(ZooError, match=r"images of 8, 32 pixels per side; .* --size"):
         deploying.compare(deploying.CompareCommand(networks=("a", "b")))

@@ -32,7 +32,7 @@ from zoo.pruning.plan import PruningRecord, Source, kept_positions
 from zoo.pruning.surgery import named_tensors, resize, resized
 from zoo.savepoints import HISTORY, SAVEPOINT
 
-__all__ = ["MODEL", "read_model", "save_checkpoint", "write_model"]
+__all__ = ["MODEL", "read_model", "save_checkpoint", "skeleton_of", "write_model"]
 
 MODEL, README = "model.safetensors", "README.md"
 
@@ -214,10 +214,7 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
     record = decode_document(PruningRecord, read_json(folder / RECORD), str(folder / RECORD))
     tensors, metadata = read_safetensors(folder / MODEL)
     if record.architecture:
-        with Uninitialised():
-            skeleton = build_model(
-                record.architecture, record.num_classes, image_size=record.image_size
-            )
+        skeleton = skeleton_of(record)
     elif skeleton is None:
         raise CheckpointError(
             f"{folder} holds a network of no registered architecture: give the dense network that "
@@ -232,6 +229,12 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.pruning = record  # type: ignore[assignment]
     return model.eval()
+
+
+def skeleton_of(record: PruningRecord) -> nn.Module:
+    """The dense network of the record's architecture, without values worth anything."""
+    with Uninitialised():
+        return build_model(record.architecture, record.num_classes, image_size=record.image_size)
 
 
 def _check(

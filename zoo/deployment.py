@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from zoo.errors import ZooError
+from zoo.errors import ZooError, integer
 
 __all__ = ["BenchmarkOptions", "ExportOptions"]
 
@@ -24,6 +24,11 @@ class ExportOptions:
     """take images of other heights and widths, where the network allows it"""
     half_inputs: bool = False
     """images and logits of a fp16 file are fp16 as well"""
+    pad: int | None = None
+    """fill the widths of a pruned network up with channels of zeros to multiples of this, which
+    changes no output and makes it faster; by default 8 where that can be done, and 1 is none"""
+    arch: str | None = None
+    """architecture of a dense network, which the file then names; a pruned one names its own"""
     min_agreement: float | None = None
     """least share of images with PyTorch's top class; by default 0.99, and 0.97 for int8"""
 
@@ -31,6 +36,8 @@ class ExportOptions:
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+        if self.pad is not None:
+            integer("pad", self.pad, 1)
         least = self.min_agreement
         if least is not None and not 0 <= least <= 1:
             raise ZooError(f"min_agreement is a share, from 0 to 1, got {least!r}.")
@@ -63,6 +70,8 @@ class BenchmarkOptions:
     """of ONNX Runtime on the CPU; by default one per core"""
     cuda_graph: bool = False
     """record the calls to the GPU once, and replay them; CUDA alone does"""
+    pad: int | None = None
+    """of the files of pruned networks, as for an export"""
     memory: bool = True
     """measure the peak memory of each network too, in a process of its own"""
     seed: int = 0

@@ -242,7 +242,7 @@ def _measured(
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch)
             files = {
-                name: _exported(network, folder / f"{number}.onnx", shape, precision, options.seed)
+                name: _exported(network, folder / f"{number}.onnx", shape, precision, options)
                 for number, (name, network) in enumerate(networks.items())
             }
             for provider in options.providers or (None,):
@@ -251,12 +251,17 @@ def _measured(
 
 
 def _exported(
-    network: nn.Module, path: Path, shape: tuple[int, ...], precision: str, seed: int
+    network: nn.Module,
+    path: Path,
+    shape: tuple[int, ...],
+    precision: str,
+    options: BenchmarkOptions,
 ) -> tuple[Path, int]:
     """The file of a network whose classes do not matter, and its size."""
-    images = _noise((CALIBRATION_IMAGES, *shape), seed)
-    options = ExportOptions(min_agreement=0)
-    result = export(network, path, inputs=images, precision=precision, options=options)
+    images = _noise((CALIBRATION_IMAGES, *shape), options.seed)
+    pruned = isinstance(getattr(network, "pruning", None), PruningRecord)
+    asked = ExportOptions(min_agreement=0, pad=options.pad if pruned else None)
+    result = export(network, path, inputs=images, precision=precision, options=asked)
     return path, result.bytes
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data import ImageSet
 from zoo.deployment import ExportOptions
-from zoo.errors import ExportError, unknown
+from zoo.errors import ExportError, ZooError, unknown
 from zoo.latency import image_channels
 from zoo.onnx_metadata import Metadata
 from zoo.onnx_parity import (
@@ -36,6 +36,7 @@ from zoo.onnx_parity import (
 )
 from zoo.onnx_program import PRECISIONS, convert, in_precision
 from zoo.onnx_providers import CPU
+from zoo.padding import padded
 from zoo.pruning.plan import PruningRecord
 from zoo.runtime import InferenceSession
 
@@ -44,6 +45,8 @@ __all__ = ["PRECISIONS", "ExportResult", "export"]
 PARITY_IMAGES = 256
 NOISE_IMAGES = 16
 HALF_IMAGES = 4
+BLOCK = 8
+"""Channels that tensor cores (fp16) and ONNX Runtime on CPUs take at once, or in a multiple of."""
 EXTERNAL_BYTES = 1 << 30
 """Weights of more than this are written to a file of their own: one ONNX file holds 2 GiB."""
 
@@ -68,6 +71,7 @@ class ExportResult:
         inputs: what they were: an image set's name, `given`, or `noise`.
         bytes: size of the file, with that of its weights if they are in another.
         opset: of ONNX's operators.
+        pad: what the widths were filled up to multiples of; 1 if they are the network's own.
         seconds: wall time of the export and the comparison.
     """
 
@@ -82,6 +86,7 @@ class ExportResult:
     inputs: str
     bytes: int
     opset: int
+    pad: int
     seconds: float
 
 
@@ -129,13 +134,14 @@ def export(
         sample = _sample(inputs, example_input, own, precision)
         normalisation = _normalisation(options, inputs, sample.images.shape[1])
         reference = logits_of(network, sample.images)
+        network, pad = _padded(network, sample.images, reference, options.pad)
         if options.fold:
             assert normalisation is not None
             network, sample = _folded(network, sample, normalisation)
         program = convert(network, sample.images[:1], options.dynamic_size)
         file = in_precision(program, precision, options.half_inputs, sample.calibration)
         facts = _metadata(
-            record, sample.images, reference, inputs, normalisation, precision, options.fold
+            record, sample.images, reference, inputs, normalisation, precision, options, pad
         )
         file.metadata_props.clear()
         file.metadata_props.update(facts.properties())
@@ -151,6 +157,7 @@ def export(
         inputs=sample.origin,
         bytes=size,
         opset=file.opset_imports[""],
+        pad=pad,
         seconds=time.perf_counter() - started,
     )
 
@@ -217,6 +224,32 @@ def _sample(
     return _Sample(noise, None, "noise", noise)
 
 
+def _padded(
+    network: nn.Module, images: Tensor, reference: Tensor, asked: int | None
+) -> tuple[nn.Module, int]:
+    """The network with wider widths, and what they are multiples of: by default `BLOCK`, or 1.
+
+    Args:
+        reference: its logits for `images`, which channels of zeros must not change.
+    """
+    multiple = BLOCK if asked is None else asked
+    if multiple == 1:
+        return network, 1
+    try:
+        wider = padded(network, multiple)
+        result = compare_logits(reference, logits_of(wider, images), TOLERANCES["fp32"].tie)
+        if not TOLERANCES["fp32"].allows(result):
+            raise ExportError(
+                "The network cannot be padded: something in it, a normalisation over channels say, "
+                "depends on how many there are. Export with pad=1."
+            )
+    except ZooError:
+        if asked is not None:
+            raise
+        return network, 1
+    return wider, multiple
+
+
 def _normalisation(options: ExportOptions, inputs: Any, channels: int) -> Normalisation | None:
     """(mean, std) of the images, as asked or as the data set says, if either does."""
     given = options if options.mean or options.std else _data_set(inputs)
@@ -276,19 +309,22 @@ def _metadata(
     inputs: Any,
     normalisation: Normalisation | None,
     precision: str,
-    folded: bool,
+    options: ExportOptions,
+    pad: int,
 ) -> Metadata:
     names, classes = tuple(getattr(_data_set(inputs), "classes", ())), logits.shape[1]
     named = len(names) == classes and all(isinstance(name, str) for name in names)
     mean, std = normalisation or ((), ())
     facts = Metadata(
+        architecture=options.arch or "",
         precision=precision,
         num_classes=classes,
         classes=names if named else (),
         image_shape=tuple(images.shape[1:]),
         mean=mean,
         std=std,
-        folded=folded,
+        folded=options.fold,
+        pad=pad,
     )
     if record is None:
         return facts

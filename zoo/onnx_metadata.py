@@ -18,7 +18,7 @@ _VERSION = "prunezoo"
 
 @dataclass(frozen=True, kw_only=True)
 class Metadata:
-    """Facts of a file; empty where unknown.
+    """Facts of a file; the defaults stand for what is unknown.
 
     Attributes:
         architecture: a registered name.
@@ -31,6 +31,7 @@ class Metadata:
         image_shape: channels, height and width of the images it was exported for.
         mean, std: per channel; what images of 0 to 1 are normalised by.
         folded: whether the graph itself does that.
+        pad: what widths were filled up to multiples of, with channels of zeros; 1 for none.
     """
 
     architecture: str = ""
@@ -45,10 +46,12 @@ class Metadata:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     folded: bool = False
+    pad: int = 1
 
     def properties(self) -> dict[str, str]:
         """As ONNX keeps them: text, of what is known; what is not a string is JSON."""
-        known = {key: value for key, value in vars(self).items() if value}
+        facts = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        known = {name: value for name, value, default in facts if value != default}
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items()}
         return {_VERSION: "1", **texts}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,21 +52,22 @@ def export(command: ExportCommand) -> None:
 
     from zoo.latency import image_channels
 
-    model, size = read_network(command.network, command.arch, command.size)
+    network = read_network(command.network, command.arch, command.size)
     images = None
     if command.data is not None:
-        images = zoo.load_data(command.data, command.data_dir, size=size).val
-    example = torch.zeros(1, image_channels(model), size, size)
+        images = zoo.load_data(command.data, command.data_dir, size=network.size).val
+    example = torch.zeros(1, image_channels(network.module), network.size, network.size)
     result = zoo.export(
-        model,
+        network.module,
         command.out,
         inputs=images,
         example_input=example,
         precision=command.precision,
-        options=command,
+        options=dataclasses.replace(command, arch=network.arch),
     )
+    padded = f", widths padded to multiples of {result.pad}" if result.pad > 1 else ""
     print(
-        f"Wrote {result.path} ({result.bytes:,} bytes). ONNX Runtime against PyTorch on "
+        f"Wrote {result.path} ({result.bytes:,} bytes{padded}). ONNX Runtime against PyTorch on "
         f"{result.images} images ({result.inputs}): largest difference "
         f"{result.max_abs_difference:.2g}, top-1 agreement {result.top1_agreement:.2%}"
     )
@@ -131,8 +133,8 @@ def compare(command: CompareCommand) -> None:
         raise ZooError("Compare which networks? Name at least one.")
     if command.cf is None:
         found = {name: read_network(name, command.arch, command.size) for name in command.networks}
-        networks = {name: network for name, (network, _) in found.items()}
-        sizes = {own for _, own in found.values()}
+        networks = {name: network.module for name, network in found.items()}
+        sizes = {network.size for network in found.values()}
         if len(sizes) > 1:
             raise ZooError(
                 f"These networks are for images of {', '.join(map(str, sorted(sizes)))} pixels per "

@@ -226,9 +226,9 @@ class EvaluateCommand:
 
 
 def evaluate(command: EvaluateCommand) -> None:
-    model, size = read_network(command.network, command.arch, command.size)
-    splits = zoo.load_data(command.data, command.data_dir, size=size)
-    measured = zoo.evaluate(model, getattr(splits, command.split))
+    network = read_network(command.network, command.arch, command.size)
+    splits = zoo.load_data(command.data, command.data_dir, size=network.size)
+    measured = zoo.evaluate(network.module, getattr(splits, command.split))
     print(
         f"{measured.accuracy:.2%} top-1, cross-entropy {measured.loss:.4f}, on the "
         f"{measured.images:,} {command.split} images of {splits.test.name}"

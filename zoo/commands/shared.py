@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import zoo
 from zoo.errors import ZooError
@@ -11,7 +11,7 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INTERRUPTED", "Metric", "read_network"]
+__all__ = ["INTERRUPTED", "Metric", "Network", "read_network"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -19,16 +19,24 @@ INTERRUPTED = 130
 Metric = Literal["params", "macs", "latency"]
 
 
-def read_network(path: str, arch: str | None, size: int | None) -> tuple[nn.Module, int]:
-    """A pruned network's folder or a dense checkpoint as (module, image size)."""
+class Network(NamedTuple):
+    """A network that was read, the pixels per side of its images, and its architecture."""
+
+    module: nn.Module
+    size: int
+    arch: str
+
+
+def read_network(path: str, arch: str | None, size: int | None) -> Network:
+    """A pruned network from its folder, or a dense one from its checkpoint."""
     from zoo.checkpoints import load_dense, read_checkpoint
 
     if Path(path).is_dir():
         model = zoo.load_pruned(path)
         record: Any = model.pruning
-        return model, size or record.image_size
+        return Network(model, size or record.image_size, record.architecture)
     name = arch or read_checkpoint(path).metadata.get("architecture")
     if name is None:
         raise ZooError(f"{path} does not say which architecture it belongs to; add --arch.")
     model, _, _, own = load_dense(name, path, image_size=size)
-    return model, own
+    return Network(model, own, name)
