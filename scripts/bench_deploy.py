@@ -24,7 +24,7 @@ CONDITIONS = ("machine", "profile", "options")
 
 @dataclass(frozen=True)
 class Deploy:
-    """The dense network beside those that one policy prunes, all by turns; Markdown at the end.
+    """The dense network beside those that one policy prunes, by turns; Markdown at the end.
 
     What an architecture and a metric give goes into a file at once: started again, it goes on.
     """
@@ -69,7 +69,7 @@ def bench_deploy(config: Deploy) -> None:
             "options": dataclasses.asdict(config.options),
         }
         case = json.loads(json.dumps(case))
-        if not any(case == {key: row[key] for key in case} for row in known):
+        if not any(case == {key: row.get(key) for key in case} for row in known):
             known.append(case | measured(config, arch, metric))
             with config.out.open("a", encoding="utf-8") as file:
                 file.write("\n" + json.dumps(known[-1]))  # a line cut short stays alone
@@ -90,27 +90,33 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def measured(config: Deploy, arch: str, metric: str) -> dict[str, Any]:
-    """A row per network, the dense one first, and why others could not be made."""
+    """Rows of the networks of every factor, each time after the dense one; why others are missing.
+
+    Each factor is a run of its own, since all networks of a run are in memory together.
+    """
     dense = zoo.create_model(arch, architecture(arch).num_classes)
-    networks, errors = {"dense": dense}, {}
-    unpadded = {}
-    for cf, align in itertools.product(config.factors, config.aligns):
-        name = f"{cf:g}x {metric}" + (f", align {align}" if align > 1 else "")
-        try:
-            networks[name] = zoo.load(
-                arch, cf, dense, profile=config.profile, metric=metric, align=align
-            )
+    size = architecture(arch).image_size
+    example = torch.zeros(1, image_channels(dense), size, size)
+    told, errors = [], {}
+    for cf in config.factors:
+        networks, unpadded = {"dense": dense}, {}
+        for align in config.aligns:
+            name = f"{cf:g}x {metric}" + (f", align {align}" if align > 1 else "")
+            try:
+                networks[name] = zoo.load(
+                    arch, cf, dense, profile=config.profile, metric=metric, align=align
+                )
+            except zoo.ZooError as error:
+                errors[name] = " ".join(str(error).split())
+                continue
             for pad in config.pads if align == 1 else ():
                 filled = f"{name}, pad {pad}"
                 networks[filled], unpadded[filled] = padded(networks[name], pad), name
-        except zoo.ZooError as error:
-            errors[name] = " ".join(str(error).split())
-    size = architecture(arch).image_size
-    example = torch.zeros(1, image_channels(dense), size, size)
-    rows = zoo.compare(networks, example_input=example, options=config.options)
-    own = {row.network: {"params": row.params, "macs": row.macs} for row in rows}
-    costs = {name: own[unpadded.get(name, name)] for name in networks}  # zeros are no work done
-    told = [dataclasses.asdict(row) | costs[row.network] for row in rows]
+        if len(networks) > 1:
+            rows = zoo.compare(networks, example_input=example, options=config.options)
+            own = {row.network: {"params": row.params, "macs": row.macs} for row in rows}
+            costs = {name: own[unpadded.get(name, name)] for name in networks}  # zeros do no work
+            told += [dataclasses.asdict(row) | costs[row.network] for row in rows]
     return {"rows": told, "errors": errors}
 
 
@@ -129,12 +135,13 @@ def markdown(cases: list[dict[str, Any]]) -> str:
 
 
 def table(case: dict[str, Any]) -> list[str]:
-    """A line per network, provider and precision, all beside the first network."""
+    """A line per network, provider and precision, beside the dense network of the same run."""
     batches = case["options"]["batch_sizes"]
     head = [*HEAD, *(f"batch {batch}" for batch in batches)]
     lines = [line_of(head), line_of(["---"] * len(head))]
-    whole, *_ = case["rows"]
+    whole: dict[str, Any] = {}
     for row in case["rows"]:
+        whole = row if row["network"] == "dense" else whole
         ratios = [f"{whole[cost] / row[cost]:.2f}x" for cost in ("params", "macs")]
         pairs = zip(map(taken, whole["measurements"]), map(taken, row["measurements"]), strict=True)
         compared = [BenchmarkRow(*pair, whole["macs"] / row["macs"]) for pair in pairs]

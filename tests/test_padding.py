@@ -132,3 +132,21 @@ def test_what_cannot_be_padded_is_left_alone_by_default_and_refused_when_asked(
     with pytest.raises(ZooError, match="pad must be an integer of at least 1, got 0"):
         export(live, tmp_path / "none.onnx", inputs=x, options=ExportOptions(pad=0))
     assert not (tmp_path / "none.onnx").exists()
+
+
+def test_a_benchmark_pads_as_an_export_does_and_counts_the_macs_of_the_network(
+    tmp_path: Path,
+) -> None:
+    dense = zoo.create_model("resnet20-16", 5)
+    model = zoo.load("resnet20-16", 2, dense, profile="equal", image_size=16)
+    rows = {}
+    for pad in (None, 1):
+        options = zoo.BenchmarkOptions(
+            batch_sizes=(1,), repeats=1, warmup=0, memory=False, threads=1, pad=pad
+        )
+        (rows[pad],) = zoo.benchmark(dense, model, options=options)
+        size = export(model, tmp_path / f"{pad}.onnx", options=ExportOptions(pad=pad)).bytes
+        assert abs(rows[pad].pruned.bytes - size) < 200  # the metadata of noise are shorter
+    assert rows[None].pruned.bytes > 1.05 * rows[1].pruned.bytes
+    assert rows[None].macs_ratio == rows[1].macs_ratio > 1.9
+    assert rows[None].dense.bytes == rows[1].dense.bytes
