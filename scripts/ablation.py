@@ -32,6 +32,7 @@ ARMS: dict[str, tuple[Literal["source"] | None, zoo.Recipe]] = {
     "plain": (None, PLAIN),
     "+KD": ("source", PLAIN),
     "+EMA": (None, replace(PLAIN, ema=ALL.ema)),
+    "+KD, EMA": ("source", replace(PLAIN, ema=ALL.ema)),
     "+label smoothing": (None, replace(PLAIN, label_smoothing=ALL.label_smoothing)),
     "+cutmix": (None, replace(PLAIN, cutmix=ALL.cutmix)),
     "+RandAugment": (None, replace(PLAIN, rand_augment=ALL.rand_augment)),
