@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -113,10 +114,10 @@ class Results:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill can cut the last one
-        path.write_text("".join(whole))
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole]
+        self.rows: list[dict[str, Any]] = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            with suppress(json.JSONDecodeError):  # a kill can cut a line short
+                self.rows.append(json.loads(line))
 
     def find(self, key: dict[str, Any]) -> float | None:
         found = (row["accuracy"] for row in self.rows if row["key"] == key)
@@ -125,7 +126,7 @@ class Results:
     def add(self, key: dict[str, Any], accuracy: float) -> None:
         self.rows.append({"key": key, "accuracy": accuracy})
         with self.path.open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
+            file.write("\n" + json.dumps(self.rows[-1]))  # a line cut short stays alone
 
 
 def measure(
@@ -137,7 +138,7 @@ def measure(
         config.arch, config.cf, config.weights, profile=config.profile, init=init, seed=seed
     )
     folder = config.out / f"{arm} {init} {seed}"
-    zoo.finetune(
+    result = zoo.finetune(
         model,
         sample(splits.train, config.images),
         None,
@@ -147,6 +148,8 @@ def measure(
         checkpoint=folder,
         resume=True,
     )
+    if result.interrupted:
+        raise KeyboardInterrupt
     accuracy = zoo.evaluate(model, splits.test).accuracy
     discard(folder)
     return accuracy

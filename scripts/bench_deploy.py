@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,12 +108,11 @@ def measured(config: Deploy, arch: str, metric: str) -> dict[str, Any]:
                 networks[name] = zoo.load(
                     arch, cf, dense, profile=config.profile, metric=metric, align=align
                 )
+                for pad in config.pads if align == 1 else ():
+                    filled = f"{name}, pad {pad}"
+                    networks[filled], unpadded[filled] = padded(networks[name], pad), name
             except zoo.ZooError as error:
                 errors[name] = " ".join(str(error).split())
-                continue
-            for pad in config.pads if align == 1 else ():
-                filled = f"{name}, pad {pad}"
-                networks[filled], unpadded[filled] = padded(networks[name], pad), name
         if len(networks) > 1:
             rows = zoo.compare(networks, example_input=example, options=config.options)
             own = {row.network: {"params": row.params, "macs": row.macs} for row in rows}
@@ -131,7 +132,33 @@ def markdown(cases: list[dict[str, Any]]) -> str:
             lines += ["", f"{case['machine']}; profile {case['profile']}; {options}."]
             told = conditions
         lines += ["", f"**{case['architecture']}, pruned by {case['metric']}**", "", *table(case)]
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "**All of them**", "", *summary(cases)])
+
+
+def summary(cases: list[dict[str, Any]]) -> list[str]:
+    """How often each kind of widths is slower than dense, and what share of its MACs shows."""
+    kinds: dict[str, list[BenchmarkRow]] = {}
+    for row, compared in (pair for case in cases for pair in beside(case)):
+        if row["network"] != "dense":
+            kind = row["network"].partition(", ")[2] or "as they come"
+            kinds.setdefault(kind, []).extend(compared)
+    head = ["widths", "measurements", "slower than dense", "share of the MACs ratio, median"]
+    lines = [line_of(head), line_of(["---"] * len(head))]
+    for kind, compared in kinds.items():
+        slower = sum("slower" in row.verdict for row in compared)
+        share = statistics.median(row.efficiency for row in compared)
+        lines.append(line_of([kind, str(len(compared)), str(slower), f"{share:.0%}"]))
+    return lines
+
+
+def beside(case: dict[str, Any]) -> Iterator[tuple[dict[str, Any], list[BenchmarkRow]]]:
+    """Every row, and its measurements beside those of the dense network of the same run."""
+    whole: dict[str, Any] = {}
+    for row in case["rows"]:
+        whole = row if row["network"] == "dense" else whole
+        pairs = zip(map(taken, whole["measurements"]), map(taken, row["measurements"]), strict=True)
+        ratio = whole["macs"] / row["macs"]
+        yield row, [BenchmarkRow(*pair, ratio) for pair in pairs]
 
 
 def table(case: dict[str, Any]) -> list[str]:
@@ -139,12 +166,10 @@ def table(case: dict[str, Any]) -> list[str]:
     batches = case["options"]["batch_sizes"]
     head = [*HEAD, *(f"batch {batch}" for batch in batches)]
     lines = [line_of(head), line_of(["---"] * len(head))]
-    whole: dict[str, Any] = {}
-    for row in case["rows"]:
-        whole = row if row["network"] == "dense" else whole
-        ratios = [f"{whole[cost] / row[cost]:.2f}x" for cost in ("params", "macs")]
-        pairs = zip(map(taken, whole["measurements"]), map(taken, row["measurements"]), strict=True)
-        compared = [BenchmarkRow(*pair, whole["macs"] / row["macs"]) for pair in pairs]
+    dense: dict[str, Any] = {}
+    for row, compared in beside(case):
+        dense = row if row["network"] == "dense" else dense
+        ratios = [f"{dense[cost] / row[cost]:.2f}x" for cost in ("params", "macs")]
         for number in range(0, len(compared), len(batches)):
             kind = compared[number : number + len(batches)]
             one = kind[0].pruned
@@ -152,7 +177,7 @@ def table(case: dict[str, Any]) -> list[str]:
             start = [row["network"], *ratios, one.provider.removesuffix("ExecutionProvider")]
             start += [one.precision, f"{one.bytes / 1e6:.2f}"]
             start += [f"{max(peaks) / 1e6:.0f}" if peaks else ""]
-            lines.append(line_of([*start, *(cell(own, row is whole) for own in kind)]))
+            lines.append(line_of([*start, *(cell(own, row is dense) for own in kind)]))
     return lines + [line_of([name, text]) for name, text in case["errors"].items()]
 
 

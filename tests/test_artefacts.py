@@ -26,6 +26,7 @@ from zoo.pruning.graph import channel_groups
 from zoo.pruning.plan import PruningRecord, Source, make_plan
 from zoo.pruning.surgery import named_tensors
 from zoo.registry import stored_groups
+from zoo.savepoints import HISTORY
 
 
 def cut(dense: nn.Module, groups: ChannelGroups, arch: str, keep: float = 0.5) -> nn.Module:
@@ -259,6 +260,17 @@ def test_a_folder_of_something_else_is_not_replaced(pruned, tmp_path):
     (tmp_path / "empty").mkdir()
     write_model(pruned, tmp_path / "empty")
     assert read_model(tmp_path / "empty").pruning == pruned.pruning
+
+
+def test_the_folder_of_a_training_and_its_trackers_takes_the_model(pruned, tmp_path):
+    (tmp_path / "prunezoo").mkdir()
+    (tmp_path / "prunezoo" / "events").write_text("a tracker's")
+    with pytest.raises(CheckpointError, match="is not empty"):
+        write_model(pruned, tmp_path)
+    (tmp_path / HISTORY).write_text("{}")
+    write_model(pruned, tmp_path)
+    assert same_state(read_model(tmp_path), pruned.state_dict())
+    assert (tmp_path / "prunezoo" / "events").read_text() == "a tracker's"
 
 
 def test_writing_again_replaces_the_model_and_keeps_other_files(pruned, tmp_path):

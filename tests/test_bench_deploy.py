@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def test_a_case_is_a_table_with_a_line_per_network(
     bench_deploy.bench_deploy(config)
     out = capsys.readouterr().out
     assert "**cnet, pruned by macs**" in out
-    head, _, *body = [cells(line) for line in out.splitlines() if line.startswith("|")]
+    page, _, whole = out.partition("**All of them**")
+    head, _, *body = [cells(line) for line in page.splitlines() if line.startswith("|")]
     assert [line[0] for line in body] == [
         "dense", "dense", "2x macs", "2x macs", "2x macs, pad 8", "2x macs, pad 8",
         "2x macs, align 8", "2x macs, align 8",
@@ -89,6 +91,14 @@ def test_a_case_is_a_table_with_a_line_per_network(
         before, after = (float(text.partition(" ")[0]) for text in (dense[batch], time))
         assert ("slower" in verdict) == (after > before * 1.005)
         assert float(share.rstrip("%")) == pytest.approx(100 * before / after / 2, abs=2)
+    _, _, *kinds = [cells(line) for line in whole.splitlines() if line.startswith("|")]
+    assert [line[:2] for line in kinds] == [["as they come", "4"], ["pad 8", "4"], ["align 8", "4"]]
+    for kind, _, slower, share in kinds:
+        own = [text for line in body[2:-2] for text in line[-2:] if line[0].endswith(kind)]
+        own = own or [text for line in body[2:4] for text in line[-2:]]
+        assert int(slower) == sum("slower" in text for text in own)
+        shares = [float(text.split(", ")[2].rstrip("%")) for text in own]
+        assert float(share.rstrip("%")) == pytest.approx(statistics.median(shares), abs=1)
     (row,) = json.loads(config.out.read_text())["rows"][2:3]
     assert [own["batch"] for own in row["measurements"]] == [1, 2] * 2
 

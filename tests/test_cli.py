@@ -42,6 +42,17 @@ def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_training(
+    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert main(["finetune", str(pruned), *TINY, "--out", str(tmp_path)]) == 2
+    assert "is not empty and holds no pruned model" in capsys.readouterr().err
+    assert main(["train", "--arch", "cnet", *TINY, "--out", str(tmp_path)]) == 2
+    assert "is a folder; name a file in it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
 def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

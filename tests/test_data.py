@@ -84,6 +84,17 @@ def test_folders_decode_to_their_pixels_and_sorted_classes(image_tree):
     assert halved.train.images[1, :, 0, 0].tolist() == [10, 0, 7]
 
 
+def test_hidden_files_and_folders_are_no_classes_and_no_images(image_tree):
+    before = load_data(f"imagefolder:{image_tree}", size=8)
+    for part in ("train", "val"):
+        classes = sorted(entry for entry in (image_tree / part).iterdir())
+        (image_tree / part / ".ipynb_checkpoints").mkdir()
+        (classes[0] / "._a.png").write_bytes(b"not an image")
+    after = load_data(f"imagefolder:{image_tree}", size=8)
+    assert after.train.classes == before.train.classes
+    assert torch.equal(after.train.images, before.train.images)
+
+
 def test_a_decoded_folder_is_read_again_only_when_its_files_change(image_tree, monkeypatch):
     load_data(f"imagefolder:{image_tree}", size=8)
     monkeypatch.setattr("zoo.data.decode_all", lambda *_: pytest.fail("decoded again"))

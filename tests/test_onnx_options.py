@@ -11,8 +11,9 @@ import pytest
 import torch
 from learnt import logits, trained
 from torch import nn
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
+import zoo
 import zoo.onnx_export
 from zoo.deployment import ExportOptions
 from zoo.errors import ExportError, ZooError
@@ -98,6 +99,36 @@ def test_a_dynamic_size_is_computed_as_pytorch_computes_it(precision: str, tmp_p
         else:
             assert (got.argmax(1) == expected.argmax(1)).double().mean() >= 0.95
             assert (got - expected).abs().max() <= 0.25 * expected.abs().max()
+
+
+class Numbered(Dataset):
+    """Images whose labels are NumPy's, and which say how many classes they have, not which."""
+
+    classes = 6
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        self.images, self.labels = images, labels.numpy()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, np.int64]:
+        return self.images[index], self.labels[index]
+
+
+def test_labels_and_numbers_of_numpy_are_taken_and_a_dense_file_names_its_architecture(
+    tmp_path: Path,
+) -> None:
+    model, splits = trained("cnet")
+    data = Numbered(splits.val.normalise(splits.val.images), splits.val.labels)
+    options = ExportOptions(pad=np.int64(4), arch="another")
+    result = export(model, tmp_path / "m.onnx", inputs=data, options=options)
+    assert result.accuracy == result.module_accuracy > 0.6
+    metadata = InferenceSession(tmp_path / "m.onnx", CPU).metadata
+    assert (metadata.classes, metadata.pad, metadata.architecture) == ((), 4, "cnet")
+    dense = zoo.create_model("cnet", 6, image_size=8)
+    export(dense, tmp_path / "dense.onnx", inputs=data, options=ExportOptions(arch="cnet"))
+    assert InferenceSession(tmp_path / "dense.onnx", CPU).metadata.architecture == "cnet"
 
 
 def test_a_network_that_depends_on_the_size_says_so(tmp_path: Path) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
+from zoo import padding
 from zoo.deployment import ExportOptions
 from zoo.errors import ZooError
+from zoo.groups import Group, Slot
 from zoo.onnx_export import export
 from zoo.padding import padded
 from zoo.pruning.contract import randomised
@@ -35,6 +40,12 @@ def conv_widths(path: Path) -> list[int]:
     return [item.dims[0] for item in file.graph.initializer if len(item.dims) == 4]
 
 
+OF_SEVERAL_GROUPS = {
+    "resnet20", "timm:res2net50_14w_8s", "timm:resnext26ts", "timm:regnety_002",
+}  # fmt: skip
+"""Whose layers have channels of several groups, or of grouped convolutions."""
+
+
 @pytest.mark.parametrize("multiple", [4, 16])
 @pytest.mark.parametrize(
     "arch",
@@ -46,6 +57,7 @@ def conv_widths(path: Path) -> list[int]:
         "torchvision:densenet121",  # concatenations
         "timm:res2net50_14w_8s",  # splits by constants
         "timm:resnext26ts",  # grouped convolutions
+        "timm:regnety_002",  # more of them, of eight channels per group
     ],
 )
 def test_a_padded_network_computes_what_it_did_in_widths_of_whole_blocks(
@@ -61,17 +73,47 @@ def test_a_padded_network_computes_what_it_did_in_widths_of_whole_blocks(
     assert (got - expected).abs().max() <= 1e-9 * expected.abs().max()
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     dense = zoo.create_model(arch, 5, image_size=size).state_dict()
-    sizes = [round(len(kept) / model.pruning.plan.keep_ratios[name])
-             for name, kept in model.pruning.plan.kept.items()]  # fmt: skip
+    sizes = [
+        round(len(kept) / model.pruning.plan.keep_ratios[name])
+        for name, kept in model.pruning.plan.kept.items()
+    ]
     block = math.gcd(multiple, *sizes)
-    odd = 0
+    grown = 0
     for name, tensor in wide.state_dict().items():
         if name.endswith("weight") and tensor.ndim == 4:
             width, before, whole = len(tensor), len(state[name]), len(dense[name])
             assert before <= width <= whole
-            assert width == whole or width % block == 0
-            odd += before % block > 0
-    assert odd > 0
+            grown += width > before
+            if arch not in OF_SEVERAL_GROUPS:
+                assert width - before < multiple
+                assert width == whole or width % block == 0
+    assert grown > 0
+
+
+def group(size: int, *slots: Slot) -> Group:
+    return Group("conv", size, slots, filters=("conv.weight",))
+
+
+@pytest.mark.parametrize(
+    ("own", "kept", "multiple", "width"),
+    [
+        (group(64, Slot("conv.weight", 0)), 23, 8, 24),
+        (group(64, Slot("conv.weight", 0)), 24, 8, 24),
+        (group(20, Slot("conv.weight", 0)), 17, 8, 20),  # no more than there were
+        (group(64, Slot("conv.weight", 0), Slot("fc.weight", 1, block=4)), 23, 8, 24),
+        # a grouped convolution, whose units have a channel in each of four parts
+        (group(64, *(Slot("conv.weight", 0, 64 * n) for n in range(4))), 23, 8, 24),
+        (group(64, *(Slot("conv.weight", 0, 64 * n) for n in range(4))), 25, 8, 26),
+        (group(8, *(Slot("conv.weight", 0, 8 * n) for n in range(4))), 7, 16, 7),  # not the dense
+    ],
+)
+def test_a_group_is_filled_up_to_whole_blocks_of_channels(
+    own: Group, kept: int, multiple: int, width: int
+) -> None:
+    filled = padding._filled(own, tuple(range(1, kept + 1)), multiple)
+    assert len(filled) == width
+    assert set(range(1, kept + 1)) <= set(filled) <= set(range(own.size))
+    assert list(filled) == sorted(set(filled))
 
 
 def test_a_file_is_padded_by_default_and_says_so(tmp_path: Path) -> None:
@@ -124,10 +166,12 @@ def test_what_cannot_be_padded_is_left_alone_by_default_and_refused_when_asked(
     cut_again = pruned("resnet20-16", 32)
     cut_again.conv1.weight = nn.Parameter(cut_again.conv1.weight[:3].detach())
     for model, reason in ((live, "align="), (layer_norms, "normalisation over channels")):
-        assert export(model, tmp_path / "m.onnx", inputs=x).pad == 1
+        result = export(model, tmp_path / "m.onnx", inputs=x)
+        assert result.pad == 1
+        assert re.search(reason, result.unpadded)
         with pytest.raises(ZooError, match=reason):
             export(model, tmp_path / "none.onnx", inputs=x, options=ExportOptions(pad=8))
-    with pytest.raises(ZooError, match=r"conv1.weight has shape \(3, 3, 3, 3\).*cannot be padded"):
+    with pytest.raises(ZooError, match=r"cannot be padded: conv1.weight has shape \(3, 3, 3, 3\)"):
         padded(cut_again, 8)
     with pytest.raises(ZooError, match="pad must be an integer of at least 1, got 0"):
         export(live, tmp_path / "none.onnx", inputs=x, options=ExportOptions(pad=0))
@@ -150,3 +194,58 @@ def test_a_benchmark_pads_as_an_export_does_and_counts_the_macs_of_the_network(
     assert rows[None].pruned.bytes > 1.05 * rows[1].pruned.bytes
     assert rows[None].macs_ratio == rows[1].macs_ratio > 1.9
     assert rows[None].dense.bytes == rows[1].dense.bytes
+
+
+def test_grouped_convolutions_are_not_made_dense_again() -> None:
+    """A unit of theirs has a channel of every part: eight units would be all of them."""
+    model = pruned("timm:regnety_002", 64, cf=2.0, metric="macs")
+
+    def macs(network: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(images(64, 1))
+        return counter.get_total_flops()
+
+    assert macs(padded(model, 8)) < 1.15 * macs(model)
+
+
+def test_layers_of_one_channel_keep_their_kind() -> None:
+    """Of one channel a depthwise convolution looks like any other, and a grouped one depthwise."""
+    name = "features.3.conv.0.0"
+    dense = zoo.create_model("torchvision:mobilenet_v2", 5)
+    thin = zoo.load("torchvision:mobilenet_v2", 1.5, dense, profile="equal", image_size=32,
+                    keep={name: 1e-9})  # fmt: skip
+    grouped = zoo.load("timm:resnext26ts", 8, zoo.create_model("timm:resnext26ts", 5),
+                       profile="equal", image_size=32)  # fmt: skip
+    assert thin.pruning.plan.widths[name] == 1
+    for model in (thin, grouped):
+        model, x = randomised(model), images(32).double()
+        with torch.no_grad():
+            expected, got = model(x), padded(model, 8)(x)
+        assert (got - expected).abs().max() <= 1e-9 * expected.abs().max()
+
+
+def test_channel_attention_is_not_padded_though_little_changes(tmp_path: Path) -> None:
+    """Zeros between the channels that it convolves over change a logit by about a thousandth."""
+    model = randomised(pruned("timm:ecaresnet26t", 32, cf=4.0)).float()
+    result = export(model, tmp_path / "m.onnx", inputs=images(32))
+    assert (result.pad, result.relative_difference < 1e-4) == (1, True)
+    assert "depends on how many" in result.unpadded
+
+
+def test_records_that_do_not_belong_and_lost_tensors_are_refused() -> None:
+    model = pruned("resnet20-16", 16)
+    plan = model.pruning.plan
+    for kept in ({**plan.kept, "conv1": (0, 99)}, {"other": (0,)}):
+        model.pruning = replace(model.pruning, plan=replace(plan, kept=kept))
+        with pytest.raises(ZooError, match="other channel groups"):
+            padded(model, 8)
+    wrapped = nn.Sequential(pruned("resnet20-16", 16))
+    wrapped.pruning = wrapped[0].pruning
+    with pytest.raises(ZooError, match=r"has no .* any more"):
+        padded(wrapped, 8)
+
+
+def test_widths_of_whole_blocks_are_not_said_to_be_padded(tmp_path: Path) -> None:
+    model = pruned("resnet20-16", 16, cf=2.0, align=16)
+    result = export(model, tmp_path / "m.onnx")
+    assert (result.pad, result.unpadded) == (1, "")

@@ -73,7 +73,10 @@ def test_a_bad_file_is_an_error_that_names_it(tmp_path, text, told):
         read_recipe(path)
 
 
-@pytest.mark.parametrize("wrong", [{"optimizer": "sdg"}, {"precision": "fp8"}, {"accumulate": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"optimizer": "sdg"}, {"precision": "fp8"}, {"accumulate": 0}, {"epochs": 2.5}, {"lr": "0.1"}],
+)
 def test_a_bad_value_is_refused_in_python_too(wrong):
     with pytest.raises(ZooError, match=next(iter(wrong))):
         Recipe(**wrong)
@@ -225,7 +228,7 @@ def test_mixed_images_are_of_two_and_their_labels_weigh_them(kind):
     recipe = Recipe(**{kind: 1.0})
     model = network()
     engine = Engine(model, [(images, labels)], recipe, make_accelerator(recipe, cpu=True), None)
-    batch = engine._checked(images, labels)
+    batch = engine._checked((images, labels))
     torch.manual_seed(0)
     mixed, targets = engine._mixed(*batch)
     values = torch.arange(3.0)

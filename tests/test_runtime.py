@@ -115,6 +115,45 @@ def test_a_folder_and_a_generator_are_predicted_in_order(
     assert capfd.readouterr() == ("", "")
 
 
+def test_what_is_no_picture_is_passed_by_and_a_broken_one_loses_no_other(
+    small_file: Path, tmp_path: Path
+) -> None:
+    for number, picture in enumerate(pictures(4)):
+        picture.save(tmp_path / f"{number}.png")
+    (tmp_path / "album.jpg").mkdir()
+    (tmp_path / "._0.png").write_bytes(b"of another system")
+    (tmp_path / "weights.h5").write_bytes(b"no picture")
+    session = InferenceSession(small_file, CPU)
+    whole = dict(session.predict(tmp_path))
+    assert [path.name for path in whole] == ["0.png", "1.png", "2.png", "3.png"]
+    (tmp_path / "3.png").write_bytes(b"broken")
+    got = []
+    with pytest.raises(DataError, match=r"3\.png cannot be read"):
+        got.extend(session.predict(tmp_path))
+    assert [path.name for path, _ in got] == ["0.png", "1.png", "2.png"]
+    for path, logits in got:
+        np.testing.assert_allclose(logits, whole[path], atol=1e-5)
+
+
+class Refusing:
+    """What speaks DLPack, but not now."""
+
+    def __dlpack__(self, **_: object) -> object:
+        raise BufferError("not exportable")
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (1, 0)
+
+
+def test_what_is_no_image_and_no_images_is_an_error(small_file: Path) -> None:
+    session = InferenceSession(small_file, CPU)
+    with pytest.raises(ExportError, match="Refusing cannot be read through DLPack: not exportable"):
+        session(Refusing())
+    for lone in (pictures(1)[0], 5):
+        with pytest.raises(ExportError, match="a folder or an iterable of images"):
+            session.predict(lone)  # type: ignore[arg-type]
+
+
 def test_pictures_that_cannot_be_read_or_prepared_are_errors(
     small_file: Path, tmp_path: Path
 ) -> None:

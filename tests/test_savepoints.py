@@ -208,6 +208,20 @@ def test_a_savepoint_is_not_overwritten_unasked(stopped, toy_images):
         finetune(network(), toy_images, toy_images, recipe=LONG, resume=True)
 
 
+def test_a_folder_that_cannot_be_written_or_read_is_an_error_before_any_training(
+    stopped, toy_images, tmp_path
+):
+    (tmp_path / "file").write_text("")
+    before = weights(model := network())
+    with pytest.raises(ZooError, match=r"Cannot write to .*file/sub"):
+        finetune(model, toy_images, None, recipe=LONG, checkpoint=tmp_path / "file" / "sub")
+    (stopped / SAVEPOINT).unlink()
+    (stopped / SAVEPOINT).mkdir()
+    with pytest.raises(ZooError, match=r"cannot be read: .*[Dd]irectory"):
+        finetune(model, toy_images, None, recipe=LONG, checkpoint=stopped, resume=True)
+    assert same(weights(model), before)
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", "half", "pickle"])
 def test_a_damaged_savepoint_is_an_error_and_runs_nothing(stopped, toy_images, content):
     path = stopped / SAVEPOINT

@@ -8,14 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
+import zoo
 from zoo import engine, training
 from zoo.batches import DeviceLoader, check_labels
 from zoo.data import ImageSet, load_data
-from zoo.errors import DataError, ZooError
+from zoo.errors import DataError, DivergenceError, ZooError
+from zoo.models import build_model
 from zoo.recipes import RECIPES, Recipe
 from zoo.training import evaluate, finetune
 
@@ -103,8 +106,8 @@ def test_a_name_stands_for_its_splits(monkeypatch, toy_images):
 
     asked = []
 
-    def load(name, root=None):
-        asked.append((name, str(root)))
+    def load(name, root=None, *, size):
+        asked.append((name, str(root), size))
         parts = [toy_images.subset(torch.arange(n)) for n in (60, 30, 6)]
         return Splits(*parts)
 
@@ -112,7 +115,12 @@ def test_a_name_stands_for_its_splits(monkeypatch, toy_images):
     model = network()
     finetune(model, "toy@/some/folder", "toy@/some/folder", recipe=replace(QUICK, epochs=1))
     assert evaluate(model, "toy@/some/folder").images == 6  # the test split
-    assert set(asked) == {("toy", "/some/folder")}
+    assert set(asked) == {("toy", "/some/folder", 32)}
+    asked.clear()
+    small = zoo.load("cnet", 2, build_model("cnet", 3, image_size=8), image_size=8)
+    for name in ("imagefolder:pets@home", "hf:org/pets@v1"):
+        evaluate(small, name)
+    assert asked == [("imagefolder:pets@home", "None", 8), ("hf:org/pets@v1", "None", 8)]
 
 
 def test_the_best_weights_are_kept_though_later_epochs_are_worse(toy_images, monkeypatch):
@@ -565,3 +573,148 @@ def test_a_step_waits_for_nothing_on_cuda(toy_images, change):
         trainer._step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Samples(Dataset):
+    """The given samples, as a data set gives them."""
+
+    def __init__(self, *samples: object) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> object:
+        return self.samples[index]
+
+
+IMAGE = torch.zeros(3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([(Image.new("RGB", (8, 8)), 0)] * 4, "images are Image, not tensors: .*ToImage"),
+        ([(IMAGE, 0), (torch.zeros(3, 9, 8), 1)] * 2, "several shapes .*Resize"),
+        ([{"image": IMAGE, "label": 0}] * 4, "pairs .image, label., it gives dict"),
+        ([(IMAGE, 0, "name")] * 4, "pairs .image, label., it gives 3 things"),
+        ([(IMAGE[:1], 0)] * 4, r"does not run on images of shape \(\d, 1, 8, 8\)"),
+        ([(IMAGE[0], 0)] * 4, r"batches \(N, C, H, W\), the data has \(4, 8, 8\)"),
+    ],
+)
+def test_data_of_another_kind_is_one_clear_error(samples, message):
+    before = weights(model := network())
+    with pytest.raises(DataError, match=message):
+        finetune(model, Samples(*samples), None, recipe=QUICK)
+    with pytest.raises(DataError, match=message):
+        evaluate(model, Samples(*samples))
+    assert same(before, weights(model))
+
+
+@pytest.mark.parametrize("data", [None, 5, "pathlib"])
+def test_what_is_no_data_at_all_is_refused(data, tmp_path):
+    with pytest.raises(DataError, match="torch Dataset or DataLoader"):
+        finetune(network(), tmp_path if data == "pathlib" else data, None, recipe=QUICK)
+
+
+def test_too_few_images_for_a_batch_are_counted():
+    few = DataLoader(Samples(*[(IMAGE, 0)] * 5), 8, drop_last=True)
+    with pytest.raises(DataError, match="holds 5 images, less than one batch"):
+        finetune(network(), few, None, recipe=QUICK)
+
+
+def test_a_last_batch_of_one_image_says_what_to_do():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    loader = DataLoader(Samples(*[(IMAGE, 0)] * 5), 4)
+    with pytest.raises(DataError, match=r"batch of one image .* drop_last=True"):
+        finetune(model, loader, None, recipe=QUICK)
+
+
+class Exploding(nn.Module):
+    """Outputs that are not finite in eval mode, as of half-precision statistics gone wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.inner(images) / (1.0 if self.training else 0.0)
+
+
+def test_outputs_or_weights_that_are_not_finite_are_never_the_best(toy_images, monkeypatch):
+    with pytest.raises(DivergenceError, match="validation loss is nan before training"):
+        finetune(Exploding(), toy_images, toy_images, recipe=QUICK)
+    before = weights(model := network())
+    step = engine.Engine._step
+
+    def last_step_explodes(self):
+        step(self)
+        if self._schedule.last_epoch == len(self.batches):
+            self.model[0].weight.data[0] = math.inf
+
+    monkeypatch.setattr(engine.Engine, "_step", last_step_explodes)
+    with pytest.raises(DivergenceError, match=r"0\.weight is not finite after epoch 1"):
+        finetune(model, toy_images, None, recipe=replace(QUICK, epochs=1))
+    assert same(before, weights(model))
+
+
+def test_frozen_batch_norms_keep_their_statistics_and_all_frozen_is_an_error(toy_images):
+    model = network()
+    model[1].requires_grad_(False)
+    before = weights(model)
+    finetune(model, toy_images, toy_images, recipe=QUICK)
+    after = weights(model)
+    own = [name for name in before if name.startswith("1.")]
+    assert same({name: before[name] for name in own}, after)
+    assert not same({"0.weight": before["0.weight"]}, after)
+    with pytest.raises(ZooError, match="all is frozen"):
+        finetune(network().requires_grad_(False), toy_images, None, recipe=QUICK)
+
+
+def test_a_network_that_keeps_a_tensor_of_its_first_pass_can_be_trained(toy_images):
+    class Keeping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.grid = network(), None
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            if self.grid is None:
+                self.grid = torch.ones_like(images[:1, :1]) * 2
+            return self.inner(images * self.grid)
+
+    result = finetune(Keeping(), toy_images, toy_images, recipe=QUICK)
+    assert len(result.history) == QUICK.epochs
+
+
+def test_the_accelerator_of_the_caller_is_left_alone(toy_images):
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+
+    before = Accelerator(cpu=True, mixed_precision="bf16")
+    finetune(network(), toy_images, None, recipe=replace(QUICK, epochs=1))
+    assert before.state.mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    finetune(network(), toy_images, None, recipe=replace(QUICK, epochs=1))
+    assert Accelerator(cpu=True, mixed_precision="bf16").state.mixed_precision == "bf16"
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert not PartialState._shared_state
+
+
+def test_a_tied_weight_moves_once_in_the_average():
+    model = network()
+    model[6].weight = nn.Parameter(torch.zeros(3, 8))
+    model.add_module("twin", nn.Linear(8, 3))
+    model.twin.weight = model[6].weight
+    average = engine._Average(model, 0.5)
+    with torch.no_grad():
+        model[6].weight.fill_(1.0)
+        average.apply_update_(model, 0.75)
+    assert torch.allclose(average.module.twin.weight, torch.full((3, 8), 0.25))
+    assert average.module.twin.weight is average.module[6].weight
+
+
+def test_any_whole_seed_is_taken(toy_images):
+    for seed in (2**63, -1):
+        finetune(network(), toy_images, None, recipe=replace(QUICK, epochs=1), seed=seed)
+    with pytest.raises(ZooError, match="seed must be an integer"):
+        finetune(network(), toy_images, None, recipe=QUICK, seed=0.5)

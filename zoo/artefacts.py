@@ -32,7 +32,7 @@ from zoo.pruning.plan import PruningRecord, Source, kept_positions
 from zoo.pruning.surgery import named_tensors, resize, resized
 from zoo.savepoints import HISTORY, SAVEPOINT
 
-__all__ = ["MODEL", "read_model", "save_checkpoint", "skeleton_of", "write_model"]
+__all__ = ["MODEL", "check_place", "read_model", "save_checkpoint", "skeleton_of", "write_model"]
 
 MODEL, README = "model.safetensors", "README.md"
 
@@ -87,7 +87,7 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     place = folder.resolve()
     with _writing(folder):
-        _refuse_foreign(place)
+        check_place(place)
         place.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
             new = Path(scratch, place.name)
@@ -106,12 +106,17 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
             _swap(new, place, aside=place.with_name(f"{Path(scratch).name}.old"))
 
 
-def _refuse_foreign(place: Path) -> None:
+def check_place(place: Path) -> None:
+    """Refuse a place that a pruned model cannot be written to.
+
+    Raises:
+        CheckpointError: for a file, or a folder that holds neither a model nor its training.
+    """
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{place} is a file; a pruned model needs a folder.")
-    own = {SAVEPOINT, HISTORY}  # of the training that made the model
-    foreign = place.exists() and {path.name for path in place.iterdir()} - own
-    if foreign and not (place / RECORD).exists():
+    # a training leaves its history, and its trackers what they like
+    ours = any((place / name).exists() for name in (RECORD, SAVEPOINT, HISTORY))
+    if place.exists() and not ours and any(place.iterdir()):
         raise CheckpointError(
             f"{place} is not empty and holds no pruned model; name another folder, or empty it."
         )

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from zoo.errors import DataError
 from zoo.images import AnyImages, ImageFiles, ImageSet, sent
 
-__all__ = ["Augmentation", "DeviceLoader", "check_batch", "check_labels"]
+__all__ = [
+    "Augmentation",
+    "DeviceLoader",
+    "check_labels",
+    "check_pair",
+    "checked_batch",
+    "collated",
+]
 
 
 WORKERS = 8
@@ -83,7 +91,7 @@ class DeviceLoader:
         return share // self.batch_size if self.drop_last else -(-share // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         self.epoch += 1
         plan = list(self._plan(generator))
         made: Iterable[tuple[Tensor, Tensor]]
@@ -216,12 +224,54 @@ def _reflect(positions: Tensor, size: int) -> Tensor:
     return (size - 1) - (size - 1 - positions.abs()).abs()
 
 
-def check_batch(images: Tensor, labels: Tensor) -> None:
-    """Refuse a batch that is not of images and the numbers of their classes.
+def check_pair(item: Any) -> tuple[Any, Any]:
+    """What a data set gives, an image or a batch of them and what it is labelled.
 
     Raises:
-        DataError: for images that are not of floats, or labels that are not integers (N,).
+        DataError: if it is no such pair, or of images that are no tensors.
     """
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        kind = f"{len(item)} things" if isinstance(item, tuple | list) else type(item).__name__
+        raise DataError(f"The data should give pairs (image, label), it gives {kind}.")
+    image, label = item
+    if not isinstance(image, Tensor):
+        raise DataError(
+            f"The images are {type(image).__name__}, not tensors: put torchvision.transforms.v2."
+            "ToImage() and ToDtype(torch.float32, scale=True) into the data's transforms."
+        )
+    return image, label
+
+
+def collated(samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
+    """Samples (image, label) as a batch.
+
+    Raises:
+        DataError: also for images of several shapes.
+    """
+    shapes = {tuple(check_pair(sample)[0].shape) for sample in samples}
+    if len(shapes) > 1:
+        raise DataError(
+            f"The images have several shapes ({', '.join(map(str, sorted(shapes)))}): put "
+            "torchvision.transforms.v2.Resize or a crop into the data's transforms."
+        )
+    images, labels = default_collate(list(samples))
+    return images, labels
+
+
+def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
+    """A batch of images and the numbers of their classes.
+
+    Raises:
+        DataError: for images that are not of floats (N, C, H, W), or labels that are not integers
+            (N,).
+    """
+    images, labels = check_pair(batch)
+    if not isinstance(labels, Tensor):
+        raise DataError(f"Labels must be integers (N,), the data has {type(labels).__name__}.")
+    if images.ndim != 4:
+        raise DataError(
+            f"Images must come in batches (N, C, H, W), the data has {tuple(images.shape)}."
+        )
     if not images.is_floating_point():
         raise DataError(
             f"The images are {images.dtype}, not floats: put torchvision.transforms.v2.ToDtype("
@@ -231,6 +281,7 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
         raise DataError(
             f"Labels must be integers (N,), the data has {labels.dtype} {tuple(labels.shape)}."
         )
+    return images, labels
 
 
 def check_labels(labels: Tensor, logits: Tensor) -> None:

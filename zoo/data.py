@@ -21,7 +21,15 @@ from torch.nn import functional
 
 from zoo.documents import replacing
 from zoo.errors import DataError, unknown
-from zoo.images import UNREADABLE, AnyImages, ImageFiles, ImageSet, decode_all
+from zoo.images import (
+    EXTENSIONS,
+    UNREADABLE,
+    AnyImages,
+    ImageFiles,
+    ImageSet,
+    decode_all,
+    picture_files,
+)
 
 __all__ = ["DATASETS", "IN_MEMORY", "AnyImages", "ImageSet", "Splits", "load_data"]
 
@@ -33,8 +41,6 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 VALIDATION_SHARE = 0.1
 Channels = tuple[float, float, float]
-
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm"}
 
 
 @dataclass(frozen=True)
@@ -94,15 +100,18 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages
     """One ImageFolder tree, decoded once and, if not large, cached where that can be written."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
+    classes = sorted(name for name in folders if not name.startswith("."))  # .ipynb_checkpoints
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        files = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in _EXTENSIONS)
+        files = picture_files(folder / name)
         paths += files
         labels += [label] * len(files)
     if not paths:
-        raise DataError(f"{folder} holds no <class>/<image> files ({', '.join(_EXTENSIONS)}).")
+        raise DataError(
+            f"{folder} holds no <class>/<image> files ({', '.join(sorted(EXTENSIONS))})."
+        )
     told = (torch.tensor(labels), tuple(classes), *IMAGENET)
     if size is not None and 3 * size**2 * len(paths) > IN_MEMORY:
         return ImageFiles(folder.name, tuple(paths), size, *told)
@@ -154,9 +163,12 @@ def _encoding(base: Path) -> str:
     """
     from PIL import Image
 
-    first = next(p for p in sorted((base / "train").rglob("*")) if p.suffix.lower() in _EXTENSIONS)
-    with Image.open(first) as image:
-        tables = getattr(image, "quantization", None)
+    first = picture_files(base / "train")[0]
+    try:
+        with Image.open(first) as image:
+            tables = getattr(image, "quantization", None)
+    except UNREADABLE as error:
+        raise DataError(f"{first} cannot be read as an image: {error}.") from None
     if not tables:
         return ""
     scale = 100 * max(tables[0]) / 121

@@ -37,7 +37,7 @@ class ExportOptions:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _numbers(name, getattr(self, name)))
         if self.pad is not None:
-            integer("pad", self.pad, 1)
+            object.__setattr__(self, "pad", integer("pad", self.pad, 1))
         least = self.min_agreement
         if least is not None and not 0 <= least <= 1:
             raise ZooError(f"min_agreement is a share, from 0 to 1, got {least!r}.")

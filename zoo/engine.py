@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from zoo.batches import DeviceLoader, check_batch, check_labels
+from zoo.batches import DeviceLoader, check_labels, checked_batch
 from zoo.errors import DataError, ZooError
 from zoo.images import AnyImages
 from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe
 from zoo.seeding import random_state, set_random_state
 
-__all__ = ["Engine", "make_accelerator"]
+__all__ = ["Engine", "apart", "first_logits", "make_accelerator"]
 
 LOOK_EVERY = 50
 """Steps between looks at the loss, each of which waits for the device."""
@@ -69,6 +70,7 @@ class Engine:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, _warmup_cosine(warm, steps)
         )
+        self._frozen = [layer for layer in model.modules() if _is_frozen_norm(layer)]
         self._average = _Average(model, recipe.ema) if recipe.ema else None
         self._forward = accelerator.prepare_model(model)
         # The mark of Accelerate would make it leave the network as it is the next time.
@@ -85,13 +87,16 @@ class Engine:
         self._forward.train()
         self._optimizer.zero_grad(set_to_none=True)
         total, count, size = torch.zeros((), device=self.accelerator.device), 0, len(self.batches)
-        for images, labels in self.batches:
+        for layer in self._frozen:
+            layer.eval()
+        for batch in self.batches:
             first = count - count % self.recipe.accumulate
             share = min(self.recipe.accumulate, size - first)
             count += 1
             last = count == first + share
             with nullcontext() if last else self.accelerator.no_sync(self._forward):
-                loss = self._loss(*self._checked(images, labels))
+                images, labels = self._checked(batch)
+                loss = self._loss(images, labels)
                 self._scaler.scale(loss if share == 1 else loss / share).backward()
             if last:
                 self._step()
@@ -110,16 +115,16 @@ class Engine:
         """The learning rate of the next step."""
         return float(self._schedule.get_last_lr()[0])
 
-    def _checked(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
         """One batch on the device; of an image set, all labels are looked at with the first."""
-        check_batch(images, labels)
+        images, labels = checked_batch(batch)
         images = images.to(
             self.accelerator.device, non_blocking=True, memory_format=torch.channels_last
         )
         own = isinstance(self.batches, DeviceLoader)
         if self._logits is None:
             with evaluating(self.model), torch.no_grad():
-                self._logits = self.model(images[:1])
+                self._logits = first_logits(self.model, images[:1])
             if own:
                 check_labels(self.batches.labels, self._logits)
                 _check_classes(self.batches.data, self._logits)
@@ -129,8 +134,16 @@ class Engine:
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = self._mixed(images, labels)
-        with self._autocast():
-            logits = self._forward(images)
+        try:
+            with self._autocast():
+                logits = self._forward(images)
+        except ValueError as error:
+            if len(images) == 1 and "more than 1 value per channel" in str(error):
+                raise DataError(
+                    "A batch of one image leaves batch norm nothing to measure: give the "
+                    "DataLoader drop_last=True, or take another batch size."
+                ) from error
+            raise
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is not None:
@@ -193,6 +206,11 @@ class Engine:
             self.batches.epoch = state["order"]
             return
         passes, generators = state["order"]
+        if len(generators) != len(_generators(self.batches)):
+            raise ZooError(
+                "The savepoint is of a training on another kind of data, or another DataLoader: "
+                "resume with what it began with."
+            )
         if hasattr(self.batches, "iteration"):
             self.batches.iteration = passes
         for generator, own in zip(_generators(self.batches), generators, strict=True):
@@ -218,7 +236,10 @@ class _Average(ModelEmaV3):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, decay, use_warmup=True)
-        self._places = list(zip(_places(self.module), _places(model), strict=True))
+        pairs = zip(_places(self.module), _places(model), strict=True)
+        # by identity: a tied weight is held in several places, and moves once
+        self._places = list({id(mine[name]): ((mine, name), theirs)
+                             for (mine, name), theirs in pairs}.values())  # fmt: skip
 
     def apply_update_(self, model: nn.Module, decay: float) -> None:
         del model
@@ -240,6 +261,29 @@ def _places(network: nn.Module) -> list[tuple[Mapping[str, Any], str]]:
         for name, tensor in held.items()
         if tensor is not None and name not in module._non_persistent_buffers_set
     ]
+
+
+def first_logits(model: nn.Module, images: Tensor) -> Any:
+    """What a network gives for the first images that it is shown.
+
+    Raises:
+        DataError: if it does not run on them.
+    """
+    try:
+        return model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"The network does not run on images of shape {tuple(images.shape)}: {reason}"
+        ) from error
+
+
+def _is_frozen_norm(layer: nn.Module) -> bool:
+    """Whether a batch norm's scales are not trained, and so its statistics are not either."""
+    own = list(layer.parameters(recurse=False))
+    return isinstance(layer, _BatchNorm) and bool(own) and not any(p.requires_grad for p in own)
 
 
 def _check_classes(data: AnyImages, logits: Tensor) -> None:
@@ -266,6 +310,20 @@ def _half_precision(recipe: Recipe, device: str) -> torch.dtype | None:
         cuda = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if cuda else None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Accelerate's state is as it was afterwards, unless processes are joined through it."""
+    kinds = (PartialState, AcceleratorState)
+    before = [dict(kind._shared_state) for kind in kinds]
+    try:
+        yield
+    finally:
+        if PartialState._shared_state.get("num_processes", 1) == 1:
+            for kind, state in zip(kinds, before, strict=True):
+                kind._shared_state.clear()
+                kind._shared_state.update(state)
 
 
 def make_accelerator(
@@ -310,6 +368,8 @@ def _distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> T
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    if not matrices and not vectors:
+        raise ZooError(f"Nothing in this {type(model).__name__} can be trained: all is frozen.")
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

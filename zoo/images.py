@@ -23,7 +23,8 @@ from zoo.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["UNREADABLE", "AnyImages", "ImageFiles", "ImageSet", "decode_all", "sent"]
+__all__ = ["EXTENSIONS", "UNREADABLE", "AnyImages", "ImageFiles", "ImageSet", "decode_all",
+           "picture_files", "sent"]  # fmt: skip
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -171,8 +172,22 @@ class ImageFiles(_Images):
         return state.hexdigest()
 
 
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error)
+UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)
 """What Pillow's decoders raise for files that are not what they seem."""
+
+EXTENSIONS = {
+    ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+"""Of the files that are taken for pictures."""
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures in a folder and those in it, but for hidden files, in order."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    )
 
 
 def decode(

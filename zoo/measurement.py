@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo.deployment import BenchmarkOptions, ExportOptions
 from zoo.errors import ExportError, ZooError, integer, unknown
 from zoo.latency import device_name, image_channels
-from zoo.onnx_export import export
+from zoo.onnx_export import ExportResult, export
 from zoo.onnx_parity import checked, cpu_copy, logits_of
 from zoo.onnx_program import PRECISIONS
 from zoo.onnx_providers import GPUS, onnxruntime_module
@@ -69,6 +69,7 @@ class Measurement:
     Attributes:
         bytes: size of the file.
         peak_bytes: most memory that loading it and one call took; None where it is not known.
+        pad: what its widths were filled up to multiples of.
     """
 
     network: str
@@ -78,6 +79,7 @@ class Measurement:
     latency: Latency
     bytes: int
     peak_bytes: int | None
+    pad: int = 1
 
     @property
     def images_per_second(self) -> float:
@@ -256,17 +258,16 @@ def _exported(
     shape: tuple[int, ...],
     precision: str,
     options: BenchmarkOptions,
-) -> tuple[Path, int]:
-    """The file of a network whose classes do not matter, and its size."""
+) -> ExportResult:
+    """The file of a network whose classes do not matter."""
     images = _noise((CALIBRATION_IMAGES, *shape), options.seed)
     pruned = isinstance(getattr(network, "pruning", None), PruningRecord)
     asked = ExportOptions(min_agreement=0, pad=options.pad if pruned else None)
-    result = export(network, path, inputs=images, precision=precision, options=asked)
-    return path, result.bytes
+    return export(network, path, inputs=images, precision=precision, options=asked)
 
 
 def _at(
-    files: Mapping[str, tuple[Path, int]],
+    files: Mapping[str, ExportResult],
     provider: str | None,
     precision: str,
     shape: tuple[int, ...],
@@ -274,9 +275,9 @@ def _at(
 ) -> list[Measurement]:
     sessions = {
         name: InferenceSession(
-            path, provider, threads=options.threads, cuda_graph=options.cuda_graph
+            file.path, provider, threads=options.threads, cuda_graph=options.cuda_graph
         )
-        for name, (path, _) in files.items()
+        for name, file in files.items()
     }
     images = _noise(shape, options.seed)
     used = {name: session.providers[0] for name, session in sessions.items()}
@@ -295,10 +296,11 @@ def _at(
             precision,
             shape[0],
             latency,
-            size,
-            peak_memory(path, used[name], shape, options.threads) if options.memory else None,
+            file.bytes,
+            peak_memory(file.path, used[name], shape, options.threads) if options.memory else None,
+            file.pad,
         )
-        for (name, (path, size)), latency in zip(files.items(), latencies, strict=True)
+        for (name, file), latency in zip(files.items(), latencies, strict=True)
     ]
 
 

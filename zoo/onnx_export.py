@@ -50,6 +50,9 @@ BLOCK = 8
 EXTERNAL_BYTES = 1 << 30
 """Weights of more than this are written to a file of their own: one ONNX file holds 2 GiB."""
 
+SAME = 1e-5
+"""Of the largest logit, if that exceeds 1: what single precision makes of one computation."""
+
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, std), per channel."""
 
@@ -72,6 +75,7 @@ class ExportResult:
         bytes: size of the file, with that of its weights if they are in another.
         opset: of ONNX's operators.
         pad: what the widths were filled up to multiples of; 1 if they are the network's own.
+        unpadded: why the widths of a pruned network could not be; "" if they could or need not be.
         seconds: wall time of the export and the comparison.
     """
 
@@ -87,6 +91,7 @@ class ExportResult:
     bytes: int
     opset: int
     pad: int
+    unpadded: str
     seconds: float
 
 
@@ -125,7 +130,7 @@ def export(
     started = time.perf_counter()
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, ExportError)
-    path, options = Path(path), options or ExportOptions()
+    path, options = Path(path).expanduser(), options or ExportOptions()
     record = getattr(model, "pruning", None)
     record = record if isinstance(record, PruningRecord) else None
     with _scratch(path) as folder:
@@ -134,7 +139,7 @@ def export(
         sample = _sample(inputs, example_input, own, precision)
         normalisation = _normalisation(options, inputs, sample.images.shape[1])
         reference = logits_of(network, sample.images)
-        network, pad = _padded(network, sample.images, reference, options.pad)
+        network, pad, unpadded = _padded(network, sample.images[:NOISE_IMAGES], options.pad)
         if options.fold:
             assert normalisation is not None
             network, sample = _folded(network, sample, normalisation)
@@ -158,6 +163,7 @@ def export(
         bytes=size,
         opset=file.opset_imports[""],
         pad=pad,
+        unpadded=unpadded,
         seconds=time.perf_counter() - started,
     )
 
@@ -224,30 +230,38 @@ def _sample(
     return _Sample(noise, None, "noise", noise)
 
 
-def _padded(
-    network: nn.Module, images: Tensor, reference: Tensor, asked: int | None
-) -> tuple[nn.Module, int]:
-    """The network with wider widths, and what they are multiples of: by default `BLOCK`, or 1.
+def _padded(network: nn.Module, images: Tensor, asked: int | None) -> tuple[nn.Module, int, str]:
+    """The network with wider widths, what they are multiples of, and why not; its own with 1.
 
     Args:
-        reference: its logits for `images`, which channels of zeros must not change.
+        images: that channels of zeros must not change the logits of.
+        asked: by default `BLOCK`, where a pruned network can have it.
     """
     multiple = BLOCK if asked is None else asked
-    if multiple == 1:
-        return network, 1
+    if multiple == 1 or (asked is None and not hasattr(network, "pruning")):
+        return network, 1, ""
     try:
         wider = padded(network, multiple)
-        result = compare_logits(reference, logits_of(wider, images), TOLERANCES["fp32"].tie)
-        if not TOLERANCES["fp32"].allows(result):
+        if _size(wider) == _size(network):
+            return network, 1, ""
+        try:
+            result = compare_logits(logits_of(network, images), logits_of(wider, images), 0.0)
+        except ExportError as error:
+            raise ExportError(f"The network cannot be padded. {error}") from error
+        if not result.relative_difference <= SAME:
             raise ExportError(
                 "The network cannot be padded: something in it, a normalisation over channels say, "
                 "depends on how many there are. Export with pad=1."
             )
-    except ZooError:
+    except ZooError as error:
         if asked is not None:
             raise
-        return network, 1
-    return wider, multiple
+        return network, 1, str(error)
+    return wider, multiple, ""
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _normalisation(options: ExportOptions, inputs: Any, channels: int) -> Normalisation | None:
@@ -312,7 +326,8 @@ def _metadata(
     options: ExportOptions,
     pad: int,
 ) -> Metadata:
-    names, classes = tuple(getattr(_data_set(inputs), "classes", ())), logits.shape[1]
+    names, classes = getattr(_data_set(inputs), "classes", ()), logits.shape[1]
+    names = tuple(names) if isinstance(names, list | tuple) else ()
     named = len(names) == classes and all(isinstance(name, str) for name in names)
     mean, std = normalisation or ((), ())
     facts = Metadata(
@@ -330,7 +345,7 @@ def _metadata(
         return facts
     return replace(
         facts,
-        architecture=record.architecture,
+        architecture=record.architecture or facts.architecture,
         profile=record.plan.profile,
         metric=record.plan.metric,
         compression_factor=record.plan.got,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def _collected(items: Iterable[tuple[Any, Any]], most: int) -> tuple[Tensor, Ten
             )
         parts.append(images)
         count += len(images)
-        if isinstance(label, (int, Tensor)):
+        if isinstance(label, (Integral, Tensor)):
             labels.append(torch.as_tensor(label).cpu().reshape(-1))
         if count >= most:
             break

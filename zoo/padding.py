@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from zoo.artefacts import skeleton_of
 from zoo.errors import ZooError
-from zoo.groups import ChannelGroups
+from zoo.groups import ChannelGroups, Group
 from zoo.pruning.known_groups import groups_of
 from zoo.pruning.plan import PruningRecord, attribute_values, kept_positions
 from zoo.pruning.surgery import named_tensors, resized
@@ -21,9 +23,10 @@ __all__ = ["padded"]
 def padded(model: nn.Module, multiple: int) -> nn.Module:
     """A copy of a pruned network with widths that are multiples of `multiple`, or as in the dense.
 
-    Channels that were removed come back, with zeros in all of their places. An operator that
-    reduces over channels (layer and group normalisation) computes something else with them; the
-    caller compares.
+    Channels that were removed come back, with zeros in all of their places. Where a convolution has
+    so few channels per group that it would become the dense one, it is left as it is. An operator
+    that reduces or convolves over channels (layer normalisation, channel attention) computes
+    something else with zeros among them; the caller compares.
 
     Args:
         model: as `zoo.load` or `zoo.load_pruned` made it; it may have been trained since.
@@ -39,28 +42,48 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
             f"Only a network that zoo.load pruned can be padded; this {type(model).__name__} does "
             f"not say which channels it lost. zoo.prune takes align= instead."
         )
-    groups = groups_of(record.architecture, skeleton_of(record), record.image_size)
-    wider = _filled(groups, record.plan.kept, multiple)
-    before, after = (kept_positions(groups, kept) for kept in (record.plan.kept, wider))
-    tensors = {
-        name: _spread(name, tensor.detach(), before[name], after.get(name, {}), groups)
-        for name, tensor in named_tensors(model).items()
-        if name in before
+    skeleton = skeleton_of(record)
+    groups = groups_of(record.architecture, skeleton, record.image_size)
+    own = record.plan.kept
+    if set(own) != set(groups.names) or any(own[g.name][-1] >= g.size for g in groups.groups):
+        raise ZooError(
+            f"The network cannot be padded: it was pruned by other channel groups than those that "
+            f"{record.architecture} has here."
+        )
+    filled = {group.name: _filled(group, own[group.name], multiple) for group in groups.groups}
+    before, after = (kept_positions(groups, kept) for kept in (own, filled))
+    tensors = named_tensors(model)
+    if missing := sorted(set(before) - set(tensors) - set(groups.attributes)):
+        raise ZooError(f"The network cannot be padded: it has no {missing[0]} any more.")
+    wide = {
+        name: _spread(name, tensors[name].detach(), positions, after.get(name, {}), groups)
+        for name, positions in before.items()
+        if name in tensors
     }
-    return resized(model, tensors, attribute_values(groups, wider))
+    result = resized(model, wide, attribute_values(groups, filled))
+    dense = dict(skeleton.named_modules())
+    for name, layer in result.named_modules():
+        twin = dense.get(name)
+        if isinstance(layer, _ConvNd) and isinstance(twin, _ConvNd) and not layer.transposed:
+            _regroup(layer, twin)
+    return result
 
 
-def _filled(
-    groups: ChannelGroups, kept: Mapping[str, tuple[int, ...]], multiple: int
-) -> dict[str, tuple[int, ...]]:
-    """The kept units of every group, and the first of the others up to the next multiple."""
-    filled = {}
-    for group in groups.groups:
-        own = kept[group.name]
-        lacking = -len(own) % multiple
-        others = sorted(set(range(group.size)).difference(own))
-        filled[group.name] = tuple(sorted((*own, *others[:lacking])))
-    return filled
+def _filled(group: Group, kept: tuple[int, ...], multiple: int) -> tuple[int, ...]:
+    """The kept units of a group, and the first of the others up to the next whole block."""
+    # of a grouped convolution, a unit owns one channel of every part
+    per_unit = min((_channels(group, filters) for filters in group.filters), default=1)
+    lacking = -len(kept) % (multiple // math.gcd(multiple, per_unit))
+    if per_unit > 1 and len(kept) + lacking >= group.size:
+        return kept
+    others = sorted(set(range(group.size)).difference(kept))
+    return tuple(sorted((*kept, *others[:lacking])))
+
+
+def _channels(group: Group, filters: str) -> int:
+    """How many rows of a weight belong to one unit."""
+    own = [slot.block for slot in group.slots if (slot.tensor, slot.dim) == (filters, 0)]
+    return max(1, sum(own))
 
 
 def _spread(
@@ -74,8 +97,8 @@ def _spread(
     for dim, own in before.items():
         if tensor.ndim <= dim or tensor.shape[dim] != len(own):
             raise ZooError(
-                f"{name} has shape {tuple(tensor.shape)}, and {len(own)} positions in dimension "
-                f"{dim} were kept when it was pruned: it cannot be padded."
+                f"The network cannot be padded: {name} has shape {tuple(tensor.shape)}, and "
+                f"{len(own)} positions in dimension {dim} were kept when it was pruned."
             )
         all_positions = after.get(dim, np.arange(groups.length(name, dim)))
         places = torch.from_numpy(np.searchsorted(all_positions, own)).to(tensor.device)
@@ -84,3 +107,11 @@ def _spread(
         empty = tensor.new_full(shape, 1 if name.endswith("running_var") else 0)
         tensor = empty.index_copy_(dim, places, tensor)
     return tensor
+
+
+def _regroup(layer: _ConvNd, dense: _ConvNd) -> None:
+    """Cut a convolution into parts as the dense one is: at width 1 it hides if it is depthwise."""
+    outputs, fan_in = layer.weight.shape[:2]
+    depthwise = dense.groups > 1 and dense.groups == dense.in_channels
+    layer.groups = outputs * dense.groups // dense.out_channels if depthwise else dense.groups
+    layer.in_channels, layer.out_channels = fan_in * layer.groups, outputs

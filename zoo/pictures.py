@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from zoo.errors import DataError, ExportError
+from zoo.images import UNREADABLE, picture_files
 from zoo.onnx_metadata import Metadata
 
 if TYPE_CHECKING:
@@ -47,15 +48,12 @@ def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The files of a folder, and of those in it, that PIL has a reader for, in order of name.
+    """The pictures of a folder, and of those in it, in order of name.
 
     Raises:
         DataError: if there are none.
     """
-    from PIL import Image
-
-    known = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in known)
+    found = picture_files(folder)
     if not found:
         what = "holds no pictures" if folder.is_dir() else "is not a folder"
         raise DataError(f"{folder} {what}.")
@@ -74,5 +72,5 @@ def open_picture(source: Path | BinaryIO) -> Image:
         with Image.open(source) as picture:
             picture.load()
             return picture
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise DataError(f"{source} cannot be read as an image: {error}.") from None

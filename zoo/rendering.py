@@ -135,7 +135,7 @@ def training_summary(result: TrainResult, test: float, epochs: int) -> str:
 def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
     """Dense beside pruned: a line per provider, precision and batch size."""
     table = Table("provider", "precision", box=None)
-    for column in ("batch", "dense ms", "pruned ms", "dense img/s", "pruned img/s", "file",
+    for column in ("pad", "batch", "dense ms", "pruned ms", "dense img/s", "pruned img/s", "file",
                    "memory", "MACs", "measured", "efficiency"):  # fmt: skip
         table.add_column(column, justify="right", overflow="fold")
     for row in rows:
@@ -144,6 +144,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
         table.add_row(
             dense.provider.removesuffix("ExecutionProvider"),
             dense.precision,
+            str(pruned.pad),
             str(dense.batch),
             str(dense.latency),
             str(pruned.latency),
@@ -165,7 +166,7 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
         table.add_column(column, justify="right")
     table.add_column("provider")
     table.add_column("precision")
-    for column in ("batch", "ms", "img/s", "file", "memory"):
+    for column in ("pad", "batch", "ms", "img/s", "file", "memory"):
         table.add_column(column, justify="right", overflow="fold")
     for row in rows:
         accuracy = "" if row.accuracy is None else f"{row.accuracy:.2%}"
@@ -175,6 +176,7 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
                 *head,
                 cell.provider.removesuffix("ExecutionProvider"),
                 cell.precision,
+                str(cell.pad),
                 str(cell.batch),
                 str(cell.latency),
                 f"{cell.images_per_second:,.0f}",

@@ -107,7 +107,12 @@ class InferenceSession:
             self._check(images.shape, images.dtype, np.issubdtype(images.dtype, np.floating))
             tensor = torch.from_numpy(np.require(images, np.float32, ("C", "W")))
             return self._logits(tensor).cpu().numpy()
-        tensor = torch.from_dlpack(images)
+        try:
+            tensor = torch.from_dlpack(images)
+        except (BufferError, RuntimeError, TypeError) as error:
+            raise ExportError(
+                f"{type(images).__name__} cannot be read through DLPack: {error}"
+            ) from error
         return self._logits(tensor).to(tensor.device)
 
     def predict(
@@ -131,6 +136,11 @@ class InferenceSession:
         if isinstance(source, (str, Path)):
             paths = find_pictures(Path(source).expanduser())
             return self._predictions(paths, map(open_picture, paths), len(paths), batch_size)
+        if not isinstance(source, Iterable):
+            raise ExportError(
+                f"predict takes a folder or an iterable of images, not {type(source).__name__}; "
+                "call the session with one."
+            )
         total = len(source) if isinstance(source, Sized) else None
         return self._predictions(count(), source, total, batch_size)
 
@@ -140,8 +150,17 @@ class InferenceSession:
         from tqdm import tqdm
 
         remaining, labels = iter(images), iter(names)
+        failure: Exception | None = None
         with tqdm(total=total, unit="image", disable=None, leave=False) as bar:
-            while part := list(islice(remaining, batch_size)):
+            while failure is None:
+                part: list[Any] = []
+                try:
+                    for image in islice(remaining, batch_size):
+                        part.append(image)
+                except Exception as error:  # of one image; those before it are not lost
+                    failure = error
+                if not part:
+                    break
                 images = self._stacked(part)
                 if self._buffers is not None and len(part) < batch_size:
                     # another shape would have to be prepared for
@@ -149,6 +168,8 @@ class InferenceSession:
                 logits = self(images)[: len(part)]
                 bar.update(len(part))
                 yield from zip(islice(labels, len(part)), logits, strict=True)
+        if failure is not None:
+            raise failure
 
     def _stacked(self, images: Sequence[Any]) -> np.ndarray:
         if not images:

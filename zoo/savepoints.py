@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from zoo.errors import ZooError
 from zoo.pruning.fingerprint import digest
 from zoo.recipes import Recipe
 
-__all__ = ["HISTORY", "SAVEPOINT", "discard", "identify", "read_savepoint", "write_savepoint"]
+__all__ = ["HISTORY", "SAVEPOINT", "check_folder", "discard", "identify", "read_savepoint",
+           "write_savepoint"]  # fmt: skip
 
 SAVEPOINT, HISTORY = "training.pt", "history.jsonl"
 
@@ -70,6 +72,20 @@ def _described(batches: Any) -> str:
     return f"{len(batches)} batches of {type(batches.dataset).__name__}"
 
 
+def check_folder(folder: Path) -> None:
+    """Make `folder`, and see that savepoints can be written to it, before there is one to lose.
+
+    Raises:
+        ZooError: if they cannot.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ZooError(f"Cannot write to {folder}: {error}.") from error
+
+
 def write_savepoint(
     folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any], history: Sequence[Any]
 ) -> None:
@@ -114,11 +130,15 @@ def read_savepoint(
         return None
     if not resume:
         raise ZooError(
-            f"{path} is an unfinished training: go on with resume=True (--resume), remove it, or "
-            "name another folder."
+            f"{path} is an unfinished training, or the state of a finished one: go on with "
+            "resume=True (--resume), remove it, or name another folder."
         )
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        content = io.BytesIO(path.read_bytes())
+    except OSError as error:
+        raise ZooError(f"{path} cannot be read: {error}.") from None
+    try:
+        found = torch.load(content, map_location="cpu", weights_only=True)
         theirs, state = found["identity"], found["state"]
     except Exception as error:  # a damaged file can fail anywhere in the parser
         raise ZooError(

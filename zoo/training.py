@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -18,14 +19,23 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from zoo.batches import Augmentation, DeviceLoader, check_batch, check_labels
-from zoo.data import AnyImages, load_data
-from zoo.engine import Engine, make_accelerator
-from zoo.errors import DataError, DivergenceError, ZooError
+from zoo.batches import (
+    WORKERS,
+    Augmentation,
+    DeviceLoader,
+    check_labels,
+    check_pair,
+    checked_batch,
+    collated,
+)
+from zoo.data import AnyImages, Splits, load_data
+from zoo.engine import Engine, apart, first_logits, make_accelerator
+from zoo.errors import DataError, DivergenceError, ZooError, integer
+from zoo.pruning.plan import PruningRecord
 from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe, read_recipe
 from zoo.reporting import check_trackers, progress_bar, tracking
-from zoo.savepoints import identify, read_savepoint, write_savepoint
+from zoo.savepoints import check_folder, identify, read_savepoint, write_savepoint
 from zoo.seeding import seeded
 from zoo.teachers import Teacher, find_teacher, teaching
 
@@ -33,8 +43,8 @@ __all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
 
 Data = Dataset | DataLoader | str
 
-EVALUATED_AT_ONCE = 500
-"""Images per batch where nothing is trained."""
+EVALUATED_AT_ONCE, PIXELS_AT_ONCE = 500, 2**22
+"""Most images, and pixels of images, per batch where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,7 @@ class _Standing:
         return cls(**{**state, "history": history})
 
 
+@apart()
 def finetune(
     model: nn.Module,
     train: Data,
@@ -127,8 +138,8 @@ def finetune(
     Args:
         model: any classifier, images (N, 3, H, W) to logits (N, classes).
         train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set, of
-            which the training and validation splits are taken. Without `val` nothing is measured
-            and the last weights are kept.
+            which the training and validation splits are taken, as `cifar10@FOLDER` or
+            `imagefolder:PATH`. Without `val` nothing is measured and the last weights are kept.
         teacher: a network with the same outputs to distil from, which is moved to the device and
             whose mode and layout are restored; `source` for the dense network that a pruned one was
             cut from, by its recorded reference and sha256; `auto` for that where it can be read and
@@ -156,12 +167,14 @@ def finetune(
         DataError: when data has no length, is not of float images and integer labels, or when a
             label or the teacher does not fit the network's outputs.
         CheckpointError: when the source is asked for, and is not recorded or not what it was.
-        DivergenceError: when the loss stops being finite; the best weights so far are in place.
+        DivergenceError: when the training or validation loss, or without `val` a weight, is not
+            finite; the best weights so far are in place.
         ZooError: when `checkpoint` cannot be written, with the best weights so far in place; when
             it is of another training; or for a precision that the device does not have.
     """
     started = time.perf_counter()
-    settings = read_recipe(recipe)
+    settings, seed = read_recipe(recipe), integer("seed", seed) % 2**32
+    trackers = [trackers] if isinstance(trackers, str) else trackers
     if resume and checkpoint is None:
         raise ZooError("resume=True needs checkpoint=, the folder to go on from.")
     dense, taught_by = find_teacher(model, teacher)
@@ -170,21 +183,27 @@ def finetune(
     accelerator = make_accelerator(settings, cpu, trackers, folder)
     device = accelerator.device
     model.to(device)
-    batches = _loader(train, "train", settings, accelerator, seed)
-    held = None if val is None else _loader(val, "val", settings, accelerator, seed)
+    with seeded(seed):  # a look at the data draws from the generators
+        size = _image_size(model)
+        batches = _loader(train, "train", settings, accelerator, seed, size)
+        held = None if val is None else _loader(val, "val", settings, accelerator, seed, size)
     if len(batches) == 0:
-        raise DataError("The training data holds no images.")
+        few = len(getattr(batches, "dataset", ()))
+        raise DataError(
+            f"The training data holds {few or 'no'} images{', less than one batch' if few else ''}."
+        )
     identity, saved = {}, None
     if folder is not None:
         processes = accelerator.num_processes
         identity = identify(settings, seed, model, dense, batches, held, processes)
         if accelerator.is_main_process:  # the folder may be on its machine alone
+            check_folder(folder)
             saved = read_savepoint(folder, identity, resume=resume)
         (saved,) = broadcast_object_list([saved])
     engine = Engine(model, batches, settings, accelerator, dense)
     interrupted = False
     if saved is None:
-        initial = None if held is None else evaluate(model, held).accuracy
+        initial = _accuracy(model, held, "before training")
         standing = _Standing(initial, initial, _snapshot(model))
     else:
         standing = _Standing.restored(saved["standing"])
@@ -206,7 +225,7 @@ def finetune(
                         f"far (epoch {standing.epoch}) were kept. Try a smaller learning rate "
                         f"than {settings.lr}."
                     )
-                accuracy = None if held is None else evaluate(engine.kept, held).accuracy
+                accuracy = _accuracy(engine.kept, held, f"after epoch {epoch}")
                 (accuracy,) = broadcast_object_list([accuracy])  # all keep the same weights
                 tell(0, loss, accuracy)
                 track(epoch, {"loss": loss, "accuracy": accuracy, "lr": engine.lr})
@@ -233,7 +252,7 @@ def finetune(
 
 
 def evaluate(
-    model: nn.Module, data: Data | Iterable, *, batch_size: int = EVALUATED_AT_ONCE
+    model: nn.Module, data: Data | Iterable, *, batch_size: int | None = None
 ) -> Evaluation:
     """Top-1 accuracy and mean cross-entropy of `model`, where it is, on `data`.
 
@@ -241,8 +260,9 @@ def evaluate(
 
     Args:
         model: any classifier, images (N, 3, H, W) to logits (N, classes).
-        data: a torch Dataset or DataLoader of (image, label), or a data set's name (test split).
-        batch_size: used when `data` is not already batched.
+        data: a torch Dataset or DataLoader of (image, label), or a data set's name, as for
+            `finetune` (test split).
+        batch_size: used when `data` is not already batched; by default what fits most memories.
 
     Raises:
         DataError: when the data is empty, is not of float images and integer labels, or a label
@@ -251,19 +271,23 @@ def evaluate(
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     if isinstance(data, str):
-        data = load_data(*_name_and_root(data)).test
+        data = _splits(data, _image_size(model)).test
     batches: Any = data
     if isinstance(data, AnyImages):
-        batches = DeviceLoader(data, batch_size, device=device)
-    elif isinstance(data, Dataset):
-        batches = DataLoader(data, batch_size)
+        batches = DeviceLoader(data, batch_size or _at_once(data.image_size**2), device=device)
+    elif isinstance(data, IterableDataset):
+        batches = DataLoader(data, batch_size or EVALUATED_AT_ONCE, collate_fn=collated)
+    elif isinstance(data, Dataset) and len(data):  # type: ignore[arg-type]
+        at_once = batch_size or _at_once(_first_image(data)[0][0].numel())
+        batches = DataLoader(data, at_once, collate_fn=collated)
     correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    with evaluating(model), torch.inference_mode():
-        for images, labels in batches:
-            check_batch(images, labels)
+    # not in inference_mode, whose tensors a network could keep and later fail to train on
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            images, labels = checked_batch(batch)
             images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
             labels = labels.to(device, torch.long, non_blocking=True)
-            logits = model(images).float()
+            logits = (model(images) if count else first_logits(model, images)).float()
             check_labels(labels, logits)
             loss += functional.cross_entropy(logits, labels, reduction="sum")
             correct += (logits.argmax(1) == labels).sum()
@@ -273,16 +297,50 @@ def evaluate(
     return Evaluation(correct.item() / count, loss.item() / count, count)
 
 
-def _loader(data: Data, split: str, recipe: Recipe, accelerator: Accelerator, seed: int) -> Any:
-    """Batches of `data` on the accelerator's device, shared out between its processes."""
+def _accuracy(network: nn.Module, held: Any, when: str) -> float | None:
+    """On the validation data; None without, where the weights are looked at instead.
+
+    Raises:
+        DivergenceError: if the loss or a weight is not finite.
+    """
+    if held is not None:
+        measured = evaluate(network, held)
+        if math.isfinite(measured.loss):
+            return measured.accuracy
+        raise DivergenceError(
+            f"The validation loss is {measured.loss} {when}: the network's outputs are not finite. "
+            "The best weights before that were kept."
+        )
+    for name, parameter in network.named_parameters():
+        if not parameter.isfinite().all():
+            raise DivergenceError(
+                f"{name} is not finite {when}. The best weights before that were kept."
+            )
+    return None
+
+
+def _loader(
+    data: Data, split: str, recipe: Recipe, accelerator: Accelerator, seed: int, image_size: int
+) -> Any:
+    """Batches of `data` on the accelerator's device, shared out between its processes.
+
+    Args:
+        image_size: of the images of a data set that is named.
+    """
     training = split == "train"
-    size = recipe.batch_size if training else EVALUATED_AT_ONCE
+    size = recipe.batch_size
     if isinstance(data, str):
-        splits = load_data(*_name_and_root(data))
+        splits = _splits(data, image_size)
         data = splits.train if training else splits.val
+    if not isinstance(data, Dataset | DataLoader):
+        raise DataError(
+            f"The {split} data is a torch Dataset or DataLoader, or the name of a data set; got "
+            f"{type(data).__name__}."
+        )
     if isinstance(data, AnyImages):
         if not training:
-            return DeviceLoader(data, size, device=accelerator.device)
+            at_once = _at_once(data.image_size**2)
+            return DeviceLoader(data, at_once, device=accelerator.device)
         return DeviceLoader(
             data,
             size,
@@ -306,21 +364,49 @@ def _loader(data: Data, split: str, recipe: Recipe, accelerator: Accelerator, se
             "a Dataset with __len__ and __getitem__, or a DataLoader of one."
         )
     if isinstance(data, Dataset):
-        generator = torch.Generator().manual_seed(seed)
-        cuda = accelerator.device.type == "cuda"
+        count = len(data)  # type: ignore[arg-type]
+        if count == 0:
+            raise DataError(f"The {split} data holds no images.")
+        first, _ = _first_image(data)
+        # what lies on a GPU cannot be given to workers, nor pinned
+        elsewhere = accelerator.device.type == "cuda" and not first.is_cuda
         data = DataLoader(
-            data, size, shuffle=training, num_workers=2 if cuda else 0, generator=generator,
-            drop_last=training and len(data) >= size, pin_memory=cuda,  # type: ignore[arg-type]
-        )  # fmt: skip
+            data,
+            size if training else _at_once(first[0].numel()),
+            shuffle=training,
+            num_workers=min(WORKERS, os.cpu_count() or 1) if elsewhere else 0,
+            generator=torch.Generator().manual_seed(seed),
+            drop_last=training and count >= size * accelerator.num_processes,
+            pin_memory=elsewhere,
+            collate_fn=collated,
+        )
     if training and isinstance(data, DataLoader):
         return accelerator.prepare_data_loader(data, device_placement=False)
     return data
 
 
-def _name_and_root(data: str) -> tuple[str, Path | None]:
-    """`cifar10@FOLDER` as ("cifar10", FOLDER); a plain name has no folder."""
+def _first_image(data: Dataset) -> tuple[Tensor, Any]:
+    """The first image of a data set and its label."""
+    return check_pair(data[0])
+
+
+def _at_once(pixels: int) -> int:
+    """Images of so many pixels that are evaluated in one batch."""
+    return max(1, min(EVALUATED_AT_ONCE, PIXELS_AT_ONCE // max(1, pixels)))
+
+
+def _image_size(model: nn.Module) -> int:
+    """Pixels per side of the images that a pruned network is for; 32 of any other."""
+    record = getattr(model, "pruning", None)
+    return record.image_size if isinstance(record, PruningRecord) else 32
+
+
+def _splits(data: str, size: int) -> Splits:
+    """The data set of a name; `cifar10@FOLDER` says where its files are."""
     name, _, folder = data.partition("@")
-    return name, Path(folder) if folder else None
+    if ":" in name:  # imagefolder:PATH and hf:ORG/NAME@REVISION say it themselves
+        name, folder = data, ""
+    return load_data(name, folder or None, size=size)
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -71,6 +71,8 @@ def export(command: ExportCommand) -> None:
         f"{result.images} images ({result.inputs}): largest difference "
         f"{result.max_abs_difference:.2g}, top-1 agreement {result.top1_agreement:.2%}"
     )
+    if result.unpadded:
+        print(f"Its widths are its own, which may be slow. {result.unpadded}")
     if result.accuracy is not None and result.module_accuracy is not None:
         print(
             f"Accuracy on these images: {result.module_accuracy:.2%} in PyTorch, "

@@ -73,6 +73,8 @@ def train(command: TrainCommand) -> int | None:
     from zoo.artefacts import save_checkpoint
 
     recipe = _recipe(command)
+    if command.out.is_dir():
+        raise ZooError(f"{command.out} is a folder; name a file in it, as base.safetensors.")
     _check_writable(command.out)
     folder = command.out.with_name(f"{command.out.name}.training")
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
@@ -187,11 +189,14 @@ class FinetuneCommand(_Training):
 
 
 def finetune(command: FinetuneCommand) -> int | None:
+    from zoo.artefacts import check_place
+
     recipe = _recipe(command)
     model = zoo.load_pruned(command.folder)
     record: Any = model.pruning
     size = command.size or record.image_size
     out = command.out or command.folder
+    check_place(out)
     _check_writable(out)
     splits = zoo.load_data(command.data, command.data_dir, size=size)
     teacher: Any = None if command.teacher == "none" else command.teacher

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Literal, get_args
 
 from zoo.documents import decode
-from zoo.errors import DocumentError, ZooError, unknown
+from zoo.errors import DocumentError, ZooError, integer, unknown
 
 __all__ = ["RECIPES", "Recipe", "read_recipe"]
 
@@ -73,12 +74,17 @@ class Recipe:
                 raise unknown(name, value, get_args(choices))
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
+            if name in _WHOLE:
+                integer(f"A recipe's {name}", value)
+            elif value is not None and (isinstance(value, bool) or not isinstance(value, Real)):
+                raise ZooError(f"A recipe's {name} must be a number, got {value!r}.")
             if value is not None and not low <= value <= high:
                 bounds = f"at least {low:g}" if high == _ANY else f"from {low:g} to {high:g}"
                 raise ZooError(f"A recipe's {name} must be {bounds}, got {value!r}.")
 
 
 _ANY = float("inf")
+_WHOLE = {"epochs", "batch_size", "accumulate", "rand_augment"}
 _RANGES = {
     "epochs": (1, _ANY),
     "batch_size": (1, _ANY),
