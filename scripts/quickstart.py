@@ -18,6 +18,7 @@ import tyro
 
 import zoo
 from zoo.artefacts import save_checkpoint
+from zoo.data import Splits
 from zoo.documents import write_json
 from zoo.pruning.plan import PruningRecord
 
@@ -66,7 +67,7 @@ def main(config: Quickstart) -> None:
 
     with stage("train the base network", seconds):
         base = zoo.create_model(ARCH, splits.num_classes, image_size=config.size, seed=config.seed)
-        zoo.finetune(base, splits.train, splits.val, recipe=train_recipe, seed=config.seed)
+        train(base, splits, train_recipe, config.seed)
         metadata = {"architecture": ARCH, "image_size": str(config.size)}
         save_checkpoint(base, base_path, metadata)
     with stage("load it pruned", seconds):
@@ -75,7 +76,7 @@ def main(config: Quickstart) -> None:
         base_accuracy = zoo.evaluate(base, splits.test).accuracy
         before = zoo.evaluate(model, splits.test).accuracy
     with stage("fine-tune", seconds):
-        zoo.finetune(model, splits.train, splits.val, recipe=tune_recipe, seed=config.seed)
+        train(model, splits, tune_recipe, config.seed)
         after = zoo.evaluate(model, splits.test).accuracy
     images = splits.test.normalise(splits.test.images[: max(BATCH_SIZES)])
     with stage("save and reload", seconds):
@@ -141,6 +142,13 @@ def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     yield
     seconds[name] = round(time.perf_counter() - started, 2)
     print(f"{seconds[name]:.1f} s", flush=True)
+
+
+def train(model: torch.nn.Module, splits: Splits, recipe: zoo.Recipe, seed: int) -> None:
+    """Train on the training images; Ctrl-C, which ends a training early, ends the run."""
+    result = zoo.finetune(model, splits.train, splits.val, recipe=recipe, seed=seed)
+    if result.interrupted:
+        raise KeyboardInterrupt
 
 
 def check_identical(model: torch.nn.Module, again: torch.nn.Module, images: torch.Tensor) -> None:

@@ -209,7 +209,7 @@ def test_benchmark_and_compare_print_their_tables(pruned, base, capsys):
     quick = ["--batch-sizes", "2", "--repeats", "1", "--no-memory", "--threads", "1"]
     assert main(["benchmark", str(pruned), *quick]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"CPU +fp32 +2 ", shown)
+    assert re.search(r"CPU +fp32 +8 +2 ", shown)
     assert re.search(r"faster|slower|as fast", shown)
     data = ["--data", "digits"]
     assert main(["compare", str(base), str(pruned), *data, *quick]) == 0

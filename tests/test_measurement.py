@@ -135,14 +135,14 @@ def test_a_comparison_counts_every_network_once() -> None:
     assert [cell.batch for cell in rows[1].measurements] == [1, 4]
     head, *lines = (line.split() for line in shown(comparison_table(rows)).splitlines())
     assert " ".join(head) == (
-        "network params MACs accuracy provider precision batch ms img/s file memory"
+        "network params MACs accuracy provider precision pad batch ms img/s file memory"
     )
     assert [line[0] for line in lines] == ["dense", "CPU", "half", "CPU"]
     small = rows[1].measurements
     assert lines[2][1:3] == [f"{plan.pruned.params:,}", f"{plan.pruned.macs:,}"]
     assert lines[3] == [
-        "CPU", "fp32", "4", *str(small[1].latency).split(), f"{small[1].images_per_second:,.0f}",
-        f"{small[1].bytes:,}",
+        "CPU", "fp32", "8", "4", *str(small[1].latency).split(),
+        f"{small[1].images_per_second:,.0f}", f"{small[1].bytes:,}",
     ]  # fmt: skip
 
 

@@ -690,6 +690,7 @@ def test_the_accelerator_of_the_caller_is_left_alone(toy_images):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
 
+    AcceleratorState._reset_state(reset_partial_state=True)
     before = Accelerator(cpu=True, mixed_precision="bf16")
     finetune(network(), toy_images, None, recipe=replace(QUICK, epochs=1))
     assert before.state.mixed_precision == "bf16"
