@@ -90,6 +90,8 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(image_tree):
         classes = sorted(entry for entry in (image_tree / part).iterdir())
         (image_tree / part / ".ipynb_checkpoints").mkdir()
         (classes[0] / "._a.png").write_bytes(b"not an image")
+        (classes[1] / ".trash").mkdir()
+        (classes[1] / ".trash" / "a.png").write_bytes(b"not an image")
     after = load_data(f"imagefolder:{image_tree}", size=8)
     assert after.train.classes == before.train.classes
     assert torch.equal(after.train.images, before.train.images)

@@ -182,12 +182,13 @@ EXTENSIONS = {
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder and those in it, but for hidden files, in order."""
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and not path.is_dir()
-    )
+    """The pictures in a folder and those in it, but for what is hidden, in order."""
+
+    def shown(path: Path) -> bool:
+        return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    named = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in named if shown(path) and not path.is_dir())
 
 
 def decode(
