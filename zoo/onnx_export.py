@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.data import ImageSet
 from zoo.deployment import ExportOptions
-from zoo.errors import ExportError, ZooError, unknown
+from zoo.errors import ExportError, unknown
 from zoo.latency import image_channels
 from zoo.onnx_metadata import Metadata
 from zoo.onnx_parity import (
@@ -36,7 +36,7 @@ from zoo.onnx_parity import (
 )
 from zoo.onnx_program import PRECISIONS, convert, in_precision
 from zoo.onnx_providers import CPU
-from zoo.padding import padded
+from zoo.padding import padded_alike
 from zoo.pruning.plan import PruningRecord
 from zoo.runtime import InferenceSession
 
@@ -45,13 +45,8 @@ __all__ = ["PRECISIONS", "ExportResult", "export"]
 PARITY_IMAGES = 256
 NOISE_IMAGES = 16
 HALF_IMAGES = 4
-BLOCK = 8
-"""Channels that tensor cores (fp16) and ONNX Runtime on CPUs take at once, or in a multiple of."""
 EXTERNAL_BYTES = 1 << 30
 """Weights of more than this are written to a file of their own: one ONNX file holds 2 GiB."""
-
-SAME = 1e-5
-"""Of the largest logit, if that exceeds 1: what single precision makes of one computation."""
 
 Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 """(mean, std), per channel."""
@@ -139,7 +134,8 @@ def export(
         sample = _sample(inputs, example_input, own, precision)
         normalisation = _normalisation(options, inputs, sample.images.shape[1])
         reference = logits_of(network, sample.images)
-        network, pad, unpadded = _padded(network, sample.images[:NOISE_IMAGES], options.pad)
+        some = sample.images[:NOISE_IMAGES]
+        network, pad, unpadded = padded_alike(network, some, options.pad)
         if options.fold:
             assert normalisation is not None
             network, sample = _folded(network, sample, normalisation)
@@ -228,40 +224,6 @@ def _sample(
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(NOISE_IMAGES, *shape, generator=generator)
     return _Sample(noise, None, "noise", noise)
-
-
-def _padded(network: nn.Module, images: Tensor, asked: int | None) -> tuple[nn.Module, int, str]:
-    """The network with wider widths, what they are multiples of, and why not; its own with 1.
-
-    Args:
-        images: that channels of zeros must not change the logits of.
-        asked: by default `BLOCK`, where a pruned network can have it.
-    """
-    multiple = BLOCK if asked is None else asked
-    if multiple == 1 or (asked is None and not hasattr(network, "pruning")):
-        return network, 1, ""
-    try:
-        wider = padded(network, multiple)
-        if _size(wider) == _size(network):
-            return network, 1, ""
-        try:
-            result = compare_logits(logits_of(network, images), logits_of(wider, images), 0.0)
-        except ExportError as error:
-            raise ExportError(f"The network cannot be padded. {error}") from error
-        if not result.relative_difference <= SAME:
-            raise ExportError(
-                "The network cannot be padded: something in it, a normalisation over channels say, "
-                "depends on how many there are. Export with pad=1."
-            )
-    except ZooError as error:
-        if asked is not None:
-            raise
-        return network, 1, str(error)
-    return wider, multiple, ""
-
-
-def _size(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def _normalisation(options: ExportOptions, inputs: Any, channels: int) -> Normalisation | None:

@@ -11,13 +11,58 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from zoo.artefacts import skeleton_of
-from zoo.errors import ZooError
+from zoo.errors import ExportError, ZooError
 from zoo.groups import ChannelGroups, Group
+from zoo.onnx_parity import compare_logits, logits_of
 from zoo.pruning.known_groups import groups_of
 from zoo.pruning.plan import PruningRecord, attribute_values, kept_positions
 from zoo.pruning.surgery import named_tensors, resized
 
-__all__ = ["padded"]
+__all__ = ["padded", "padded_alike"]
+
+BLOCK = 8
+"""Channels that tensor cores (fp16) and ONNX Runtime on CPUs take at once, or in a multiple of."""
+
+SAME = 1e-5
+"""Of the largest logit, if that exceeds 1: what single precision makes of one computation."""
+
+
+def padded_alike(model: nn.Module, images: Tensor, asked: int | None) -> tuple[nn.Module, int, str]:
+    """A network with wider widths, what they are multiples of, and why not; itself with 1.
+
+    Args:
+        model: pruned or not, on the CPU and in eval mode.
+        images: that channels of zeros must not change the logits of.
+        asked: by default `BLOCK`, where a pruned network can have it.
+
+    Raises:
+        ZooError: as `padded`, or if the logits change; not by default, which gives the reason.
+    """
+    multiple = BLOCK if asked is None else asked
+    if multiple == 1 or (asked is None and not hasattr(model, "pruning")):
+        return model, 1, ""
+    try:
+        wider = padded(model, multiple)
+        if _size(wider) == _size(model):
+            return model, 1, ""
+        try:
+            result = compare_logits(logits_of(model, images), logits_of(wider, images), 0.0)
+        except ExportError as error:
+            raise ExportError(f"The network cannot be padded. {error}") from error
+        if not result.relative_difference <= SAME:
+            raise ExportError(
+                "The network cannot be padded: something in it, a normalisation over channels say, "
+                "depends on how many there are. Export with pad=1."
+            )
+    except ZooError as error:
+        if asked is not None:
+            raise
+        return model, 1, str(error)
+    return wider, multiple, ""
+
+
+def _size(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def padded(model: nn.Module, multiple: int) -> nn.Module:
