@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import zoo
-from zoo import engine, training
+from zoo import engine, loaders, training
 from zoo.batches import DeviceLoader, check_labels
 from zoo.data import ImageSet, load_data
 from zoo.errors import DataError, DivergenceError, ZooError
@@ -111,7 +111,7 @@ def test_a_name_stands_for_its_splits(monkeypatch, toy_images):
         parts = [toy_images.subset(torch.arange(n)) for n in (60, 30, 6)]
         return Splits(*parts)
 
-    monkeypatch.setattr(training, "load_data", load)
+    monkeypatch.setattr(loaders, "load_data", load)
     model = network()
     finetune(model, "toy@/some/folder", "toy@/some/folder", recipe=replace(QUICK, epochs=1))
     assert evaluate(model, "toy@/some/folder").images == 6  # the test split

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -13,25 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from zoo.batches import (
-    WORKERS,
-    Augmentation,
-    DeviceLoader,
-    check_labels,
-    check_pair,
-    checked_batch,
-    collated,
-)
-from zoo.data import AnyImages, Splits, load_data
+from zoo.batches import check_labels, checked_batch
 from zoo.engine import Engine, apart, first_logits, make_accelerator
 from zoo.errors import DataError, DivergenceError, ZooError, integer
-from zoo.pruning.plan import PruningRecord
+from zoo.loaders import Data, found, measured_batches, training_batches
 from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe, read_recipe
 from zoo.reporting import check_trackers, progress_bar, tracking
@@ -40,11 +28,6 @@ from zoo.seeding import seeded
 from zoo.teachers import Teacher, find_teacher, teaching
 
 __all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
-
-Data = Dataset | DataLoader | str
-
-EVALUATED_AT_ONCE, PIXELS_AT_ONCE = 500, 2**22
-"""Most images, and pixels of images, per batch where nothing is trained."""
 
 
 @dataclass(frozen=True)
@@ -184,14 +167,10 @@ def finetune(
     device = accelerator.device
     model.to(device)
     with seeded(seed):  # a look at the data draws from the generators
-        size = _image_size(model)
-        batches = _loader(train, "train", settings, accelerator, seed, size)
-        held = None if val is None else _loader(val, "val", settings, accelerator, seed, size)
-    if len(batches) == 0:
-        few = len(getattr(batches, "dataset", ()))
-        raise DataError(
-            f"The training data holds {few or 'no'} images{', less than one batch' if few else ''}."
-        )
+        batches = training_batches(found(train, "train", model), settings, accelerator, seed)
+        held = None
+        if val is not None:
+            held = measured_batches(found(val, "val", model), device, seed=seed)
     identity, saved = {}, None
     if folder is not None:
         processes = accelerator.num_processes
@@ -271,15 +250,8 @@ def evaluate(
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     if isinstance(data, str):
-        data = _splits(data, _image_size(model)).test
-    batches: Any = data
-    if isinstance(data, AnyImages):
-        batches = DeviceLoader(data, batch_size or _at_once(data.image_size**2), device=device)
-    elif isinstance(data, IterableDataset):
-        batches = DataLoader(data, batch_size or EVALUATED_AT_ONCE, collate_fn=collated)
-    elif isinstance(data, Dataset) and len(data):  # type: ignore[arg-type]
-        at_once = batch_size or _at_once(_first_image(data)[0][0].numel())
-        batches = DataLoader(data, at_once, collate_fn=collated)
+        data = found(data, "test", model)
+    batches = measured_batches(data, device, batch_size)
     correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
     # not in inference_mode, whose tensors a network could keep and later fail to train on
     with evaluating(model), torch.no_grad():
@@ -317,96 +289,6 @@ def _accuracy(network: nn.Module, held: Any, when: str) -> float | None:
                 f"{name} is not finite {when}. The best weights before that were kept."
             )
     return None
-
-
-def _loader(
-    data: Data, split: str, recipe: Recipe, accelerator: Accelerator, seed: int, image_size: int
-) -> Any:
-    """Batches of `data` on the accelerator's device, shared out between its processes.
-
-    Args:
-        image_size: of the images of a data set that is named.
-    """
-    training = split == "train"
-    size = recipe.batch_size
-    if isinstance(data, str):
-        splits = _splits(data, image_size)
-        data = splits.train if training else splits.val
-    if not isinstance(data, Dataset | DataLoader):
-        raise DataError(
-            f"The {split} data is a torch Dataset or DataLoader, or the name of a data set; got "
-            f"{type(data).__name__}."
-        )
-    if isinstance(data, AnyImages):
-        if not training:
-            at_once = _at_once(data.image_size**2)
-            return DeviceLoader(data, at_once, device=accelerator.device)
-        return DeviceLoader(
-            data,
-            size,
-            device=accelerator.device,
-            augment=Augmentation(recipe.augment, recipe.crop_scale, recipe.rand_augment),
-            shuffle=True,
-            drop_last=len(data) >= size * accelerator.num_processes,
-            seed=seed,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            accumulate=recipe.accumulate,
-        )
-    if training and recipe.rand_augment:
-        raise DataError(
-            f"rand_augment={recipe.rand_augment} is for the zoo's own image sets: put "
-            f"torchvision.transforms.v2.RandAugment into the {type(data).__name__}'s transforms."
-        )
-    if isinstance(getattr(data, "dataset", data), IterableDataset):
-        raise DataError(
-            f"The {split} data, a {type(data).__name__}, has no length to plan a training by: give "
-            "a Dataset with __len__ and __getitem__, or a DataLoader of one."
-        )
-    if isinstance(data, Dataset):
-        count = len(data)  # type: ignore[arg-type]
-        if count == 0:
-            raise DataError(f"The {split} data holds no images.")
-        first, _ = _first_image(data)
-        # what lies on a GPU cannot be given to workers, nor pinned
-        elsewhere = accelerator.device.type == "cuda" and not first.is_cuda
-        data = DataLoader(
-            data,
-            size if training else _at_once(first[0].numel()),
-            shuffle=training,
-            num_workers=min(WORKERS, os.cpu_count() or 1) if elsewhere else 0,
-            generator=torch.Generator().manual_seed(seed),
-            drop_last=training and count >= size * accelerator.num_processes,
-            pin_memory=elsewhere,
-            collate_fn=collated,
-        )
-    if training and isinstance(data, DataLoader):
-        return accelerator.prepare_data_loader(data, device_placement=False)
-    return data
-
-
-def _first_image(data: Dataset) -> tuple[Tensor, Any]:
-    """The first image of a data set and its label."""
-    return check_pair(data[0])
-
-
-def _at_once(pixels: int) -> int:
-    """Images of so many pixels that are evaluated in one batch."""
-    return max(1, min(EVALUATED_AT_ONCE, PIXELS_AT_ONCE // max(1, pixels)))
-
-
-def _image_size(model: nn.Module) -> int:
-    """Pixels per side of the images that a pruned network is for; 32 of any other."""
-    record = getattr(model, "pruning", None)
-    return record.image_size if isinstance(record, PruningRecord) else 32
-
-
-def _splits(data: str, size: int) -> Splits:
-    """The data set of a name; `cifar10@FOLDER` says where its files are."""
-    name, _, folder = data.partition("@")
-    if ":" in name:  # imagefolder:PATH and hf:ORG/NAME@REVISION say it themselves
-        name, folder = data, ""
-    return load_data(name, folder or None, size=size)
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
