@@ -214,3 +214,20 @@ def test_requests_that_cannot_be_met_are_named() -> None:
         asked = BenchmarkOptions(**(vars(QUICK) | options))
         with pytest.raises((ZooError, ExportError), match=message):
             benchmark(model, model, example_input=images, options=asked)
+
+
+class Attending(nn.Module):
+    """A convolution and the attention of its 16 positions of 8 channels to one another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 1), nn.Linear(8, 6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.conv(images).flatten(2).transpose(1, 2)[:, None]
+        return self.fc(nn.functional.scaled_dot_product_attention(x, x, x).mean((1, 2)))
+
+
+def test_the_macs_of_attention_count() -> None:
+    (row,) = compare({"a": Attending()}, example_input=torch.zeros(1, 3, 4, 4), options=QUICK)
+    assert row.macs == 16 * 3 * 8 + 2 * 16 * 16 * 8 + 8 * 6

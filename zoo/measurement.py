@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -335,7 +336,8 @@ def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
         ExportError: if the network does not take it, or there are none.
     """
     module = cpu_copy(network)
-    with FlopCounterMode(display=False) as counter:
+    # of the fused attention of CPUs some versions of torch count nothing
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         logits_of(module, torch.zeros(1, *shape))
     macs = counter.get_total_flops() // 2
     if macs == 0:
