@@ -28,7 +28,7 @@ from zoo.documents import (
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import build_model
 from zoo.pruning.known_groups import matching_groups
-from zoo.pruning.plan import PruningRecord, Source, kept_positions
+from zoo.pruning.plan import PruningRecord, Source, kept_positions, record_of
 from zoo.pruning.surgery import named_tensors, resize, resized
 from zoo.savepoints import HISTORY, SAVEPOINT
 
@@ -78,8 +78,8 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
         CheckpointError: if `model` is not pruned, or `folder` holds something else.
         ZooError: if the folder cannot be written; the old one is left as it was.
     """
-    record = getattr(model, "pruning", None)
-    if not isinstance(record, PruningRecord):
+    record = record_of(model)
+    if record is None:
         raise CheckpointError(
             f"This {type(model).__name__} is not pruned, so there is no record to reload it by: "
             "prune it with zoo.load or zoo.prune, or write its weights with save_checkpoint."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,19 +152,20 @@ def _image_folder(root: Path | None, size: int | None, name: str | None = None) 
     whole, test = _folder_set(base / "train", size), _folder_set(held, size)
     if whole.classes != test.classes:
         raise DataError(f"{base}/train and {held} do not hold the same classes.")
-    title = f"{name or base.name}{_encoding(base)} at {whole.image_size}x{whole.image_size}"
+    encoding = _encoding(base / "train", whole.classes)
+    title = f"{name or base.name}{encoding} at {whole.image_size}x{whole.image_size}"
     whole, test = replace(whole, name=title), replace(test, name=title)
     return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
 
 
-def _encoding(base: Path) -> str:
+def _encoding(train: Path, classes: Iterable[str]) -> str:
     """` (JPEG q<quality>)` when the first training image is a JPEG file: a lossy copy says so.
 
     The quality is read back from the coarsest luminance step, 121 at quality 50 in standard tables.
     """
     from PIL import Image
 
-    first = picture_files(base / "train")[0]
+    first = next(path for name in classes for path in picture_files(train / name))
     try:
         with Image.open(first) as image:
             tables = getattr(image, "quantization", None)

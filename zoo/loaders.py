@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from zoo.batches import WORKERS, Augmentation, DeviceLoader, check_pair, collated
 from zoo.data import AnyImages, load_data
 from zoo.errors import DataError
-from zoo.pruning.plan import PruningRecord
+from zoo.pruning.plan import record_of
 from zoo.recipes import Recipe
 
 __all__ = ["Data", "found", "measured_batches", "training_batches"]
@@ -39,8 +39,8 @@ def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
         name, _, folder = data.partition("@")
         if ":" in name:  # imagefolder:PATH and hf:ORG/NAME@REVISION say it themselves
             name, folder = data, ""
-        record = getattr(model, "pruning", None)
-        size = record.image_size if isinstance(record, PruningRecord) else 32
+        record = record_of(model)
+        size = 32 if record is None else record.image_size
         return getattr(load_data(name, Path(folder) if folder else None, size=size), split)
     if not isinstance(data, Dataset | DataLoader):
         raise DataError(

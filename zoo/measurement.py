@@ -29,7 +29,7 @@ from zoo.onnx_parity import checked, cpu_copy, logits_of
 from zoo.onnx_program import PRECISIONS
 from zoo.onnx_providers import GPUS, onnxruntime_module
 from zoo.peak_memory import peak_memory
-from zoo.pruning.plan import PruningRecord
+from zoo.pruning.plan import record_of
 from zoo.runtime import InferenceSession
 from zoo.training import evaluate
 
@@ -262,8 +262,8 @@ def _exported(
 ) -> ExportResult:
     """The file of a network whose classes do not matter."""
     images = _noise((CALIBRATION_IMAGES, *shape), options.seed)
-    pruned = isinstance(getattr(network, "pruning", None), PruningRecord)
-    asked = ExportOptions(min_agreement=0, pad=options.pad if pruned else None)
+    pad = None if record_of(network) is None else options.pad
+    asked = ExportOptions(min_agreement=0, pad=pad)
     return export(network, path, inputs=images, precision=precision, options=asked)
 
 
@@ -315,11 +315,11 @@ def _image_shape(
     """(C, H, W) of the images that all of the networks take."""
     if example_input is not None:
         return tuple(checked("example_input", example_input).shape[1:])
-    records = ((network, getattr(network, "pruning", None)) for network in networks.values())
+    records = ((network, record_of(network)) for network in networks.values())
     shapes = {
         (image_channels(network), record.image_size, record.image_size)
         for network, record in records
-        if isinstance(record, PruningRecord)
+        if record is not None
     }
     if len(shapes) != 1:
         raise ZooError(

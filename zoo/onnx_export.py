@@ -37,7 +37,7 @@ from zoo.onnx_parity import (
 from zoo.onnx_program import PRECISIONS, convert, in_precision
 from zoo.onnx_providers import CPU
 from zoo.padding import padded_alike
-from zoo.pruning.plan import PruningRecord
+from zoo.pruning.plan import PruningRecord, record_of
 from zoo.runtime import InferenceSession
 
 __all__ = ["PRECISIONS", "ExportResult", "export"]
@@ -126,8 +126,7 @@ def export(
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, ExportError)
     path, options = Path(path).expanduser(), options or ExportOptions()
-    record = getattr(model, "pruning", None)
-    record = record if isinstance(record, PruningRecord) else None
+    record = record_of(model)
     with _scratch(path) as folder:
         network = cpu_copy(model)
         own = (image_channels(model), *[record.image_size] * 2) if record is not None else None

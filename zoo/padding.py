@@ -15,7 +15,7 @@ from zoo.errors import ExportError, ZooError
 from zoo.groups import ChannelGroups, Group
 from zoo.onnx_parity import compare_logits, logits_of
 from zoo.pruning.known_groups import groups_of
-from zoo.pruning.plan import PruningRecord, attribute_values, kept_positions
+from zoo.pruning.plan import attribute_values, kept_positions, record_of
 from zoo.pruning.surgery import named_tensors, resized
 
 __all__ = ["padded", "padded_alike"]
@@ -39,7 +39,7 @@ def padded_alike(model: nn.Module, images: Tensor, asked: int | None) -> tuple[n
         ZooError: as `padded`, or if the logits change; not by default, which gives the reason.
     """
     multiple = BLOCK if asked is None else asked
-    if multiple == 1 or (asked is None and not hasattr(model, "pruning")):
+    if multiple == 1 or (asked is None and record_of(model) is None):
         return model, 1, ""
     try:
         wider = padded(model, multiple)
@@ -81,8 +81,8 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
         ZooError: if the network was not pruned by its architecture's name, or its tensors are no
             longer those that were cut.
     """
-    record = getattr(model, "pruning", None)
-    if not isinstance(record, PruningRecord) or not record.architecture:
+    record = record_of(model)
+    if record is None or not record.architecture:
         raise ZooError(
             f"Only a network that zoo.load pruned can be padded; this {type(model).__name__} does "
             f"not say which channels it lost. zoo.prune takes align= instead."

@@ -17,6 +17,7 @@ from zoo.batches import DeviceLoader
 from zoo.documents import replacing, write_text
 from zoo.errors import ZooError
 from zoo.pruning.fingerprint import digest
+from zoo.pruning.plan import record_of
 from zoo.recipes import Recipe
 
 __all__ = ["HISTORY", "SAVEPOINT", "check_folder", "discard", "identify", "read_savepoint",
@@ -43,7 +44,7 @@ def identify(
     channels that were kept.
     """
     tensors = [f"{name}: {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()]
-    record: Any = getattr(model, "pruning", None)
+    record = record_of(model)
     kept = [] if record is None else [json.dumps(record.plan.kept)]
     return {
         "format": FORMAT,

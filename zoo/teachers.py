@@ -12,7 +12,7 @@ from torch import nn
 
 from zoo.checkpoints import load_dense
 from zoo.errors import CheckpointError, ZooError, unknown
-from zoo.pruning.plan import PruningRecord
+from zoo.pruning.plan import PruningRecord, record_of
 from zoo.pruning.surgery import evaluating
 
 __all__ = ["Teacher", "find_teacher", "source_network", "teaching"]
@@ -84,8 +84,8 @@ def source_network(model: nn.Module) -> nn.Module:
 
 
 def _record(model: nn.Module) -> PruningRecord:
-    record = getattr(model, "pruning", None)
-    if not isinstance(record, PruningRecord):
+    record = record_of(model)
+    if record is None:
         raise ZooError(
             f"teacher='source' is for pruned networks; this {type(model).__name__} has no record "
             "of where it came from. Give a network as teacher=, or None."
@@ -95,6 +95,6 @@ def _record(model: nn.Module) -> PruningRecord:
 
 def _as_pruned(model: nn.Module) -> bool:
     """Whether `model` is as it was cut: another classifier asks another question."""
-    record = getattr(model, "pruning", None)
+    record = record_of(model)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return isinstance(record, PruningRecord) and count == record.plan.pruned.params
+    return record is not None and count == record.plan.pruned.params

@@ -18,6 +18,7 @@ __all__ = [
     "attribute_values",
     "kept_positions",
     "make_plan",
+    "record_of",
 ]
 
 
@@ -86,6 +87,12 @@ class PruningRecord:
     source: Source
     versions: dict[str, str]
     rewind: Source | None = None
+
+
+def record_of(module: object) -> PruningRecord | None:
+    """What a pruned module knows about itself; None of any other."""
+    record = getattr(module, "pruning", None)
+    return record if isinstance(record, PruningRecord) else None
 
 
 def make_plan(
