@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields, make_dataclass, replace
 from functools import partial
 
 import pytest
@@ -18,6 +18,7 @@ from zoo.engine import Engine, make_accelerator
 from zoo.errors import DataError, DocumentError, ZooError
 from zoo.rand_augment import KINDS, rand_augmented
 from zoo.recipes import RECIPES, Recipe, read_recipe
+from zoo.search import evaluation
 from zoo.search.evaluation import FineTuning
 from zoo.training import finetune
 
@@ -92,12 +93,18 @@ def test_the_command_line_takes_a_file(tmp_path, capsys):
     assert main([*train, *flags]) == 0
 
 
-def test_ledgers_written_before_a_field_existed_still_hold():
-    """The name that a ledger holds of this recipe, from before accumulate, ema and the others."""
-    assert FineTuning(Recipe(epochs=1, lr=0.05, precision="fp32"), 500).name == (
-        "fine-tune, 1 epochs of 500 training images, recipe fab2ed31b84d, last weights"
-    )
-    assert FineTuning(Recipe(epochs=1, ema=0.9)).name != FineTuning(Recipe(epochs=1)).name
+def test_a_ledger_answers_for_no_other_default_and_no_other_training_code(monkeypatch):
+    """Every field is in the key, those that have their default too, and so is the code."""
+    names = {FineTuning(Recipe(epochs=1)).name, FineTuning(Recipe(epochs=1, ema=0.9)).name}
+    explicit = FineTuning(Recipe(epochs=1, warmup=0.2)).name
+    assert explicit in names
+    changed = make_dataclass("Changed", [("warmup", float, 0.5)], bases=(Recipe,), frozen=True)
+    assert Recipe().warmup != changed().warmup
+    names.add(FineTuning(changed(epochs=1)).name)
+    assert FineTuning(changed(epochs=1, warmup=0.2)).name == explicit
+    monkeypatch.setattr(evaluation, "TRAINING", evaluation.TRAINING + 1)
+    names.add(FineTuning(Recipe(epochs=1)).name)
+    assert len(names) == 4
 
 
 # --- ingredients ----------------------------------------------------------------------------------

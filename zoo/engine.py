@@ -25,6 +25,7 @@ from zoo.images import AnyImages
 from zoo.pruning.surgery import evaluating
 from zoo.recipes import Recipe
 from zoo.seeding import random_state, set_random_state
+from zoo.strides import UnitStrides
 
 __all__ = ["Engine", "apart", "first_logits", "make_accelerator"]
 
@@ -135,7 +136,7 @@ class Engine:
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = self._mixed(images, labels)
         try:
-            with self._autocast():
+            with self._autocast(), UnitStrides():
                 logits = self._forward(images)
         except ValueError as error:
             if len(images) == 1 and "more than 1 value per channel" in str(error):

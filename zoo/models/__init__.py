@@ -244,7 +244,6 @@ def architecture(name: str) -> Architecture:
     raise _unknown_name(name)
 
 
-@functools.cache
 def _first_classifier(names: object) -> str:
     """Of a timm configuration, which names one classifier, or several for distillation."""
     if isinstance(names, tuple | list):
@@ -252,6 +251,7 @@ def _first_classifier(names: object) -> str:
     return names if isinstance(names, str) else "fc"
 
 
+@functools.cache
 def _torchvision_names() -> list[str]:
     import torchvision
 

@@ -24,6 +24,7 @@ from zoo.pruning.weight_scores import (
     sum_over_filters,
     sum_over_slots,
 )
+from zoo.strides import UnitStrides
 
 __all__ = [
     "Batches",
@@ -226,7 +227,7 @@ def _loss(
     parameters: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """The mean cross-entropy in eval mode, with `parameters` in place of the module's own."""
-    with evaluating(module), torch.enable_grad():
+    with evaluating(module), torch.enable_grad(), UnitStrides():
         logits = functional_call(module, parameters or {}, (images,))
         check_labels(labels, logits)
         return functional.cross_entropy(logits, labels)

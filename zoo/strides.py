@@ -1,0 +1,64 @@
+"""Convolutions whose gradients are right on every processor, in whatever memory format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["UnitStrides"]
+
+
+class UnitStrides(TorchFunctionMode):
+    """Around every forward pass that has a backward pass: its gradients are right on CPUs.
+
+    A narrow convolution with a 1x1 kernel and a stride of s > 1, such as pruning makes of a
+    ResNet's shortcut, is computed with a stride of 1 on every s-th pixel: the same function. oneDNN
+    computes wrong gradients of its weight, or writes past its memory, where the tensors are float32
+    and channels-last (one of them is enough, and a 1x1 weight that was ever made channels-last is)
+    and the input has fewer channels than a block: 8 with AVX2, 16 with AVX-512. The open issue is
+    github.com/uxlfoundation/oneDNN/issues/6035. Wider ones are right, and faster as they are.
+    `scripts/gradient_grid.py` looks for others of the kind.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _CONVOLUTIONS:
+            return _convolution(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+_BLOCK = 16
+"""Input channels, per group, from which oneDNN is right with every instruction set."""
+
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
+
+
+def _convolution(
+    convolve: Callable[..., Tensor],
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | str | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """`convolve` of these arguments, with a stride of 1 where oneDNN's gradients may be wrong."""
+    sides = weight.ndim - 2
+    steps = (stride,) if isinstance(stride, int) else tuple(stride)
+    unpadded = padding in (0, "valid") or (isinstance(padding, tuple) and not any(padding))
+    narrow = input.device.type == "cpu" and weight.shape[1] < _BLOCK
+    if narrow and unpadded and max(steps) > 1 == max(weight.shape[2:]):
+        every: Any = (slice(None, None, step) for step in steps * (sides // len(steps)))
+        input = input[..., *every]
+        stride = 1
+    return convolve(input, weight, bias, stride, padding, dilation, groups)
