@@ -56,6 +56,44 @@ def test_wrappers_nest_and_averaged_models_are_read(dense):
     assert read_checkpoint({"model": dense}).shapes.keys() == dense.state_dict().keys()
 
 
+@pytest.mark.parametrize(
+    ("prefix", "others"),
+    [
+        ("net.backbone.", {}),
+        ("net.backbone.", {"net.head.weight": torch.ones(3), "scale": torch.ones(1)}),
+        ("model.", {"loss.weight": torch.ones(7)}),
+        ("teacher.model.", {f"queue.{n}": torch.ones(1) for n in range(200)}),
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_network_inside_another_is_found(dense, prefix, others, adapted):
+    state = dense.state_dict()
+    own = {n.replace("downsample", "shortcut") if adapted else n: t for n, t in state.items()}
+    stored = {prefix + name: tensor for name, tensor in own.items()} | others
+    with pytest.warns(UserWarning, match="were taken") as warned:
+        module, _, classes, _ = load_dense("resnet20-16", {"state_dict": stored})
+    assert same_state(module, state)
+    assert classes == 7
+    (warning,) = warned
+    said = str(warning.message)
+    assert repr(prefix) in said
+    assert f"{len(others)} others" in said
+    assert all(name in said for name in list(others)[:3])
+
+
+def test_two_networks_in_one_checkpoint_are_an_error_that_names_both(dense):
+    state = dense.state_dict()
+    stored = {f"{which}.{name}": t for which in ("student", "teacher") for name, t in state.items()}
+    with pytest.raises(CheckpointError, match=r"'student\.' and under 'teacher\.'"):
+        load_dense("resnet20-16", stored)
+    stored["teacher.fc.weight"] = stored["teacher.fc.weight"][:, 1:]
+    with pytest.warns(UserWarning, match=r"under 'student\.'"):
+        load_dense("resnet20-16", stored)
+    stored["student.fc.weight"] = stored["student.fc.weight"][:, 1:]
+    with pytest.raises(CheckpointError, match=r"does not fit 'resnet20-16'.* unexpected: student"):
+        load_dense("resnet20-16", stored)
+
+
 def test_a_prefix_that_only_some_names_have_stays():
     mixed = {"module.a": torch.ones(1), "b": torch.ones(1)}
     assert list(read_checkpoint(mixed).state) == ["module.a", "b"]

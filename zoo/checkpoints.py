@@ -5,14 +5,16 @@ Nothing is unpickled: `.pt` files are read with `weights_only=True`, the others 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import io
 import json
 import os
 import re
+import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,7 @@ def _read_bytes(path: Path) -> bytes:
         return path.read_bytes()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
         yield
@@ -160,7 +162,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from None
 
 
-@contextmanager
+@contextlib.contextmanager
 def _parsing(path: Path) -> Iterator[None]:
     try:
         yield
@@ -265,7 +267,9 @@ def load_dense(
     """(module, checkpoint, num_classes, image_size): the dense network that `weights` belong to.
 
     The module is in eval mode, on the CPU, shares nothing with `weights`, and has the data types of
-    a fresh network: half-precision weights become float32.
+    a fresh network: half-precision weights become float32. Where the checkpoint is of more than the
+    network (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one prefix
+    that fits are taken, with a warning that names it and what was left out.
 
     Args:
         arch: an architecture's name.
@@ -275,7 +279,8 @@ def load_dense(
 
     Raises:
         CheckpointError: as `read_checkpoint`, or if the tensors do not fit `arch`: how many and
-            which are missing, unexpected or misshapen, and the architecture that they do fit.
+            which are missing, unexpected or misshapen, and the architecture that they do fit; or
+            if those under several prefixes do.
     """
     known = architecture(arch)
     checkpoint = read_checkpoint(weights)
@@ -284,7 +289,10 @@ def load_dense(
         raise CheckpointError(f"The checkpoint's metadata give the image size as {stated!r}.")
     try:
         preferred = image_size or (int(stated) if stated else None)
-        module, names, classes, size = _adapted(known, checkpoint.shapes, preferred)
+        try:
+            module, names, classes, size = _adapted(known, checkpoint.shapes, preferred)
+        except _Misfit:
+            module, names, classes, size = _under_a_prefix(known, checkpoint, preferred)
     except CheckpointError as error:
         raise CheckpointError(
             f"{checkpoint.source.reference} does not fit {arch!r}. {error}"
@@ -295,7 +303,7 @@ def load_dense(
             f"The classifier in {checkpoint.source.reference} is for images of {size} pixels, "
             f"not {image_size}."
         )
-    state = {names[name]: tensor for name, tensor in checkpoint.state.items()}
+    state = {own: checkpoint.state[name] for name, own in names.items()}
     module.load_state_dict(state, strict=False)
     return module.eval(), checkpoint, classes, size
 
@@ -308,9 +316,50 @@ class _Misfit(CheckpointError):
         self.count = count
 
 
+_Fit = tuple[nn.Module, dict[str, str], int, int]
+"""A network, the name in it of each stored name, its classes and its image size."""
+
+
+def _under_a_prefix(known: Architecture, checkpoint: Checkpoint, image_size: int | None) -> _Fit:
+    """As `_adapted`, of the tensors under the only prefix of their names under which they fit.
+
+    Raises:
+        _Misfit: that of all tensors together, if those under no prefix fit.
+        CheckpointError: if those under several do.
+    """
+    shapes = checkpoint.shapes
+    with torch.device("meta"):
+        least = len(list(build_model(known.name, known.num_classes).parameters()))
+    prefixes = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
+    fits: dict[str, _Fit] = {}
+    for prefix, count in prefixes.items():
+        own = {
+            name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)
+        }
+        if count >= least:
+            with contextlib.suppress(_Misfit):
+                fits[prefix] = _adapted(known, own, image_size)
+    if not fits:
+        return _adapted(known, shapes, image_size)
+    if len(fits) > 1:
+        raise CheckpointError(
+            f"It holds such a network under {' and under '.join(map(repr, fits))}: pass the state "
+            "dict of the one that is meant."
+        )
+    ((prefix, (module, names, classes, size)),) = fits.items()
+    others = [name for name in shapes if not name.startswith(prefix)]
+    more = ", ..." if len(others) > 3 else ""
+    warnings.warn(
+        f"{checkpoint.source.reference}: the weights under {prefix!r} were taken, and "
+        f"{len(others)} others left out: {', '.join(others[:3])}{more}.",
+        stacklevel=3,
+    )
+    return module, {prefix + name: new for name, new in names.items()}, classes, size
+
+
 def _adapted(
     known: Architecture, shapes: Mapping[str, tuple[int, ...]], image_size: int | None
-) -> tuple[nn.Module, dict[str, str], int, int]:
+) -> _Fit:
     """As `_fitting`, with each stored name's name in the network, by the first adapter that fits.
 
     Raises:

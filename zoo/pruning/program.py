@@ -6,8 +6,15 @@ first.
 
 from __future__ import annotations
 
+import contextlib
+import io
+import logging
+import sysconfig
+import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -162,18 +169,50 @@ def export(module: nn.Module, example_input: Tensor) -> torch.export.ExportedPro
     """The ATen program of `module` in eval mode.
 
     Raises:
-        GraphError: with the reason that torch gives, if it cannot be traced.
+        GraphError: with the reason that torch gives, and the line of the module's own code that it
+            fails in, if it cannot be traced.
     """
     try:
-        with evaluating(module):
+        with evaluating(module), _quiet():
             exported = torch.export.export(module, (example_input,))
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphError(
-            f"torch.export cannot trace {type(module).__name__}: {reason[0]}"
+            f"torch.export cannot trace {type(module).__name__}: {reason[0]}{_failing_line(error)}"
         ) from error
     _inline_regions(exported.graph_module)
     return exported
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graphs that torch logs and prints of what it cannot trace; the error is raised.
+
+    One thread at a time, because the log and standard error are the whole process's.
+    """
+    with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):
+        disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _failing_line(error: BaseException) -> str:
+    """Where `error` left the user's code for torch's, and what stands there; "" where unknown."""
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    standard = sysconfig.get_path("stdlib")
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(others)
+        and ("site-packages" in frame.filename or not frame.filename.startswith(standard))
+    ]
+    return f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
 
 
 def _inline_regions(program: fx.GraphModule) -> None:
