@@ -1,18 +1,27 @@
 # PYTHON: any Python from 3.11 on; it is only used to create .venv.
+# SITE=1: .venv sees the packages of that Python, torch say, and installs only what is missing.
 PYTHON ?= python3
+SITE ?=
 VENV := .venv
 BIN := $(VENV)/bin
 DATA ?= digits
 DATA_DIR ?=
 SIZE ?= 32
 
-.PHONY: venv check test quickstart clean
+PACKAGES = import sys; \
+	print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+
+.PHONY: venv check test test-all quickstart clean
 
 venv: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(if $(SITE),$(PYTHON) -c '$(PACKAGES)' > "$$($(BIN)/python -c \
+		'import sysconfig; print(sysconfig.get_path("purelib"))')/site-of-python.pth")
+	@echo "Installing what is missing: with torch's CUDA libraries about 5 GB, some minutes."
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[test]'
 	touch $@
 
 check: venv
@@ -22,7 +31,10 @@ check: venv
 	$(BIN)/lint-imports
 
 test: venv
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: venv
+	$(PYTEST)
 
 quickstart: venv
 	$(BIN)/python scripts/quickstart.py --data $(DATA) --size $(SIZE) \

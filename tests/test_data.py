@@ -377,6 +377,7 @@ def test_a_corrupt_file_is_named_by_the_worker_that_meets_it(image_tree, monkeyp
         list(loader)
 
 
+@pytest.mark.slow
 def test_cifar100_has_a_hundred_classes(tmp_path, image_tree):
     with pytest.raises(DataError, match="holds 2 classes; CIFAR-100 has 100"):
         load_data("cifar100", image_tree)

@@ -25,7 +25,9 @@ CPU = "CPUExecutionProvider"
 @pytest.mark.parametrize(
     ("arch", "precision"),
     [
-        (arch, precision)
+        pytest.param(
+            arch, precision, marks=pytest.mark.slow if arch == "torchvision:mobilenet_v2" else ()
+        )
         for arch in SAMPLE
         for precision in PRECISIONS
         if ":" not in arch or precision != "int8-symmetric"

@@ -91,3 +91,19 @@ def test_every_public_name_resolves_and_is_listed():
     assert set(zoo.__all__) <= set(dir(zoo))
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = zoo.lod
+
+
+@pytest.mark.slow
+def test_an_environment_can_use_the_packages_of_the_python_it_was_made_with(tmp_path: Path) -> None:
+    """What is installed there already is not downloaded again: the new folder stays small."""
+    new = tmp_path / "venv"
+    make = ["make", "venv", f"PYTHON={sys.executable}", "SITE=1", f"VENV={new}"]
+    subprocess.run(make, cwd=ROOT, check=True, capture_output=True)
+    code = "import torch, zoo; print(torch.__file__, zoo.__file__)"
+    done = subprocess.run([new / "bin/python", "-c", code], capture_output=True, text=True)
+    torch, zoo_file = done.stdout.split()
+    assert Path(torch).is_relative_to(sys.prefix)
+    assert Path(zoo_file).is_relative_to(ROOT)
+    (packages,) = new.glob("lib/python*/site-packages")
+    assert not (packages / "torch").exists()
+    assert sum(file.stat().st_size for file in new.rglob("*") if file.is_file()) < 2e8

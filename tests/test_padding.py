@@ -157,6 +157,7 @@ def test_padding_follows_training_and_another_classifier(tmp_path: Path) -> None
     assert result.pad == 8
 
 
+@pytest.mark.slow
 def test_what_cannot_be_padded_is_left_alone_by_default_and_refused_when_asked(
     tmp_path: Path,
 ) -> None:
@@ -178,6 +179,7 @@ def test_what_cannot_be_padded_is_left_alone_by_default_and_refused_when_asked(
     assert not (tmp_path / "none.onnx").exists()
 
 
+@pytest.mark.slow
 def test_a_benchmark_pads_as_an_export_does_and_counts_the_macs_of_the_network(
     tmp_path: Path,
 ) -> None:

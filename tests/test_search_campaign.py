@@ -174,6 +174,7 @@ def test_what_other_runs_have_measured_is_not_measured_again(
         search(dataclasses.replace(own, out=tmp_path / "other", known=(tmp_path / "none",)))
 
 
+@pytest.mark.slow
 def test_sigkill_loses_at_most_what_was_being_measured(config, tmp_path):
     flags = ["search", "--arch", "cnet", "--tasks", config.tasks[0], "--out", str(tmp_path)]
     flags += ["--cf", "2", "--data", "digits", "--size", "8", "--episodes", "16", "--workers", "1"]
@@ -241,6 +242,7 @@ def test_ctrl_c_ends_the_episodes_and_a_profile_comes_of_it(config, monkeypatch,
     assert len(calls) > 12
 
 
+@pytest.mark.slow
 def test_a_budget_ends_the_episodes_of_every_factor(config, tmp_path):
     many = dataclasses.replace(
         config, out=tmp_path, cf=(2.0, 3.0), agent="random", episodes=100_000, budget="6s"

@@ -43,6 +43,7 @@ def registry(monkeypatch, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_profile_is_bundled_with_the_figures_of_every_rival(config, registry, capsys):
     campaign.main(config)
     told = capsys.readouterr().out

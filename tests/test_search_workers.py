@@ -102,6 +102,7 @@ class Slow:
         return candidate.seed / 10
 
 
+@pytest.mark.slow
 def test_where_candidates_are_measured_changes_no_bit(pool, candidates):
     for fidelity in (Recalibration(128, 200), FineTuning(Recipe(epochs=1, lr=0.02), 128)):
         assert accuracies(pool, candidates, fidelity) == accuracies(
@@ -119,12 +120,14 @@ def test_a_killed_worker_loses_nothing(pool, candidates, tmp_path):
     ledger.close()
 
 
+@pytest.mark.slow
 def test_a_death_before_anything_was_finished_is_no_reason_to_give_up(candidates, tmp_path):
     pool, fidelity = Processes(1), Deadly(tmp_path / "mark")
     assert accuracies(pool, [candidates[3]], fidelity) == [0.3]
     pool.close()
 
 
+@pytest.mark.slow
 def test_workers_that_always_die_are_an_error_and_the_pool_goes_on(candidates):
     pool = Processes(1)
     with pytest.raises(ZooError, match="die before they finish one"):
@@ -140,6 +143,7 @@ def test_one_worker_is_this_process():
     assert isinstance(pool_of(3), Processes)
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_search_that_is_killed(tmp_path):
     """SIGKILL leaves no time to clean up, and no orphans."""
     script = tmp_path / "search.py"
