@@ -50,6 +50,7 @@ class Setting:
     isa: str
     precision: str
     threads: int
+    raw: bool
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ class Grid:
     """pixels per side"""
     strides: tuple[int, ...] = (1, 2)
     """pixels"""
+    raw: bool = False
+    """switch `zoo.strides` off: torch as it comes"""
     out: Path | None = None
     """file of JSON lines, one per convolution and setting"""
 
@@ -90,7 +93,7 @@ def convolutions(grid: Grid) -> Iterator[Convolution]:
 def run_grid(grid: Grid) -> Iterator[tuple[Setting, Convolution, float | None]]:
     """Each convolution with its largest relative error, None where it kills or hangs."""
     for words in itertools.product(grid.isas, grid.precisions, grid.threads):
-        setting = Setting(*words)
+        setting = Setting(*words, grid.raw)
         errors = _measured(setting, list(convolutions(grid)))
         yield from ((setting, one, error) for one, error in errors.items())
 
@@ -131,9 +134,13 @@ def child() -> None:
     """The errors of the convolutions on standard input, as a JSON list."""
     import torch
 
+    import zoo.strides
+
     words, kind = json.load(sys.stdin)
     setting = Setting(**words)
     torch.set_num_threads(setting.threads)
+    if setting.raw:
+        zoo.strides._BLOCK = 0
     print(json.dumps([largest_error(Convolution(**one), setting.precision) for one in kind]))
 
 
