@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.cost import cost_model
-from zoo.errors import GraphError, ZooError
+from zoo.errors import FactorError, GraphError, ZooError
 from zoo.groups import ChannelGroups
 from zoo.profile import Profile, Reference
 from zoo.pruning.contract import randomised, violation
@@ -516,6 +517,23 @@ def test_grey_oblong_images(tmp_path: Path) -> None:
 
     pruned = cut(build, tmp_path, torch.rand(2, 1, 4, 12))
     assert pruned.head.in_features == len(pruned.b.weight) * 48
+
+
+def test_a_factor_out_of_reach_names_what_stays_whole_and_the_line_that_holds_it() -> None:
+    def forward(n: nn.Module, x: Tensor) -> Tensor:
+        return n.head(n.b(n.a(x).relu()).relu().view(-1, 8 * 8 * 8))
+
+    module = Net(forward, a=conv(3, 8), b=conv(8, 8), head=nn.Linear(512, 4))
+    with pytest.raises(FactorError) as caught:
+        zoo.prune(module, IMAGES, cf=50)
+    said = str(caught.value)
+    for part in ("this policy reaches 1 to ", "'b' (its width 512", "'view'", "x.flatten(1)"):
+        assert part in said
+    line = forward.__code__.co_firstlineno + 1
+    assert f'{Path(__file__).name}", line {line}' in said
+    aligned = "'a' (has 8 channels, no more than align=8)"
+    with pytest.raises(FactorError, match=re.escape(aligned)):
+        zoo.prune(module, IMAGES, cf=50, align=8)
 
 
 def test_a_compiled_call_is_left_behind() -> None:

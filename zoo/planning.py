@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from numbers import Real
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.cost import LatencyTable, cost_model
+from zoo.cost import CostModel, LatencyTable, cost_model
 from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups
 from zoo.latency import latency_table
@@ -128,29 +129,47 @@ def planned(
     A `latency` is measured on the device that `module` is on, or remembered from before.
 
     Raises:
-        FactorError: when the factor is out of reach.
+        FactorError: when the factor is out of reach, with what stays whole and why.
         GraphError: when the profile's groups, or those to keep, are not the network's.
     """
     latency = latency_table(module, groups) if request.metric == "latency" else None
     model = cost_model(groups, latency)
     limits, whole = _limits(groups, request)
-    if request.profile is None:
-        solved = policy_solution(
-            request.name, model, request.cf, request.metric, request.seed, limits
-        )
-        widths = dict(zip(groups.names, solved.widths, strict=True))
-    elif request.refit and set(request.profile.kept) == set(groups.names):
-        ratios = [request.profile.keep_ratios[name] for name in groups.names]
-        curve = scale_curve(ratios, floor=1e-3)
-        solved = solve(model, curve, request.cf, request.metric, limits)
-        widths = dict(zip(groups.names, solved.widths, strict=True))
-    else:
-        widths = request.profile.kept
+    groups = replace(groups, unprunable={**groups.unprunable, **whole})
+    try:
+        widths = _widths(model, groups.names, request, limits)
+    except FactorError as error:
+        raise FactorError(f"{error}{_stays_whole(groups.unprunable)}") from None
     device = next(module.parameters()).device
     batches = None if data is None else labelled_batches(data, device, request.seed)
     scores = channel_scores(request.criterion, module, groups, request.seed, batches)
-    groups = replace(groups, unprunable={**groups.unprunable, **whole})
     return plan_of(request, groups, widths, scores, latency)
+
+
+def _stays_whole(unprunable: Mapping[str, str], most: int = 5) -> str:
+    """A sentence of the first `most` modules that are not pruned, and why; "" if all are."""
+    if not unprunable:
+        return ""
+    reasons = [f"{name!r} ({reason})" for name, reason in islice(unprunable.items(), most)]
+    more = len(unprunable) - len(reasons)
+    return f" Whole stay {', '.join(reasons)}{f' and {more} more' if more else ''}."
+
+
+def _widths(
+    model: CostModel, names: Sequence[str], request: Request, limits: Limits
+) -> Mapping[str, int]:
+    """Group name -> width, by the request's policy or profile."""
+    profile = request.profile
+    if profile is None:
+        solved = policy_solution(
+            request.name, model, request.cf, request.metric, request.seed, limits
+        )
+    elif request.refit and set(profile.kept) == set(names):
+        curve = scale_curve([profile.keep_ratios[name] for name in names], floor=1e-3)
+        solved = solve(model, curve, request.cf, request.metric, limits)
+    else:
+        return profile.kept
+    return dict(zip(names, solved.widths, strict=True))
 
 
 def plan_of(

@@ -176,7 +176,8 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
     if not fresh:
         raise GraphError(f"Surgery would break module {path!r}: {failure.message}.")
     for row, where in fresh:
-        program.trace.fix(row, f"its width {len(row)} is a constant at {where}")
+        reason = f"its width {len(row)} is a constant at {where}"
+        program.trace.fix(row, f"{reason}: take it from the tensor (x.flatten(1), x.shape[1])")
 
 
 def _rows_of_stated_widths(program: Program, path: str) -> Iterator[tuple[Labels, str]]:
