@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zoo.registry import get_profile, list_profiles
     from zoo.runtime import InferenceSession
     from zoo.search.campaign import SearchConfig, search_profile
+    from zoo.strides import UnitStrides
     from zoo.training import evaluate, finetune
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "SearchConfig",
+    "UnitStrides",
     "ZooError",
     "benchmark",
     "compare",
@@ -69,6 +71,7 @@ _HOMES = {
     "zoo.registry": ("get_profile", "list_profiles"),
     "zoo.runtime": ("InferenceSession",),
     "zoo.search.campaign": ("SearchConfig", "search_profile"),
+    "zoo.strides": ("UnitStrides",),
     "zoo.training": ("evaluate", "finetune"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
