@@ -45,6 +45,8 @@ def main() -> None:
         command = [sys.executable, __file__, json.dumps(widths)]
         try:
             done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+            if done.returncode > 0:  # an exception of this script's own; signals are negative
+                raise RuntimeError(done.stderr.decode())
             dead += done.returncode < 0
         except subprocess.TimeoutExpired:
             dead += 1

@@ -290,14 +290,18 @@ def load_dense(
     try:
         preferred = image_size or (int(stated) if stated else None)
         try:
-            module, names, classes, size = _adapted(known, checkpoint.shapes, preferred)
+            fit = _adapted(known, checkpoint.shapes, preferred)
         except _Misfit:
-            module, names, classes, size = _under_a_prefix(known, checkpoint, preferred)
+            inner = _under_a_prefix(known, checkpoint, preferred)
+            if inner is None:
+                raise
+            fit = inner
     except CheckpointError as error:
         raise CheckpointError(
             f"{checkpoint.source.reference} does not fit {arch!r}. {error}"
             f"{_suggestion(arch, checkpoint.shapes)}"
         ) from None
+    module, names, classes, size = fit
     if image_size and image_size != size:
         raise CheckpointError(
             f"The classifier in {checkpoint.source.reference} is for images of {size} pixels, "
@@ -320,11 +324,14 @@ _Fit = tuple[nn.Module, dict[str, str], int, int]
 """A network, the name in it of each stored name, its classes and its image size."""
 
 
-def _under_a_prefix(known: Architecture, checkpoint: Checkpoint, image_size: int | None) -> _Fit:
+def _under_a_prefix(
+    known: Architecture, checkpoint: Checkpoint, image_size: int | None
+) -> _Fit | None:
     """As `_adapted`, of the tensors under the only prefix of their names under which they fit.
 
+    None where those under no prefix do.
+
     Raises:
-        _Misfit: that of all tensors together, if those under no prefix fit.
         CheckpointError: if those under several do.
     """
     shapes = checkpoint.shapes
@@ -333,14 +340,12 @@ def _under_a_prefix(known: Architecture, checkpoint: Checkpoint, image_size: int
     prefixes = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
     fits: dict[str, _Fit] = {}
     for prefix, count in prefixes.items():
-        own = {
-            name.removeprefix(prefix): s for name, s in shapes.items() if name.startswith(prefix)
-        }
         if count >= least:
+            own = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
             with contextlib.suppress(_Misfit):
                 fits[prefix] = _adapted(known, own, image_size)
     if not fits:
-        return _adapted(known, shapes, image_size)
+        return None
     if len(fits) > 1:
         raise CheckpointError(
             f"It holds such a network under {' and under '.join(map(repr, fits))}: pass the state "
