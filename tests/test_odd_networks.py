@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from odd import IMAGES, Build, Net, conv, cut, halves, net, param
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
@@ -17,49 +17,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import zoo
 from zoo.cost import cost_model
 from zoo.errors import FactorError, GraphError, ZooError
-from zoo.groups import ChannelGroups
 from zoo.profile import Profile, Reference
 from zoo.pruning.contract import randomised, violation
 from zoo.pruning.graph import analyse, channel_groups
 from zoo.pruning.surgery import named_tensors
 
-IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-Build = Callable[[], nn.Module]
-
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-class Net(nn.Module):
-    """Parts, and a function from them and the images to the output."""
-
-    def __init__(self, run: Callable[..., object], **parts: object) -> None:
-        super().__init__()
-        self.run = run
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *inputs: Tensor) -> object:
-        return self.run(self, *inputs)
-
-
-def conv(inputs: int, outputs: int, kernel: int = 3, **options: object) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
-
-
-def param(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.rand(*shape))
-
-
-def net(
-    middle: Callable[[nn.Module, Tensor], Tensor] = lambda _, x: x, out: int = 8, **parts: object
-) -> Net:
-    """Convolution `a` of 8 channels, `middle`, convolution `b` of 8, mean, dense `head`."""
-
-    def run(n: nn.Module, x: Tensor) -> Tensor:
-        return n.head(n.b(middle(n, n.a(x)).relu()).mean((2, 3)))
-
-    return Net(run, a=conv(3, 8), b=conv(out, 8), head=nn.Linear(8, 4), **parts)
 
 
 def tied_weights() -> nn.Module:
@@ -115,30 +78,6 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x - self.mean
-
-
-def halves(groups: ChannelGroups) -> Profile:
-    """Half of every group, verbatim."""
-    kept = {group.name: max(1, group.size // 2) for group in groups.groups}
-    ratios = dict.fromkeys(kept, 0.5)
-    return Profile("live", "params", 2.0, 2.0, Reference(4, 8), ratios, kept)
-
-
-def cut(build: Build, folder: Path, x: Tensor = IMAGES) -> nn.Module:
-    """The network, pruned by half: it keeps the contract, can be trained, saved and reloaded."""
-    x = x.double()
-    module = randomised(build())
-    program, groups = analyse(module, x)
-    pruned = zoo.prune(module, x, profile=halves(groups))
-    assert violation(module, program, groups, pruned.pruning.plan, x) < 1e-9
-    assert sum(p.numel() for p in pruned.parameters()) == pruned.pruning.plan.pruned.params
-    assert pruned.pruning.plan.pruned.params < pruned.pruning.plan.dense.params
-    zoo.save(pruned, folder / "pruned")
-    again = zoo.load_pruned(folder / "pruned", skeleton=build())
-    assert torch.equal(again(x), pruned(x))
-    pruned.train()(x).sum().backward()
-    assert all(p.grad is not None for p in pruned.parameters() if p.requires_grad)
-    return pruned.eval()
 
 
 # --- right ----------------------------------------------------------------------------------------
@@ -371,6 +310,35 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
         ),
         "b", "its width 512 is a constant at node 'view'",
     ),
+    "cumsum": (lambda: net(lambda _, x: x.cumsum(1)), "a", "in order"),
+    "argmax": (lambda: net(lambda _, x: x * x.argmax(1, True)), "a", "searched for a position"),
+    "positions of a maximum": (
+        lambda: net(lambda _, x: x * x.max(1, True)[1]), "a", "searched for a position, at node",
+    ),
+    "sorted channels": (lambda: net(lambda _, x: x.sort(1)[0]), "a", "in order"),
+    "the best channels": (
+        lambda: net(lambda _, x: x.topk(8, 1)[0]), "a", "the operator 'topk', which has no rule",
+    ),
+    "recurrent": (
+        lambda: Net(
+            lambda n, x: n.head(n.mix(n.b(n.a(x)).mean(2).transpose(1, 2))[0].mean(1)),
+            a=conv(3, 8), b=conv(8, 8), mix=nn.LSTM(8, 6, batch_first=True), head=nn.Linear(6, 4),
+        ),
+        "b", "'lstm', which has no rule, at node 'lstm' of module 'mix', File",
+    ),
+    "a weight made by a layer": (
+        lambda: net(
+            lambda n, x: F.conv2d(x, n.c(n.d).view(8, 8, 1, 1)), c=nn.Linear(4, 64), d=param(4)
+        ),
+        "a", "whose weight has no labels ('conv2d'), at node",
+    ),
+    "written in place by an operator": (
+        lambda: net(lambda _, x: x.index_put((torch.tensor([0]),), x[1]).cumsum_(1)), "a", "at n",
+    ),
+    "a branch on values": (
+        lambda: net(lambda _, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))),
+        "a", "'cond', which has no rule",
+    ),
 }  # fmt: skip
 """Name -> the network, a module of it that stays whole at least in part, and why."""
 
@@ -423,11 +391,6 @@ REFUSED: dict[str, tuple[Build, str]] = {
         lambda: torch.ao.quantization.quantize_dynamic(net(), {nn.Linear}),
         r"Linear 'head' is quantised: prune the floating-point",
     ),
-    "a tuple": (lambda: Net(lambda n, x: (n.a(x), x), a=conv(3, 8)), "gives tuple, not logits"),
-    "a dictionary": (lambda: Net(lambda n, x: {"y": n.a(x)}, a=conv(3, 8)), "gives dict, not logi"),
-    "two inputs": (
-        lambda: Net(lambda n, x, y: n.a(x) + y, a=conv(3, 8)), r"does not run on .*argument: 'y'",
-    ),
     "control flow": (
         lambda: net(lambda n, x: n.c(x) if x.sum() > 0 else x, c=conv(8, 8)),
         r"cannot trace Net: Could not guard .* \(/.*odd_networks\.py:\d+: .*x\.sum\(\) > 0",
@@ -441,27 +404,9 @@ REFUSED: dict[str, tuple[Build, str]] = {
         ),
         "no channel group that can be pruned",
     ),
-    "cumsum": (lambda: net(lambda _, x: x.cumsum(1)), r"'cumsum', at node .*odd_networks\.py"),
-    "argmax": (lambda: net(lambda _, x: x * x.argmax(1, True)), r"'argmax', at node .*odd_netwo"),
-    "positions of a maximum": (
-        lambda: net(lambda _, x: x * x.max(1, True)[1]), r"Positions of channels .*odd_networks",
-    ),
-    "recurrent": (
-        lambda: Net(
-            lambda n, x: n.head(n.mix(n.a(x).mean(2).transpose(1, 2))[0].mean(1)),
-            a=conv(3, 8), mix=nn.LSTM(8, 6, batch_first=True), head=nn.Linear(6, 4),
-        ),
-        r"'lstm', at node .* of module 'mix'",
-    ),
-    "its own gradient mode": (
-        lambda: net(lambda n, x: x * torch.no_grad()(n.c)(x), c=conv(8, 8)),
-        r"'wrap_with_set_grad_enabled', at node",
-    ),
-    "a weight made by a layer": (
-        lambda: net(
-            lambda n, x: F.conv2d(x, n.c(n.d).view(8, 8, 1, 1)), c=nn.Linear(4, 64), d=param(4)
-        ),
-        r"'conv2d', at node .*odd_networks",
+    "no tensors": (lambda: Net(lambda n, x: len(n.a(x)), a=conv(3, 8)), "gives int, in which the"),
+    "two inputs": (
+        lambda: Net(lambda n, x, y: n.a(x) + y, a=conv(3, 8)), r"does not run on .*argument: 'y'",
     ),
 }  # fmt: skip
 """Name -> the network, and the message."""

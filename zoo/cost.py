@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from zoo.errors import ZooError, unknown
-from zoo.groups import ChannelGroups
+from zoo.groups import ChannelGroups, InputShape
 from zoo.profile import METRICS
 
 __all__ = [
@@ -45,7 +45,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a latency depends on beside the network: device, software, threads, images."""
+    """What a latency depends on beside the network: device, software, threads, inputs."""
 
     device: str
     torch: str
@@ -53,6 +53,7 @@ class Conditions:
     dtype: str
     batch: int
     image_size: int
+    inputs: tuple[InputShape, ...] = ()
 
 
 @dataclass(frozen=True)

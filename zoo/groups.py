@@ -14,7 +14,7 @@ from functools import cached_property
 
 from zoo.errors import GraphError
 
-__all__ = ["ChannelGroups", "Group", "Slot"]
+__all__ = ["ChannelGroups", "Group", "InputShape", "Slot"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,22 @@ class Group:
 
 
 @dataclass(frozen=True)
+class InputShape:
+    """One tensor that a network is called with.
+
+    Attributes:
+        shape: of the example; where the first input's batch is its first dimension too, any batch
+            may take that place.
+        name: in a dict of inputs; "" where they are given in order.
+        dtype: as torch names it.
+    """
+
+    shape: tuple[int, ...]
+    name: str = ""
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
 class ChannelGroups:
     """The channel groups of one network, with what its costs depend on.
 
@@ -63,7 +79,8 @@ class ChannelGroups:
         buffers: names among `shapes` that are not parameters.
         positions: of every convolution and dense weight, the output positions of one image; the
             MACs of the operator are the weight's elements times this.
-        image_size: pixels per side that `positions` was counted at.
+        image_size: pixels per side that `positions` was counted at; the last dimension of the first
+            input, where `inputs` say more.
         fixed_macs: multiply-accumulates of one image between activations (attention), which no
             width changes.
         unprunable: module name -> why its channels stay whole.
@@ -71,6 +88,7 @@ class ChannelGroups:
             width no tensor of its own has. Slots treat it as a tensor of that length.
         fingerprint: of the structure they were derived from, where they are stored; they hold for
             no other.
+        inputs: what the network is called with; none where that is one batch of square images.
     """
 
     groups: tuple[Group, ...]
@@ -82,6 +100,7 @@ class ChannelGroups:
     attributes: dict[str, int] = field(default_factory=dict)
     fingerprint: str = field(default="", compare=False)
     fixed_macs: int = 0
+    inputs: tuple[InputShape, ...] = ()
 
     @cached_property
     def names(self) -> tuple[str, ...]:

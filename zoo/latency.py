@@ -24,16 +24,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from zoo.calls import Inputs, call, described, example_of, input_shapes, like, tensors_of
 from zoo.cost import Conditions, Extent, LatencyTable, LayerTimes, cost_model, extents
 from zoo.data import cache_folder
-from zoo.documents import decode, read_json, write_json
+from zoo.documents import decode, encode, read_json, write_json
 from zoo.errors import DocumentError, ZooError
 from zoo.groups import ChannelGroups
 from zoo.pruning.plan import make_plan
 from zoo.pruning.surgery import apply, evaluating
 
-__all__ = ["device_name", "image_channels", "latency_table", "milliseconds"]
+__all__ = ["device_name", "latency_table", "milliseconds"]
 
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
 """The shares of its outputs, and of its inputs, that a layer is timed at."""
@@ -47,12 +50,12 @@ WARMUP, REPEATS = 3, 11
 def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
     """The times of the layers of `module` on the device it is on, in eval mode.
 
-    Layers are the 2-d convolutions and dense layers that `groups` counts MACs of; the images are
-    square and of the channels that the first layer takes. A layer never counts as slower than a
-    wider one: its time is the least of its own and theirs.
+    Layers are the convolutions and dense layers that `groups` counts MACs of. A layer never counts
+    as slower than a wider one: its time is the least of its own and theirs.
 
     Raises:
-        ZooError: if the network has no such layer, or does not run on such images.
+        ZooError: if the network has no such layer, or does not run on inputs like those that
+            `groups` were made with.
     """
     first = next(module.parameters())
     conditions = Conditions(
@@ -62,34 +65,37 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
         dtype=str(first.dtype).removeprefix("torch."),
         batch=BATCH.get(first.device.type, 1),
         image_size=groups.image_size,
+        inputs=groups.inputs,
     )
     # the size of a layer's own images is in its call; so networks share the times of like layers
-    where = {key: value for key, value in asdict(conditions).items() if key != "image_size"}
-    images = first.new_ones(conditions.batch, image_channels(module), *[groups.image_size] * 2)
-    calls = _calls(module, groups, images)
+    own = ("image_size", "inputs")
+    where = {key: value for key, value in asdict(conditions).items() if key not in own}
+    shapes = input_shapes(module, groups.image_size, groups.inputs)
+    ones = like(first, example_of(shapes, conditions.batch, torch.ones))
+    calls = _calls(module, groups, ones)
     if not calls:
         raise ZooError(
-            f"Latency is that of Conv2d and Linear layers, of which {type(module).__name__} calls "
-            f"none with channels to prune; use params or macs."
+            f"Latency is that of convolutions and dense layers, of which {type(module).__name__} "
+            f"calls none with channels to prune; use params or macs."
         )
     lengths, layers = extents(groups), []
-    for call in calls:
-        outputs = _grid(lengths[call.weight][0], call.shape[0], call.unit)
-        inputs = _grid(lengths[call.weight][1], call.shape[1], 1)
-        cells = [call.resized(o, i) for o in outputs for i in inputs]
-        layer = {key: value for key, value in asdict(call).items() if key != "weight"}
+    for made in calls:
+        outputs = _grid(lengths[made.weight][0], made.shape[0], made.unit)
+        inputs = _grid(lengths[made.weight][1], made.shape[1], 1)
+        cells = [made.resized(o, i) for o in outputs for i in inputs]
+        layer = {key: value for key, value in asdict(made).items() if key != "weight"}
         times = _remembered(
             {"layer": layer, "outputs": outputs, "inputs": inputs, **where},
             partial(_measured, cells, first),
         )
-        layers.append(LayerTimes(call.weight, outputs, inputs, _rising(times, len(inputs))))
+        layers.append(LayerTimes(made.weight, outputs, inputs, _rising(times, len(inputs))))
 
     table = LatencyTable(conditions, tuple(layers), 0.0)
-    return _calibrated(table, module, groups, images)
+    return _calibrated(table, module, groups, ones)
 
 
 def _calibrated(
-    table: LatencyTable, module: nn.Module, groups: ChannelGroups, images: Tensor
+    table: LatencyTable, module: nn.Module, groups: ChannelGroups, inputs: Inputs
 ) -> LatencyTable:
     """`table`, so that it gives the times of the whole network at all and at half of its widths."""
     halves = {group.name: max(1, group.size // 2) for group in groups.groups}
@@ -101,11 +107,12 @@ def _calibrated(
         )
         small = apply(module, groups, plan)
         with evaluating(module):
-            networks = [partial(module, images), partial(small.eval(), images)]
-            return milliseconds(networks, images.device, 5 * REPEATS)
+            networks = [partial(call, module, inputs), partial(call, small.eval(), inputs)]
+            return milliseconds(networks, tensors_of(inputs)[0].device, 5 * REPEATS)
 
-    described = hashlib.sha256((repr(module) + repr(groups.shapes)).encode()).hexdigest()
-    dense, half = _remembered({"network": described, **asdict(table.conditions)}, measure)
+    network = hashlib.sha256((repr(module) + repr(groups.shapes)).encode()).hexdigest()
+    where = encode(table.conditions, terse=True)
+    dense, half = _remembered({"network": network, **where}, measure)
     model = cost_model(groups, table)
     layers = [model.total(w, "latency") for w in (groups.sizes, tuple(halves.values()))]
     slope = (dense - half) / (layers[0] - layers[1]) if layers[0] > layers[1] else 0.0
@@ -177,9 +184,10 @@ class _Call:
         if len(self.shape) == 2:
             return lambda: F.linear(images, weight)
         stride, padding, dilation = self.options
+        name = f"conv{len(self.shape) - 2}d"
 
         def convolve() -> Tensor:
-            return F.conv2d(images, weight, None, stride, padding, dilation, self.groups)
+            return getattr(F, name)(images, weight, None, stride, padding, dilation, self.groups)
 
         if not self.normalised:
             return convolve
@@ -187,18 +195,18 @@ class _Call:
         return lambda: F.relu(F.batch_norm(convolve(), one, one, one, one))
 
 
-def _calls(module: nn.Module, groups: ChannelGroups, images: Tensor) -> list[_Call]:
+def _calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> list[_Call]:
     """The calls of the layers in one forward pass, in order."""
     calls: list[_Call] = []
     outputs: dict[int, tuple[int, Tensor]] = {}  # the tensors are held, so that no id returns
 
     def record(weight: str, layer: Any, given: tuple[Tensor], output: Tensor) -> None:
-        call = _Call(weight, tuple(layer.weight.shape), tuple(given[0].shape))
-        if isinstance(layer, nn.Conv2d):
+        made = _Call(weight, tuple(layer.weight.shape), tuple(given[0].shape))
+        if isinstance(layer, _ConvNd):
             options = (layer.stride, layer.padding, layer.dilation)
-            call = replace(call, options=options, groups=layer.groups)
+            made = replace(made, options=options, groups=layer.groups)
         outputs[id(output)] = len(calls), output
-        calls.append(call)
+        calls.append(made)
 
     def mark(_: nn.Module, given: tuple[Tensor]) -> None:
         if id(given[0]) in outputs:
@@ -208,29 +216,24 @@ def _calls(module: nn.Module, groups: ChannelGroups, images: Tensor) -> list[_Ca
     hooks = []
     for name, layer in module.named_modules():
         weight = f"{name}.weight".removeprefix(".")
-        if isinstance(layer, (nn.Conv2d, nn.Linear)) and weight in groups.positions:
+        timed = isinstance(layer, (_ConvNd, nn.Linear)) and not isinstance(layer, _ConvTransposeNd)
+        if timed and weight in groups.positions:
             hooks.append(layer.register_forward_hook(partial(record, weight)))
-        elif isinstance(layer, nn.BatchNorm2d):
+        elif isinstance(layer, _BatchNorm):
             hooks.append(layer.register_forward_pre_hook(mark))
     try:
         with evaluating(module), torch.inference_mode():
-            module(images)
+            call(module, inputs)
     except Exception as error:  # whatever the network raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ZooError(
-            f"Latency is measured on images of shape {tuple(images.shape)}, which "
+            f"Latency is measured on inputs of shape {described(inputs)}, which "
             f"{type(module).__name__} does not run on: {reason}"
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
     return calls
-
-
-def image_channels(module: nn.Module) -> int:
-    """The channels of the images that a network takes: those of its first convolution."""
-    layers = (layer for layer in module.modules() if isinstance(layer, nn.Conv2d))
-    return next((layer.in_channels for layer in layers), 3)
 
 
 def _grid(extent: Extent, length: int, unit: int) -> tuple[int, ...]:

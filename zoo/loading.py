@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo import hub
 from zoo.artefacts import MODEL, read_model, write_model
+from zoo.calls import Inputs, call, checked_inputs, described, leaves, mapped
 from zoo.checkpoints import RECORD, load_dense
 from zoo.errors import GraphError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups
@@ -147,7 +148,7 @@ def load(
 @_ordinary_mode
 def plan(
     module: nn.Module,
-    example_input: Tensor,
+    example_input: Inputs,
     *,
     cf: float | None = None,
     profile: str | Profile = "equal",
@@ -167,7 +168,7 @@ def plan(
 @_ordinary_mode
 def prune(
     module: nn.Module,
-    example_input: Tensor,
+    example_input: Inputs,
     *,
     cf: float | None = None,
     profile: str | Profile = "equal",
@@ -182,12 +183,15 @@ def prune(
     """A pruned copy of any live network that can be traced; `module` is left as it is.
 
     Args:
-        module: a network from images (N, C, H, W) to logits (N, classes).
-        example_input: one batch (N, C, H, W), of the size that MACs are counted at.
+        module: a network that gives tensors, in any structure of tuples, lists, dicts and
+            dataclasses. All that it returns keeps its shape.
+        example_input: what it is called with, of the size that MACs are counted at: one batch
+            (N, C, H, W), or any other tensor, a tuple of them in order, or a dict by name. MACs are
+            those of one item of the first tensor's first dimension.
         cf: compression factor; may be left out when `profile` is a `Profile` or a reference.
         profile: a policy's name, a reference, or a `Profile`.
         metric: as in `load`, but `latency` is of the device that `module` is on, at batch 1 or, on
-            CUDA, 64, and of square images.
+            CUDA, 64.
         criterion, seed, align, floor, keep, data: as in `load`.
 
     Raises:
@@ -240,7 +244,7 @@ class _Live:
 
 def _live(
     module: nn.Module,
-    example_input: Tensor,
+    example_input: Inputs,
     asked: Request,
     data: Dataset | DataLoader | None,
 ) -> _Live:
@@ -248,11 +252,14 @@ def _live(
     # what was made in torch.inference_mode() is copied, because autograd refuses it
     if any(tensor.is_inference() for tensor in named_tensors(module).values()):
         module = surgery.resized(module, {})
-    if example_input.is_inference():
-        example_input = example_input.clone()
-    groups = traced_groups(module, example_input)
+    inputs = mapped(lambda t: t.clone() if t.is_inference() else t, checked_inputs(example_input))
+    groups = traced_groups(module, inputs)
     if not groups.groups:
-        raise GraphError(f"{type(module).__name__} has no channel group that can be pruned.")
+        kept = "; ".join(f"{name!r} {reason}" for name, reason in groups.unprunable.items())
+        raise GraphError(
+            f"{type(module).__name__} has no channel group that can be pruned"
+            f"{f': {kept}' if kept else ''}."
+        )
     return _Live(module, groups, planned(module, groups, asked, data), classes)
 
 
@@ -297,8 +304,11 @@ def _reinitialise(module: nn.Module, seed: int) -> None:
                 )
 
 
-def _classes(module: nn.Module, example_input: Tensor) -> int:
-    """The outputs of a live network, which shows on the way that it runs on this input."""
+def _classes(module: nn.Module, example_input: Inputs) -> int:
+    """The classes of a live network, which shows on the way that it runs on these inputs.
+
+    0 where it gives something else than one tensor of logits (N, classes, ...).
+    """
     if not isinstance(module, nn.Module):
         raise ZooError(
             f"Expected a network (an nn.Module), got {type(module).__name__}; zoo.load takes "
@@ -306,18 +316,18 @@ def _classes(module: nn.Module, example_input: Tensor) -> int:
         )
     kind = type(module).__name__
     check_prunable(module)
-    if not isinstance(example_input, Tensor) or example_input.ndim != 4 or 0 in example_input.shape:
-        got = tuple(getattr(example_input, "shape", ())) or type(example_input).__name__
-        raise GraphError(f"The example input is a batch of images (N, C, H, W); got {got}.")
+    inputs = checked_inputs(example_input)
     try:
         with evaluating(module), torch.no_grad():
-            logits = module(example_input)
+            output = call(module, inputs)
     except Exception as error:  # whatever the network raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        flat = isinstance(inputs, Tensor) and inputs.ndim == 3
+        advice = " (One image is a batch of one: x[None].)" if flat else ""
         raise GraphError(
-            f"{kind} does not run on the example input of shape {tuple(example_input.shape)} and "
-            f"{example_input.dtype}: {reason}"
+            f"{kind} does not run on the example input of shape {described(inputs)}: {reason}"
+            f"{advice}"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim < 2:
-        raise GraphError(f"{kind} gives {type(logits).__name__}, not logits (N, classes).")
-    return logits.shape[1]
+    if not leaves(output):
+        raise GraphError(f"{kind} gives {type(output).__name__}, in which there are no tensors.")
+    return output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else 0

@@ -21,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
+from zoo.calls import image_channels
 from zoo.deployment import BenchmarkOptions, ExportOptions
 from zoo.errors import ExportError, ZooError, integer, unknown
-from zoo.latency import device_name, image_channels
+from zoo.latency import device_name
 from zoo.onnx_export import ExportResult, export
 from zoo.onnx_parity import checked, cpu_copy, logits_of
 from zoo.onnx_program import PRECISIONS

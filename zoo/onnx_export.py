@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from zoo.calls import image_channels
 from zoo.data import ImageSet
 from zoo.deployment import ExportOptions
 from zoo.errors import ExportError, unknown
-from zoo.latency import image_channels
 from zoo.onnx_metadata import Metadata
 from zoo.onnx_parity import (
     TOLERANCES,

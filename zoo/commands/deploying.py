@@ -50,7 +50,7 @@ class ExportCommand(ExportOptions):
 def export(command: ExportCommand) -> None:
     import torch
 
-    from zoo.latency import image_channels
+    from zoo.calls import image_channels
 
     network = read_network(command.network, command.arch, command.size)
     images = None
@@ -127,7 +127,7 @@ class CompareCommand(BenchmarkOptions):
 def compare(command: CompareCommand) -> None:
     import torch
 
-    from zoo.latency import image_channels
+    from zoo.calls import image_channels
     from zoo.measurement import machine
     from zoo.rendering import comparison_table, print_tables
 

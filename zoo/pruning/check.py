@@ -19,13 +19,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses import FakeTensorMode
 
+from zoo.calls import Inputs, call, leaves, mapped
 from zoo.cost import Cost
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups
 from zoo.pruning.labels import Labels, Value, is_channels
 from zoo.pruning.plan import Plan, attribute_values
-from zoo.pruning.program import Program, export, locate, module_path, operator_name
+from zoo.pruning.program import Program, locate, module_path, operator_name
 from zoo.pruning.surgery import apply, named_tensors, resized
+from zoo.pruning.tracing import export
 
 __all__ = ["Failure", "first_failure", "removed_roots"]
 
@@ -44,7 +46,7 @@ class Failure:
 
 
 def first_failure(
-    module: nn.Module, groups: ChannelGroups, program: Program, example_input: Tensor
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> Failure | None:
     """What goes wrong when `module` is cut by a trial plan; None if nothing does.
 
@@ -52,65 +54,76 @@ def first_failure(
         module: the dense network.
         groups: its groups.
         program: its interpretation.
-        example_input: as it was traced with.
+        inputs: as it was traced with.
 
     Raises:
         GraphError: if a part that has no share in eval mode would break in training mode.
     """
-    failure = _check_shapes(module, groups, program, example_input)
+    failure = _check_shapes(module, groups, program, inputs)
     if failure is None:
-        failure = _check_slices(module, groups, program, example_input)
+        failure = _check_slices(module, groups, program, inputs)
     if failure is None:
-        _check_training(module, groups, program, example_input)
+        _check_training(module, groups, program, inputs)
     return failure
 
 
 def _check_shapes(
-    module: nn.Module, groups: ChannelGroups, program: Program, example_input: Tensor
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> Failure | None:
     """The first layer whose output shape, under fake tensors, is not as predicted."""
     plan = _trial_plan(groups)
     removed = removed_roots(program, groups, plan)
     with _faked(module) as (mode, fake):
         pruned = apply(fake, groups, plan).eval()
-        seen: list[tuple[str, tuple[int, ...]]] = []
+        seen: list[tuple[str, tuple[int, ...] | None]] = []
         active: list[str] = []
         with _watched(pruned, seen, active):
             try:
-                result = pruned(mode.from_tensor(example_input))
+                result = call(pruned, mapped(mode.from_tensor, inputs))
             except Exception as error:
                 where = active[-1] if active else ""
                 return Failure(where, (str(error).strip().splitlines() or [""])[0])
-    by_path: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+    by_path: dict[str, list[tuple[int, ...] | None]] = defaultdict(list)
     for path, shape in seen:
         by_path[path].append(shape)
     taken: Counter[str] = Counter()
-    for call in program.calls:
-        shapes = by_path.get(call.path, [])
-        if taken[call.path] >= len(shapes):
-            return Failure(call.path, "was called less often than in the traced program")
-        got, expected = shapes[taken[call.path]], _predicted(program, call.value, removed)
-        taken[call.path] += 1
-        if got != expected:
-            return Failure(call.path, f"gives shape {got}, expected {expected}")
-    expected = _predicted(program, program.output, removed)
-    if not isinstance(result, torch.Tensor) or tuple(result.shape) != expected:
-        return Failure("", f"the output has shape {getattr(result, 'shape', None)}, not {expected}")
+    for made in program.calls:
+        shapes = by_path.get(made.path, [])
+        if taken[made.path] >= len(shapes):
+            return Failure(made.path, "was called less often than in the traced program")
+        got, expected = shapes[taken[made.path]], _predicted(program, made.value, removed)
+        taken[made.path] += 1
+        if got is not None and not _agree(got, expected):
+            return Failure(made.path, f"gives shape {got}, expected {_shown(expected)}")
+    outputs = leaves(result)
+    if len(outputs) != len(program.outputs):
+        return Failure("", f"gives {len(outputs)} tensors, expected {len(program.outputs)}")
+    for output, value in zip(outputs, program.outputs, strict=True):
+        expected = _predicted(program, value, removed)
+        if not _agree(tuple(output.shape), expected):
+            return Failure("", f"gives shape {tuple(output.shape)}, expected {_shown(expected)}")
     return None
 
 
+def _agree(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Whether the shapes are the same where a size is expected at all."""
+    return len(got) == len(expected) and all(
+        size in (None, own) for own, size in zip(got, expected, strict=True)
+    )
+
+
 def _check_training(
-    module: nn.Module, groups: ChannelGroups, program: Program, example_input: Tensor
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> None:
     """Refuse what only training runs, and surgery would break, as an auxiliary classifier."""
     idle = [name for name, _ in module.named_parameters() if name in program.idle]
     if not idle:
         return
     with _faked(module) as (mode, fake):
-        images = mode.from_tensor(example_input).repeat(2, 1, 1, 1)
+        pair = mapped(lambda tensor: torch.cat([mode.from_tensor(tensor)] * 2), inputs)
         for network in (fake, apply(fake, groups, _trial_plan(groups))):
             try:
-                network.train()(images)
+                call(network.train(), pair)
             except Exception as error:
                 if network is fake:
                     return  # it cannot be trained on such images anyway
@@ -136,7 +149,7 @@ def _faked(module: nn.Module) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
 
 
 def _check_slices(
-    module: nn.Module, groups: ChannelGroups, program: Program, example_input: Tensor
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> Failure | None:
     """Trace a trial surgery; the first slice of channels whose bounds have not moved with them.
 
@@ -148,7 +161,7 @@ def _check_slices(
         return None
     plan = _plan(groups, {g.name: range(1, max(2, g.size - 1), 2) for g in groups.groups})
     removed = removed_roots(program, groups, plan)
-    pruned = list(_slices(export(apply(module, groups, plan), example_input)))
+    pruned = list(_slices(export(apply(module, groups, plan), inputs)))
     if len(pruned) != len(dense):
         return Failure("", "other slices are taken than in the traced program")
     for node, new in zip(dense, pruned, strict=True):
@@ -209,9 +222,12 @@ def _plan(groups: ChannelGroups, chosen: Mapping[str, range]) -> Plan:
 
 @contextmanager
 def _watched(
-    module: nn.Module, seen: list[tuple[str, tuple[int, ...]]], active: list[str]
+    module: nn.Module, seen: list[tuple[str, tuple[int, ...] | None]], active: list[str]
 ) -> Iterator[None]:
-    """Note the output shape of every leaf call, and the modules that have not returned yet."""
+    """Note the output shape of every leaf call, and the modules that have not returned yet.
+
+    A leaf that gives several tensors has no such shape; what comes after it shows them.
+    """
 
     def before(path: str) -> Callable:
         return lambda *_: active.append(path)
@@ -219,8 +235,8 @@ def _watched(
     def after(path: str, leaf: bool) -> Callable:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             active.pop()
-            if leaf and isinstance(output, torch.Tensor):
-                seen.append((path, tuple(output.shape)))
+            if leaf:
+                seen.append((path, tuple(output.shape) if isinstance(output, Tensor) else None))
 
         return hook
 
@@ -248,10 +264,20 @@ def removed_roots(program: Program, groups: ChannelGroups, plan: Plan) -> set[in
     return removed
 
 
-def _predicted(program: Program, value: Value, removed: set[int]) -> tuple[int, ...]:
-    """The shape of `value` once the channels with the `removed` labels are gone."""
+def _predicted(program: Program, value: Value, removed: set[int]) -> tuple[int | None, ...]:
+    """The shape of `value` once the channels with the `removed` labels are gone.
+
+    None where positions are all alike, as after `expand`: whoever takes them says how many.
+    """
     find = program.trace.find
-    return tuple(
-        size if row is None else sum(find(label) not in removed for label in row.tolist())
-        for size, row in zip(value.shape, value.labels, strict=True)
-    )
+
+    def length(size: int, row: Labels | None) -> int | None:
+        if row is None:
+            return size
+        return sum(find(label) not in removed for label in row.tolist()) if len(row) else None
+
+    return tuple(map(length, value.shape, value.labels))
+
+
+def _shown(expected: tuple[int | None, ...]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in expected)})"

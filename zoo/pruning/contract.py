@@ -9,12 +9,16 @@ surgery; everything else sees the full width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_structure
 
+from zoo.calls import Inputs, arguments, call, leaves, mapped, tensors_of
 from zoo.groups import ChannelGroups
 from zoo.pruning import surgery
 from zoo.pruning.check import removed_roots
@@ -24,6 +28,7 @@ from zoo.pruning.operators import CHANNEL_WISE
 from zoo.pruning.plan import Plan, kept_positions
 from zoo.pruning.program import Program, operator_name
 from zoo.pruning.surgery import named_tensors
+from zoo.pruning.tracing import GRADIENTS
 
 __all__ = ["masked_forward", "randomised", "violation"]
 
@@ -47,25 +52,32 @@ def randomised(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def violation(
-    module: nn.Module, program: Program, groups: ChannelGroups, plan: Plan, x: Tensor
+    module: nn.Module, program: Program, groups: ChannelGroups, plan: Plan, inputs: Inputs
 ) -> float:
     """The largest difference of pruned from masked dense, relative to the largest value there.
 
-    Compared are the outputs, the gradients of the input and of every parameter that remains, of a
-    loss that weighs all outputs differently.
+    Compared are all outputs, the gradients of the floating-point inputs and of every parameter that
+    remains, of a loss that weighs all outputs differently. Outputs of another structure are
+    infinitely different, and so are all where the dense network gives nothing but zeros.
 
     Args:
         module: the dense network, in eval mode.
         program, groups: as `analyse` gave them for it.
         plan: any plan for the groups.
-        x: images of the shape that was traced.
+        inputs: of the shapes that were traced.
     """
     zeroed = masked(module, groups, plan)
     forward = masked_forward(program, groups, plan, zeroed)
     pruned = surgery.apply(module, groups, plan).eval()
-    outputs, inputs, expected = _differentiated(forward, zeroed, x)
-    got_outputs, got_inputs, got = _differentiated(pruned, pruned, x)
-    worst = max(_difference(got_outputs, outputs), _difference(got_inputs, inputs))
+    outputs, given, expected = _differentiated(forward, zeroed, inputs)
+    got_outputs, got_given, got = _differentiated(partial(call, pruned), pruned, inputs)
+    with torch.no_grad():
+        structures = [tree_structure(call(network, inputs)) for network in (zeroed, pruned)]
+    alike = structures[0] == structures[1] and len(got_outputs) == len(outputs)
+    if not alike or not any(output.any() for output in outputs):
+        return float("inf")
+    pairs = zip((*got_outputs, *got_given), (*outputs, *given), strict=True)
+    worst = max(_difference(mine, theirs) for mine, theirs in pairs)
     kept = kept_positions(groups, plan.kept)
     largest = max((g.abs().max().item() for g in expected.values() if g.numel()), default=0.0)
     for name, gradient in expected.items():
@@ -76,28 +88,47 @@ def violation(
 
 
 def _differentiated(
-    forward: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    images = x.clone().requires_grad_()
-    out = forward(images)
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device)
-    (out * weights.view_as(out)).sum().backward()
-    assert images.grad is not None
+    forward: Callable[[Inputs], Any], module: nn.Module, inputs: Inputs
+) -> tuple[list[Tensor], list[Tensor], dict[str, Tensor]]:
+    """The outputs, and the gradients of the inputs and of the parameters of `module`."""
+
+    def fresh(tensor: Tensor) -> Tensor:
+        return tensor.clone().requires_grad_(tensor.is_floating_point())
+
+    own = mapped(fresh, inputs)
+    outputs = leaves(forward(own))
+    loss = sum(_weighed(output) for output in outputs if output.requires_grad)
+    if isinstance(loss, Tensor):
+        loss.backward()
+    given = [tensor.grad for tensor in tensors_of(own) if tensor.grad is not None]
     gradients = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-    return out.detach(), images.grad, gradients
+    return [output.detach() for output in outputs], given, gradients
+
+
+def _weighed(output: Tensor) -> Tensor:
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+    return (output * weights.view_as(output)).sum()
 
 
 def _difference(got: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
     """Relative to the largest value of `expected`, or to `smallest` where that is larger."""
+    if got.shape != expected.shape:
+        return float("inf")
+    got, expected = got.double(), expected.double()  # positions and masks too
     scale = max(smallest, expected.abs().max().item())
     worst = (got - expected).abs().max().item()
-    return worst / scale if scale > 0 and np.isfinite(worst) else float("inf")
+    if scale == 0:
+        return 0.0 if worst == 0 else float("inf")
+    return worst / scale if np.isfinite(worst) else float("inf")
 
 
 def masked_forward(
     program: Program, groups: ChannelGroups, plan: Plan, zeroed: nn.Module
-) -> Callable[[Tensor], Tensor]:
-    """The dense program with the tensors of `zeroed`, the dense network with zeros by `plan`."""
+) -> Callable[[Inputs], tuple[Tensor, ...]]:
+    """The dense program with the tensors of `zeroed`, the dense network with zeros by `plan`.
+
+    It gives the network's tensors alone, as `zoo.calls.leaves` does.
+    """
     removed = removed_roots(program, groups, plan)
     find = program.trace.find
 
@@ -106,32 +137,43 @@ def masked_forward(
             [n for n, label in enumerate(row.tolist()) if find(label) not in removed]
         )
 
-    def forward(x: Tensor) -> Tensor:
-        environment: dict[fx.Node, Any] = _inputs(program, zeroed, x)
-        output: Any = None
+    def forward(inputs: Inputs) -> tuple[Tensor, ...]:
+        environment: dict[fx.Node, Any] = _inputs(program, zeroed, inputs)
+        outputs: Any = ()
         for node in program.exported.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), environment.__getitem__)
-                if _is_restricted(node, program.values):
-                    environment[node] = _restricted(node, args, kwargs, program.values, kept)
-                else:
-                    environment[node] = node.target(*args, **kwargs)
+                with _switched(node):
+                    if _is_restricted(node, program.values):
+                        environment[node] = _restricted(node, args, kwargs, program.values, kept)
+                    else:
+                        environment[node] = node.target(*args, **kwargs)
+            elif node.op == "get_attr":
+                environment[node] = getattr(program.exported.graph_module, node.target)
             elif node.op == "output":
-                output = [environment[a] for a in node.all_input_nodes][-1]
-        return output
+                outputs = fx.map_arg(node.args[0], environment.__getitem__)
+        return leaves(outputs)
 
     return forward
 
 
-def _inputs(program: Program, module: nn.Module, x: Tensor) -> dict[fx.Node, Any]:
+def _switched(node: fx.Node) -> AbstractContextManager:
+    """Gradients as the network switches them for this node."""
+    switched = node.meta.get(GRADIENTS)
+    return nullcontext() if switched is None else torch.set_grad_enabled(switched)
+
+
+def _inputs(program: Program, module: nn.Module, inputs: Inputs) -> dict[fx.Node, Any]:
     tensors = named_tensors(module)
     nodes = [node for node in program.exported.graph.nodes if node.op == "placeholder"]
     specs = program.exported.graph_signature.input_specs
     constants = program.exported.constants
+    _, named = arguments(module, inputs)
+    given = iter(named.values() if named else tensors_of(inputs))
     return {
         node: tensors[spec.target]
         if spec.target in tensors
-        else x
+        else next(given)
         if spec.target is None
         else constants[spec.target]
         for node, spec in zip(nodes, specs, strict=True)

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrize import is_parametrized
 
+from zoo.calls import Inputs, shapes_of
 from zoo.pruning.fingerprint import digest, qualified_name, structure
 from zoo.pruning.surgery import named_tensors
 
@@ -36,7 +37,7 @@ CALLED = ("__call__", "__getattr__", "__getattribute__")
 """The special methods that may have a part in a forward pass."""
 
 
-def trace_key(module: nn.Module, example_input: Tensor) -> str | None:
+def trace_key(module: nn.Module, inputs: Inputs) -> str | None:
     """sha256 of all that tracing `module` with such an input depends on; None if that is unknown.
 
     That is its structure and attributes, the shape and type of every tensor and of the input, which
@@ -45,7 +46,7 @@ def trace_key(module: nn.Module, example_input: Tensor) -> str | None:
     of unknown content leave it unknown.
     """
     try:
-        return digest(_dependencies(module, example_input))
+        return digest(_dependencies(module, inputs))
     except (_UnknownError, ValueError):  # a closure's cell may be empty
         return None
 
@@ -54,9 +55,9 @@ class _UnknownError(Exception):
     """Something whose content cannot be told."""
 
 
-def _dependencies(module: nn.Module, example_input: Tensor) -> Iterator[str]:
+def _dependencies(module: nn.Module, inputs: Inputs) -> Iterator[str]:
     yield f"{sys.version_info}{_versions()}{_rules()}"
-    yield f"{tuple(example_input.shape)}{example_input.dtype}"
+    yield f"{shapes_of(inputs)}"
     yield from structure(module)
     first: dict[int, str] = {}
     for name, tensor in named_tensors(module).items():

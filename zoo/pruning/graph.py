@@ -13,8 +13,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 
+from zoo.calls import Inputs
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups, Group, Slot
 from zoo.pruning.attributes import attribute_labels
@@ -26,23 +27,23 @@ from zoo.pruning.surgery import REPAIRS
 __all__ = ["analyse", "channel_groups"]
 
 
-def channel_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
+def channel_groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
     """The channel groups of `module`, verified by a trial surgery under fake tensors.
 
     Args:
-        module: a network from images (N, C, H, W) to logits (N, classes); not edited.
-        example_input: one batch of the size that MACs are counted at.
+        module: a network that gives tensors, in any structure; not edited.
+        inputs: what it is called with, of the size that MACs are counted at.
 
     Raises:
-        GraphError: if the network cannot be traced, an operator has no rule (naming the node and
-            its source line), or surgery would give a wrong shape for no reason that can be pinned.
+        GraphError: if the network cannot be traced, or surgery would give a wrong shape for no
+            reason that can be pinned.
     """
-    return analyse(module, example_input)[1]
+    return analyse(module, inputs)[1]
 
 
-def analyse(module: nn.Module, example_input: Tensor) -> tuple[Program, ChannelGroups]:
+def analyse(module: nn.Module, inputs: Inputs) -> tuple[Program, ChannelGroups]:
     """As `channel_groups`, with the interpreted program that they come from."""
-    program = interpret(module, example_input)
+    program = interpret(module, inputs)
     buffers = tuple(name for name, _ in module.named_buffers(remove_duplicate=False))
     for name, row in attribute_labels(module, program).items():
         program.tensors[name] = Value((len(row),), (row,), name)
@@ -50,7 +51,7 @@ def analyse(module: nn.Module, example_input: Tensor) -> tuple[Program, ChannelG
         groups = _assemble(program, buffers)
         if not groups.groups:
             return program, groups
-        failure = first_failure(module, groups, program, example_input)
+        failure = first_failure(module, groups, program, inputs)
         if failure is None:
             return program, groups
         _pin(module, program, failure)
@@ -108,6 +109,7 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
         buffers=tuple(name for name in buffers if name in program.tensors),
         positions=dict(trace.positions),
         image_size=program.image_size,
+        inputs=program.inputs,
         unprunable=unprunable,
         attributes={
             slot.tensor: program.tensors[slot.tensor].shape[0]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
+from zoo.calls import Inputs
 from zoo.data import cache_folder
 from zoo.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError
@@ -46,18 +47,18 @@ def matching_groups(arch: str, module: nn.Module) -> ChannelGroups | None:
     return stored if stored is not None and stored.fingerprint == fingerprint(module) else None
 
 
-def traced_groups(module: nn.Module, example_input: Tensor) -> ChannelGroups:
+def traced_groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
     """As `channel_groups`, read from the cache folder if they were traced before.
 
     A file there that is damaged is made anew; where nothing can be written, nothing is kept.
     """
-    key = trace_key(module, example_input)
+    key = trace_key(module, inputs)
     if key is None:
-        return channel_groups(module, example_input)
+        return channel_groups(module, inputs)
     path = cache_folder() / "groups" / f"{key}.json"
     found = _read(path)
     if found is None:
-        found = channel_groups(module, example_input)
+        found = channel_groups(module, inputs)
         _write(path, found)
     return found
 

@@ -18,7 +18,7 @@ from zoo.errors import GraphError
 from zoo.pruning import shape_rules
 from zoo.pruning.labels import Labels, Trace, Value, is_channels
 
-__all__ = ["CHANNEL_WISE", "RULES"]
+__all__ = ["CHANNEL_WISE", "RULES", "pointwise"]
 
 Shape = tuple[int, ...]
 Rule = Callable[..., "Value | tuple[Value, ...]"]
@@ -173,7 +173,7 @@ def _windowed(
     return Value(shapes, rows)
 
 
-def _broadcast(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
+def pointwise(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
     """Elementwise over several tensors: aligned from the last dimension, tied where both vary."""
     del options
     values = [operand for operand in operands if isinstance(operand, Value)]
@@ -187,6 +187,26 @@ def _broadcast(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Va
             merged = trace.tie(merged, row)
         result.append(merged)
     return Value(shape, tuple(result))
+
+
+def _unpooled(dims: int, trace: Trace, shape: Shape, x: Value, at: Value, *rest: Any) -> Value:
+    """Back to where the maxima were, which `at` says of each channel by itself."""
+    rows = _windowed(dims, trace, shape, pointwise(trace, x.shape, x, at), *rest)
+    assert isinstance(rows, Value)
+    return rows
+
+
+def _sampled(trace: Trace, shape: Shape, x: Value, grid: Value, *rest: Any) -> Value:
+    """Every channel at the places that `grid` says, (N, ..., coordinates)."""
+    for row in grid.labels:
+        trace.fix(row, "says where to sample")
+    rows = _windowed(len(shape) - 2, trace, shape, x, *rest)
+    assert isinstance(rows, Value)
+    return rows
+
+
+def _reversed(trace: Trace, shape: Shape, x: Value) -> Value:
+    return shape_rules.permute(trace, shape, x, range(len(shape))[::-1])
 
 
 def _reduce(
@@ -211,10 +231,36 @@ def _extreme(trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any) ->
     """
     if not isinstance(shapes, list):
         pair = rest and isinstance(rest[0], Value)
-        return (_broadcast if pair else _reduce)(trace, shapes, x, *rest, **options)
+        return (pointwise if pair else _reduce)(trace, shapes, x, *rest, **options)
     best = _reduce(trace, shapes[0], x, *rest, **options)
     dim = rest[0] if rest else options["dim"]
     return best, None if is_channels(x.labels[dim]) else Value(shapes[1], best.labels)
+
+
+def _position(
+    trace: Trace, shape: Shape, x: Value, dim: int | None = None, *rest: Any, **options: Any
+) -> Value:
+    """Where the largest is: not among channels, whose positions change with surgery."""
+    for row in x.labels if dim is None else (x.labels[dim],):
+        trace.fix(row, "is searched for a position")
+    return _reduce(trace, shape, x, dim, *rest, **options)
+
+
+def _along(
+    trace: Trace, shapes: Any, x: Value, dim: int = -1, *rest: Any, **options: Any
+) -> Value | tuple[Value, ...]:
+    """Position by position but for one dimension, whose order matters."""
+    del rest
+    trace.fix(x.labels[options.get("dim", dim)], "is summed up or sorted in order")
+    if isinstance(shapes, list):
+        return tuple(Value(shape, x.labels) for shape in shapes)
+    return Value(shapes, x.labels)
+
+
+def _similarity(trace: Trace, shape: Shape, x: Value, y: Value, dim: int = 1, *_: Any) -> Value:
+    dim %= len(x.shape)
+    both = pointwise(trace, (*shape[:dim], x.shape[dim], *shape[dim:]), x, y)
+    return _reduce(trace, shape, both, dim)
 
 
 def _embedding(trace: Trace, shape: Shape, table: Value, *rest: Any, **options: Any) -> Value:
@@ -283,36 +329,36 @@ def _names(rule: Rule, *operators: str) -> dict[str, Rule]:
 RULES: dict[str, Rule] = {
     **_names(_convolution, "conv1d", "conv2d", "conv3d"),
     **_names(_transposed_convolution, "conv_transpose1d", "conv_transpose2d"),
+    **_names(_transposed_convolution, "conv_transpose3d"),
     **_names(_linear, "linear"),
     **_names(_batch_norm, "batch_norm", "instance_norm"),
     **_names(_layer_norm, "layer_norm", "rms_norm"),
     **_names(_group_norm, "group_norm"),
     **_names(
         _same,
-        *("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "silu", "silu_", "sigmoid"),
-        *("sigmoid_", "gelu", "gelu_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_"),
-        *("tanh", "tanh_", "leaky_relu", "leaky_relu_", "elu", "elu_", "celu", "selu", "mish"),
-        *("mish_", "softplus", "clamp", "clamp_", "clamp_min", "neg", "sqrt", "rsqrt", "square"),
-        *("exp", "log", "abs", "reciprocal", "erf", "sign", "sin", "cos", "log1p", "expm1"),
-        *("log_sigmoid", "hardshrink", "softshrink", "threshold", "threshold_", "rrelu", "rrelu_"),
-        *("elu_", "celu_", "selu_", "relu6_", "clamp_max", "nan_to_num", "logical_not", "floor"),
-        *("round", "ceil", "fill_", "zero_", "zeros_like", "ones_like", "full_like"),
-        *("dropout", "dropout_", "feature_dropout", "feature_dropout_", "alpha_dropout"),
-        *("feature_alpha_dropout", "clone", "contiguous", "detach", "alias", "to"),
-        *("_to_copy", "type_as", "float"),
+        *("gelu_", "hardswish", "hardswish_", "mish_", "log_sigmoid", "threshold_", "rrelu"),
+        *("rrelu_", "relu6_", "elu_", "celu_", "selu_", "fill_", "zero_", "zeros_like"),
+        *("ones_like", "full_like", "dropout", "dropout_", "feature_dropout", "feature_dropout_"),
+        *("alpha_dropout", "feature_alpha_dropout", "clone", "contiguous", "detach", "alias"),
+        *("to", "_to_copy", "type_as", "float"),
     ),
     **_names(partial(_windowed, 1), "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"),
-    **_names(partial(_windowed, 1), "adaptive_max_pool1d", "upsample_nearest1d"),
+    **_names(partial(_windowed, 1), "adaptive_max_pool1d", "max_pool1d_with_indices"),
+    **_names(partial(_windowed, 1), "upsample_nearest1d", "_upsample_nearest_exact1d"),
+    **_names(partial(_windowed, 1), "upsample_linear1d"),
     **_names(partial(_windowed, 2), "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
     **_names(partial(_windowed, 2), "adaptive_max_pool2d", "max_pool2d_with_indices"),
-    **_names(partial(_windowed, 2), "upsample_nearest2d", "upsample_bilinear2d"),
-    **_names(partial(_windowed, 2), "upsample_bicubic2d"),
+    **_names(partial(_windowed, 2), "upsample_nearest2d", "_upsample_nearest_exact2d"),
+    **_names(partial(_windowed, 2), "upsample_bilinear2d", "_upsample_bilinear2d_aa"),
+    **_names(partial(_windowed, 2), "upsample_bicubic2d", "_upsample_bicubic2d_aa"),
     **_names(partial(_windowed, 3), "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"),
-    **_names(_broadcast, "add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_", "maximum"),
-    **_names(_broadcast, "minimum", "rsub", "lerp", "pow", "addcmul", "where"),
-    **_names(_broadcast, "masked_fill", "masked_fill_"),
-    **_names(_broadcast, "gt", "ge", "lt", "le", "eq", "ne", "logical_and", "logical_or", "copy_"),
-    **_names(_broadcast, "expand_as"),
+    **_names(partial(_windowed, 3), "adaptive_max_pool3d", "max_pool3d_with_indices"),
+    **_names(partial(_windowed, 3), "upsample_nearest3d", "_upsample_nearest_exact3d"),
+    **_names(partial(_windowed, 3), "upsample_trilinear3d"),
+    **_names(partial(_unpooled, 2), "max_unpool2d"),
+    **_names(partial(_unpooled, 3), "max_unpool3d"),
+    **_names(_sampled, "grid_sampler"),
+    **_names(pointwise, "rsub", "where", "masked_fill", "masked_fill_", "copy_", "expand_as"),
     **_names(_prelu, "prelu"),
     **_names(shape_rules.cat, "cat", "concat"),
     **_names(shape_rules.stack, "stack"),
@@ -324,6 +370,7 @@ RULES: dict[str, Rule] = {
     **_names(shape_rules.permute, "permute"),
     **_names(shape_rules.movedim, "movedim", "moveaxis"),
     **_names(shape_rules.transpose, "transpose", "swapaxes", "swapdims", "t", "mT"),
+    **_names(_reversed, "numpy_T"),
     **_names(shape_rules.flip, "flip"),
     **_names(shape_rules.roll, "roll"),
     **_names(shape_rules.spread, "im2col", "pixel_unshuffle"),
@@ -342,6 +389,9 @@ RULES: dict[str, Rule] = {
     **_names(shape_rules.pad, "pad", "constant_pad_nd"),
     **_names(_reduce, "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "prod"),
     **_names(_extreme, "max", "min"),
+    **_names(_position, "argmax", "argmin"),
+    **_names(_along, "cumsum", "cumprod", "logcumsumexp", "sort", "argsort"),
+    **_names(_similarity, "cosine_similarity"),
     **_names(_norm, "linalg_vector_norm", "norm"),
     **_names(_softmax, "softmax", "log_softmax"),
     **_names(_embedding, "embedding"),

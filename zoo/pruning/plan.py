@@ -9,7 +9,7 @@ import numpy as np
 
 from zoo.cost import Conditions, Cost, LatencyTable, cost_model
 from zoo.errors import GraphError, unknown
-from zoo.groups import ChannelGroups
+from zoo.groups import ChannelGroups, InputShape
 
 __all__ = [
     "Plan",
@@ -37,6 +37,7 @@ class Plan:
         unprunable: module name -> why its channels stay whole.
         attributes: `<module>:<attribute>` -> the width that surgery sets it to.
         latency: what the latencies were measured on, where they were.
+        inputs: what the network is called with, as in `ChannelGroups`.
     """
 
     profile: str
@@ -53,6 +54,7 @@ class Plan:
     unprunable: dict[str, str] = field(default_factory=dict)
     attributes: dict[str, int] = field(default_factory=dict)
     latency: Conditions | None = None
+    inputs: tuple[InputShape, ...] = ()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -74,6 +76,7 @@ class PruningRecord:
 
     Attributes:
         architecture: a registered name, or "" for a network that has none.
+        num_classes: 0 for a network that gives something else than logits.
         init: where its weights came from: `pretrained`, `random` or `rewound`.
         versions: of the packages that made it.
         rewind: the checkpoint that `rewound` weights are from.
@@ -149,6 +152,7 @@ def make_plan(
         unprunable=groups.unprunable,
         attributes=attribute_values(groups, kept),
         latency=None if latency is None else latency.conditions,
+        inputs=groups.inputs,
     )
 
 

@@ -1,37 +1,32 @@
-"""A network as a program: traced with `torch.export`, interpreted with channel labels.
-
-Networks that surgery cannot cut whatever a trace says (wrappers, computed weights, ...) are refused
-first.
-"""
+"""A traced network, interpreted with channel labels in place of numbers."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import sysconfig
-import threading
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 
+from zoo.calls import (
+    Inputs,
+    batch_of,
+    image_channels,
+    shapes_of,
+    tensors_of,
+)
 from zoo.errors import GraphError
+from zoo.groups import InputShape
 from zoo.pruning.labels import Labels, Trace, Value, is_channels
-from zoo.pruning.operators import RULES
-from zoo.pruning.surgery import evaluating, named_tensors
+from zoo.pruning.operators import RULES, pointwise
+from zoo.pruning.surgery import named_tensors
+from zoo.pruning.tracing import check_prunable, export
 
 __all__ = [
     "Program",
-    "check_prunable",
-    "export",
     "integers",
     "interpret",
     "locate",
@@ -86,8 +81,8 @@ class Program:
         calls: of leaf modules, in order.
         constants: integers in operators that may be hidden widths.
         flows: module -> (what flows into its first call, what flows out of its last).
-        output: of the network.
-        image_size: pixels per side.
+        outputs: of the network, as `leaves` gives them.
+        image_size, inputs: as in `ChannelGroups`.
     """
 
     exported: torch.export.ExportedProgram
@@ -98,31 +93,34 @@ class Program:
     calls: tuple[Call, ...]
     constants: tuple[Constant, ...]
     flows: dict[str, tuple[Value, Value]]
-    output: Value
+    outputs: tuple[Value, ...]
     image_size: int
+    inputs: tuple[InputShape, ...]
 
 
-def interpret(module: nn.Module, example_input: Tensor) -> Program:
+def interpret(module: nn.Module, inputs: Inputs) -> Program:
     """Trace `module` in eval mode and pass channel labels through every operator.
 
+    What enters an operator without a rule stays whole, so that it sees the shapes it always saw.
+
     Raises:
-        GraphError: if the network cannot be traced, or an operator has no rule.
+        GraphError: if the network cannot be traced, or returns no tensor.
     """
     check_prunable(module)
-    exported = export(module, example_input)
+    exported = export(module, inputs)
     names = _input_names(exported, module)
-    trace = Trace(example_input.shape[0])
+    trace = Trace(batch_of(inputs))
     tensors: dict[str, Value] = {}
     values: dict[fx.Node, Any] = {}
     leaves = {path for path, layer in module.named_modules() if not list(layer.children())}
     kernels = {f"{n}.weight" for n, layer in module.named_modules() if isinstance(layer, _ConvNd)}
     calls: dict[str, Call] = {}
     constants: list[Constant] = []
-    output: Value | None = None
+    outputs: tuple[Value, ...] = ()
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             name = names.get(node.name)
-            if name is None:  # the images, or a constant
+            if name is None:  # an input, or a constant
                 values[node] = _without_channels(trace, _shape(node))
                 continue
             if name not in tensors:
@@ -137,12 +135,11 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
         elif node.op == "get_attr":  # the graph of a region that was put in its place
             values[node] = None
         elif node.op == "output":
-            results = [values[a] for a in node.all_input_nodes if isinstance(values[a], Value)]
-            for result in results:
-                for row in result.labels:
-                    trace.fix(row, "")
-            output = results[-1] if results else None
-    if output is None:
+            results: Any = fx.map_arg(node.args[0], values.__getitem__)
+            outputs = tuple(value for value in results if isinstance(value, Value))
+            for row in (row for value in outputs for row in value.labels):
+                trace.fix(row, "")
+    if not outputs:
         raise GraphError(f"{type(module).__name__} returns no tensor.")
     return Program(
         exported=exported,
@@ -153,8 +150,9 @@ def interpret(module: nn.Module, example_input: Tensor) -> Program:
         calls=tuple(calls.values()),
         constants=tuple(constants),
         flows=_flows(values),
-        output=output,
-        image_size=example_input.shape[-1],
+        outputs=outputs,
+        image_size=next(iter(tensors_of(inputs)[0].shape[::-1]), 1),
+        inputs=() if _are_square_images(module, inputs) else shapes_of(inputs),
     )
 
 
@@ -165,124 +163,13 @@ def _stored(trace: Trace, name: str, shape: tuple[int, ...], is_kernel: bool) ->
     return Value(shape, tuple(rows), name)
 
 
-def export(module: nn.Module, example_input: Tensor) -> torch.export.ExportedProgram:
-    """The ATen program of `module` in eval mode.
-
-    Raises:
-        GraphError: with the reason that torch gives, and the line of the module's own code that it
-            fails in, if it cannot be traced.
-    """
-    try:
-        with evaluating(module), _quiet():
-            exported = torch.export.export(module, (example_input,))
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise GraphError(
-            f"torch.export cannot trace {type(module).__name__}: {reason[0]}{_failing_line(error)}"
-        ) from error
-    _inline_regions(exported.graph_module)
-    return exported
-
-
-_ONE_AT_A_TIME = threading.RLock()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the graphs that torch logs and prints of what it cannot trace; the error is raised.
-
-    One thread at a time, because the log and standard error are the whole process's.
-    """
-    with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):
-        disabled = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
-
-
-def _failing_line(error: BaseException) -> str:
-    """Where `error` left the user's code for torch's, and what stands there; "" where unknown."""
-    others = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
-    standard = sysconfig.get_path("stdlib")
-    own = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith(others)
-        and ("site-packages" in frame.filename or not frame.filename.startswith(standard))
-    ]
-    return f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
-
-
-def _inline_regions(program: fx.GraphModule) -> None:
-    """Put what runs with autocast switched, which is a graph of its own, in its place."""
-    for region in list(program.graph.nodes):
-        if getattr(region.target, "__name__", "") != "wrap_with_autocast":
-            continue
-        at = next(n for n, a in enumerate(region.args) if getattr(a, "op", "") == "get_attr")
-        inner = getattr(program, region.args[at].target)
-        given = [node for node in inner.graph.nodes if node.op == "placeholder"]
-        copies = dict(zip(given, region.args[at + 1 :], strict=True))
-        with program.graph.inserting_before(region):
-            results: Any = program.graph.graph_copy(inner.graph, copies)
-        for part in list(region.users):  # a region gives a tuple
-            part.replace_all_uses_with(results[part.args[1]])
-            program.graph.erase_node(part)
-        program.graph.erase_node(region)
-
-
-def check_prunable(module: nn.Module) -> None:
-    """Refuse networks that are not, or not only, made of modules and their own parameters.
-
-    Raises:
-        GraphError: naming the module, and what to prune instead.
-    """
-    for path, layer in module.named_modules():
-        for applies, reason in _REFUSED:
-            if applies(layer):
-                name = f"The {type(layer).__name__} {path!r}" if path else type(layer).__name__
-                raise GraphError(f"{name} {reason}.")
-
-
-def _is_computed(layer: nn.Module) -> bool:
-    """Whether torch computes a parameter of the layer from others before each call."""
-    computing: list[Any] = list(layer._forward_pre_hooks.values())
-    if parametrize.is_parametrized(layer):
-        for steps in layer.parametrizations.values():  # type: ignore[union-attr, operator]
-            computing += steps
-    return any(type(step).__module__.startswith("torch.nn.utils.") for step in computing)
-
-
-_REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
-    (
-        lambda layer: isinstance(getattr(layer, "_orig_mod", None), nn.Module),
-        "is compiled: prune the network inside (its _orig_mod), then compile that",
-    ),
-    (
-        lambda layer: isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel),
-        "is a wrapper: prune the network inside (its module), then wrap that",
-    ),
-    (
-        lambda layer: isinstance(layer, torch.jit.ScriptModule),
-        "is TorchScript: prune the network that it was made from",
-    ),
-    (
-        lambda layer: "quantized" in type(layer).__module__,
-        "is quantised: prune the floating-point network, then quantise that",
-    ),
-    (
-        lambda layer: isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params(),
-        "has no parameters yet: run the network once",
-    ),
-    (
-        _is_computed,
-        "computes its weight from other tensors (weight_norm, spectral_norm or a pruning mask): "
-        "make it permanent first, with torch.nn.utils.parametrize.remove_parametrizations, "
-        "remove_weight_norm, remove_spectral_norm or prune.remove",
-    ),
-)
-"""What applies to a module that cannot be pruned -> what to say of it."""
+def _are_square_images(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether `input_shapes` knows inputs like these by the length of their side."""
+    (first, *others) = tensors_of(inputs)
+    if isinstance(inputs, Mapping) or others or first.ndim != 4 or first.dtype != torch.float32:
+        return False
+    _, channels, height, width = first.shape
+    return height == width and channels == image_channels(module)
 
 
 def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> dict[str, str]:
@@ -320,39 +207,63 @@ def _shape(node: fx.Node) -> tuple[int, ...]:
 def _apply_rule(trace: Trace, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     mapped: Any = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
     args, kwargs = mapped
-    target = node.target
-    if getattr(target, "__name__", "") == "getitem":
+    name = operator_name(node)
+    if name == "getitem":
         part = args[0][args[1]]
         if part is None and node.users:
-            raise GraphError(f"Positions of channels are used as numbers, at {locate(node)}.")
+            part = _held(trace, node, values, "is searched for a position")
         return part
     value = node.meta.get("val")
     if value is None or not isinstance(value, (torch.Tensor, tuple, list)):
+        if value is None and not name.startswith(_ASSERTING):
+            _held(trace, node, values, f"enters the operator {name!r}, which gives no tensor")
         return value
-    name = operator_name(node)
     rule = RULES.get(name)
-    if rule is None and not any(_has_channels(values[a]) for a in node.all_input_nodes):
-        rule = _without_channels
+    if rule is None and isinstance(value, torch.Tensor) and _is_pointwise(node.target):
+        rule = pointwise
     if rule is None:
-        raise GraphError(f"No rule for the operator {name!r}, at {locate(node)}.")
-    shapes: Any = (
-        _shape(node)
-        if isinstance(value, torch.Tensor)
-        else [tuple(int(size) for size in part.shape) for part in value]
-    )
+        return _held(trace, node, values, f"enters the operator {name!r}, which has no rule")
     try:
-        return rule(trace, shapes, *args, **kwargs)
+        return rule(trace, _shapes(node), *args, **kwargs)
     except GraphError as error:
-        raise GraphError(f"{error} ({name!r}, at {locate(node)}).") from None
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
-        raise GraphError(
-            f"The rule for {name!r} does not cover its use at {locate(node)}: {error}."
-        ) from error
+        return _held(trace, node, values, f"enters {error} ({name!r})")
+    except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        reason = f"enters the operator {name!r}, whose rule does not cover its use ({error})"
+        return _held(trace, node, values, reason)
 
 
-def _has_channels(value: Any) -> bool:
-    parts = value if isinstance(value, tuple | list) else [value]
-    return any(is_channels(row) for v in parts if isinstance(v, Value) for row in v.labels)
+def _is_pointwise(target: Any) -> bool:
+    """Whether torch says of the operator that it computes position by position."""
+    return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+_ASSERTING = ("_assert", "sym_constrain")
+"""How the names of operators begin that give and change nothing."""
+
+
+def _held(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) -> Any:
+    """What leaves an operator all of whose inputs stay whole: nothing that could be cut."""
+    for source in node.all_input_nodes:
+        if node.target is operator.getitem:  # what it is a part of cannot be told from its parts
+            _held(trace, source, values, reason)
+        for row in _rows(values.get(source)):
+            if is_channels(row):
+                trace.fix(row, f"{reason}, at {locate(node)}")
+    return _without_channels(trace, _shapes(node))
+
+
+def _shapes(node: fx.Node) -> Any:
+    """The shape of a node's tensor, or a list of those of its tensors."""
+    value = node.meta.get("val")
+    if isinstance(value, list | tuple):
+        return [tuple(map(int, part.shape)) if hasattr(part, "shape") else () for part in value]
+    return _shape(node)
+
+
+def _rows(value: Any) -> Iterator[Labels | None]:
+    for part in value if isinstance(value, tuple | list) else [value]:
+        if isinstance(part, Value):
+            yield from part.labels
 
 
 def _without_channels(_: Trace, shapes: Any, *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from zoo.calls import call, example_of, input_shapes, leaves, like
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups, Group, Slot
 from zoo.pruning.surgery import named_tensors
@@ -91,9 +92,9 @@ def bn_scale_scores(module: nn.Module, groups: ChannelGroups) -> Scores:
 def synflow_scores(module: nn.Module, groups: ChannelGroups) -> Scores:
     """Σ|θ · ∂R/∂θ|, R = 1ᵀ Π|θ| 1, over the channel's filters (Tanaka et al., 2020).
 
-    R is the summed output for one image of ones of a copy in float64 and eval mode that is linear
-    and keeps every sign: weights in absolute value, biases and running means zero, and activations
-    left out, which pass on what is positive. Gates such as a sigmoid stay.
+    R is the sum of all outputs for one image of ones, of a copy in float64 and eval mode that is
+    linear and keeps every sign: weights in absolute value, biases and running means zero, and
+    activations left out, which pass on what is positive. Gates such as a sigmoid stay.
 
     Raises:
         GraphError: if R overflows.
@@ -106,11 +107,11 @@ def synflow_scores(module: nn.Module, groups: ChannelGroups) -> Scores:
             elif tensor.is_floating_point():
                 tensor.abs_()
     parameters = dict(linear.named_parameters())
-    channels = [layer.in_channels for layer in linear.modules() if isinstance(layer, nn.Conv2d)]
-    shape = (1, *(channels or [3])[:1], groups.image_size, groups.image_size)
-    image = next(linear.parameters()).new_ones(shape)
+    shapes = input_shapes(linear, groups.image_size, groups.inputs)
+    ones = like(next(linear.parameters()), example_of(shapes, 1, torch.ones))
     with torch.enable_grad(), _Linear():
-        flow = linear(image).sum()
+        outputs = leaves(call(linear, ones))
+        flow = torch.stack([output.sum() for output in outputs if output.requires_grad]).sum()
         gradients = torch.autograd.grad(flow, list(parameters.values()), materialize_grads=True)
     if not torch.isfinite(flow):
         raise GraphError("The criterion 'synflow' overflows float64 in a network of this depth.")

@@ -1,0 +1,168 @@
+"""A network as a program of ATen operators, traced by `torch.export` in eval mode.
+
+Networks that surgery cannot cut whatever a trace says (wrappers, computed weights, ...) are refused
+first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import sysconfig
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from zoo.calls import Inputs, arguments, leaves
+from zoo.errors import GraphError
+from zoo.pruning.surgery import evaluating
+
+__all__ = ["GRADIENTS", "check_prunable", "export"]
+
+GRADIENTS = "gradients"
+"""The key in a node's `meta` of whether gradients were on, where the network switched them."""
+
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+
+
+def export(module: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """The ATen program of `module` in eval mode, with its outputs as `leaves` gives them.
+
+    Raises:
+        GraphError: with the reason that torch gives, and the line of the module's own code that it
+            fails in, if it cannot be traced.
+    """
+    args, kwargs = arguments(module, inputs)
+    try:
+        with evaluating(module), _quiet(), _flattened(module):
+            exported = torch.export.export(module, args, kwargs)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise GraphError(
+            f"torch.export cannot trace {type(module).__name__}: {reason[0]}{_failing_line(error)}"
+        ) from error
+    _inline_regions(exported.graph_module)
+    return exported
+
+
+@contextlib.contextmanager
+def _flattened(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` gives its tensors alone: torch.export knows no dataclasses."""
+    hook = module.register_forward_hook(lambda _module, _inputs, output: leaves(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graphs that torch logs and prints of what it cannot trace; the error is raised.
+
+    One thread at a time, because the log and standard error are the whole process's.
+    """
+    with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):
+        disabled = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(disabled)
+
+
+def _failing_line(error: BaseException) -> str:
+    """Where `error` left the user's code for torch's, and what stands there; "" where unknown."""
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    standard = sysconfig.get_path("stdlib")
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(others)
+        and ("site-packages" in frame.filename or not frame.filename.startswith(standard))
+    ]
+    return f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
+
+
+def _inline_regions(program: fx.GraphModule) -> None:
+    """Put what runs with autocast or gradients switched, a graph of its own, in its place."""
+    for region in list(program.graph.nodes):
+        if getattr(region.target, "__name__", "") not in _REGIONS:
+            continue
+        at = next(n for n, a in enumerate(region.args) if getattr(a, "op", "") == "get_attr")
+        inner = getattr(program, region.args[at].target)
+        _inline_regions(inner)
+        given = [node for node in inner.graph.nodes if node.op == "placeholder"]
+        copies = dict(zip(given, region.args[at + 1 :], strict=True))
+        with program.graph.inserting_before(region):
+            results: Any = program.graph.graph_copy(inner.graph, copies)
+        if region.target.__name__ == "wrap_with_set_grad_enabled":
+            for node in copies.keys() - set(given):
+                copies[node].meta = {GRADIENTS: region.args[0], **copies[node].meta}
+        for part in list(region.users):  # a region gives a tuple
+            part.replace_all_uses_with(results[part.args[1]])
+            program.graph.erase_node(part)
+        program.graph.erase_node(region)
+
+
+def check_prunable(module: nn.Module) -> None:
+    """Refuse networks that are not, or not only, made of modules and their own parameters.
+
+    Raises:
+        GraphError: naming the module, and what to prune instead.
+    """
+    for path, layer in module.named_modules():
+        for applies, reason in _REFUSED:
+            if applies(layer):
+                name = f"The {type(layer).__name__} {path!r}" if path else type(layer).__name__
+                raise GraphError(f"{name} {reason}.")
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether torch computes a parameter of the layer from others before each call."""
+    computing: list[Any] = list(layer._forward_pre_hooks.values())
+    if parametrize.is_parametrized(layer):
+        for steps in layer.parametrizations.values():  # type: ignore[union-attr, operator]
+            computing += steps
+    return any(type(step).__module__.startswith("torch.nn.utils.") for step in computing)
+
+
+_REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (
+        lambda layer: isinstance(getattr(layer, "_orig_mod", None), nn.Module),
+        "is compiled: prune the network inside (its _orig_mod), then compile that",
+    ),
+    (
+        lambda layer: isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel),
+        "is a wrapper: prune the network inside (its module), then wrap that",
+    ),
+    (
+        lambda layer: isinstance(layer, torch.jit.ScriptModule),
+        "is TorchScript: prune the network that it was made from",
+    ),
+    (
+        lambda layer: "quantized" in type(layer).__module__,
+        "is quantised: prune the floating-point network, then quantise that",
+    ),
+    (
+        lambda layer: isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params(),
+        "has no parameters yet: run the network once",
+    ),
+    (
+        _is_computed,
+        "computes its weight from other tensors (weight_norm, spectral_norm or a pruning mask): "
+        "make it permanent first, with torch.nn.utils.parametrize.remove_parametrizations, "
+        "remove_weight_norm, remove_spectral_norm or prune.remove",
+    ),
+)
+"""What applies to a module that cannot be pruned -> what to say of it."""
