@@ -172,9 +172,9 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize(
     ("network", "shape", "message"),
     [
-        ("cnet", (1, 3, 16, 16), "does not take images of shape"),
-        ("cnet", (3, 8, 8), "example_input must be float images"),
-        (Recurrent(), (1, 3, 8, 8), "does not take images of shape"),
+        ("cnet", (1, 3, 16, 16), "does not take inputs of shape"),
+        ("cnet", (3, 8, 8), "take inputs of shape \\(1, 8, 8\\)"),
+        (Recurrent(), (1, 3, 8, 8), "does not take inputs of shape"),
         (nn.Flatten(), (1, 3, 8, 8), "dense has no multiply-accumulates"),
         ("a.pt", (1, 3, 8, 8), "Only modules can be exported, not str"),
     ],

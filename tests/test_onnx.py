@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import zoo.onnx_export
 import zoo.runtime
+from zoo import ExportOptions
 from zoo.cost import Cost
 from zoo.data import ImageSet
 from zoo.errors import ExportError
 from zoo.models import build_model
 from zoo.onnx_export import export
-from zoo.onnx_parity import Comparison, compare_logits, gather
+from zoo.onnx_parity import TOLERANCES, Comparison, compare_outputs, gather
 from zoo.pruning.plan import Plan, PruningRecord, Source
 from zoo.runtime import InferenceSession
 
@@ -133,25 +135,10 @@ def test_a_hook_that_changes_outputs_is_exported_too(small: nn.Module, tmp_path:
     torch.testing.assert_close(got, small(noise(4)).detach(), rtol=1e-3, atol=1e-4)
 
 
-class Perturbed(InferenceSession):
-    """A session that computes something else in one image of five."""
-
-    shift = 0.5
-
-    def __call__(self, images: Tensor) -> Tensor:
-        logits = super().__call__(images)
-        logits[::5, 0] += self.shift
-        return logits
-
-
-class Broken(Perturbed):
-    shift = float("nan")
-
-
-@pytest.mark.parametrize("session", [Perturbed, Broken])
+@pytest.mark.parametrize("shift", [0.5, float("nan")])
 @pytest.mark.parametrize("old", [None, b"the old file"])
 def test_a_file_that_computes_something_else_never_appears(
-    session: type[InferenceSession],
+    shift: float,
     old: bytes | None,
     small: nn.Module,
     tmp_path: Path,
@@ -160,7 +147,19 @@ def test_a_file_that_computes_something_else_never_appears(
     path = tmp_path / "small.onnx"
     if old is not None:
         path.write_bytes(old)
-    monkeypatch.setattr(zoo.onnx_export, "InferenceSession", session)
+    right = zoo.onnx_export._runner
+
+    def perturbed(file: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """Another value in the first image of every batch."""
+
+        def run(images: Tensor) -> tuple[Tensor, ...]:
+            (logits,) = right(file)(images)
+            logits[0, 0] += shift
+            return (logits,)
+
+        return run
+
+    monkeypatch.setattr(zoo.onnx_export, "_runner", perturbed)
     with pytest.raises(ExportError, match="differ by"):
         export(small, path, inputs=noise(10))
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([old] if old else [])
@@ -169,18 +168,32 @@ def test_a_file_that_computes_something_else_never_appears(
 def test_top1_disagreement_counts_only_where_pytorch_is_sure() -> None:
     reference = torch.tensor([[1.0, 0.0], [1.0, 0.9999], [0.0, 1.0], [0.0, 1.0]])
     swapped = reference.flip(1)
-    assert compare_logits(reference, swapped, 1e-3) == Comparison(1.0, 1.0, 0.25)
-    assert compare_logits(reference, swapped, 0.0).top1_agreement == 0
+    assert compare_outputs((reference,), (swapped,), 1e-3) == Comparison(1.0, 1.0, 0.25)
+    assert compare_outputs((reference,), (swapped,), 0.0).top1_agreement == 0
     huge = reference * 1e4
-    assert compare_logits(huge, huge + 5, 1e-3).relative_difference == 5e-4
-    single = torch.ones(3, 1)
-    assert compare_logits(single, single, 1e-3) == Comparison(0.0, 0.0, 1.0)
+    assert compare_outputs((huge,), (huge + 5,), 1e-3).relative_difference == 5e-4
+
+
+def test_what_is_no_logits_agrees_by_the_variance_that_is_explained() -> None:
+    score = torch.arange(8.0)[:, None] + 100
+    constant = score.mean().expand(8, 1)
+    assert compare_outputs((score,), (score,), 0) == Comparison(0.0, 0.0, None, 1.0)
+    near = compare_outputs((score,), (constant,), 0)  # 4 % off, and useless
+    assert (near.relative_difference < 0.04, near.top1_agreement, near.r2) == (True, None, 0.0)
+    maps = torch.rand(4, 2, 3, 3)
+    worst = compare_outputs((score, maps), (score, maps * 0.9), 0)
+    assert 0 < 1 - worst.r2 < 0.2
+    logits = torch.eye(3)
+    both = compare_outputs((logits, score), (logits.flip(1), score), 0)
+    assert (both.top1_agreement, both.r2) == (pytest.approx(1 / 3), 1.0)
+    nothing = torch.full((8, 1), torch.nan)
+    assert not TOLERANCES["int8"].allows(compare_outputs((score,), (nothing,), 0))
 
 
 def test_accuracies_are_of_both_on_the_labels() -> None:
     reference = torch.eye(4)
     got = reference[[0, 1, 3, 2]]
-    result = compare_logits(reference, got, 0.0, torch.tensor([0, 1, 2, 0]))
+    result = compare_outputs((reference,), (got,), 0.0, torch.tensor([0, 1, 2, 0]))
     assert (result.module_accuracy, result.accuracy) == (0.75, 0.5)
 
 
@@ -255,14 +268,9 @@ class FixedBatch(Small):
         return super().forward(images).reshape(count, 5) * torch.ones(count, 1)[:2].sum()
 
 
-class Maps(Small):
-    def forward(self, images: Tensor) -> Tensor:
-        return self.conv1(images)
-
-
-class Named(Small):
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return {"logits": super().forward(images)}
+class Nothing(Small):
+    def forward(self, images: Tensor) -> int:
+        return len(super().forward(images))
 
 
 class Squeezed(Small):
@@ -274,9 +282,8 @@ class Squeezed(Small):
     ("kind", "message"),
     [
         (Branching, "cannot be converted to ONNX: "),
-        (Maps, re.escape("gives (1, 6, 8, 8) for images of shape (1, 3, 8, 8)")),
-        (Named, "gives dict"),
-        (Squeezed, re.escape("gives (5,)")),
+        (Nothing, "gives no tensors"),
+        (Squeezed, re.escape("An output of shape (5,) for 1 item(s) is (3, 5) for 3")),
     ],
 )
 def test_modules_that_cannot_be_exported_say_why_and_print_nothing(
@@ -319,14 +326,20 @@ def test_what_is_no_module_or_cannot_be_copied_is_named(small: nn.Module, tmp_pa
             {"precision": "fp61", "inputs": noise(4)},
             r"Unknown precision 'fp61'\. .*Known: fp32, fp16, int8, ",
         ),
-        ({"inputs": noise(4)[0]}, re.escape("shape (N, C, H, W)")),
-        ({"inputs": noise(0)}, re.escape("shape (N, C, H, W)")),
+        ({"inputs": noise(4)[0]}, r"take inputs of shape \(1, 8, 8\) .* 3 channels"),
+        ({"inputs": noise(0)}, re.escape("not (0, 3, 8, 8) of float32")),
+        ({"inputs": (noise(4), "text")}, re.escape("not [(4, 3, 8, 8) of float32, str]")),
+        (
+            {"inputs": (noise(4), noise(4)), "options": ExportOptions(mean=[0] * 3, std=[1] * 3)},
+            "mean and std are of networks of one batch of images",
+        ),
+        ({"inputs": (noise(4), noise(4))}, r"shape \[\(1, 3, 8, 8\) of float32, .* 3 were given"),
         ({"inputs": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "must be float images"),
-        ({"example_input": torch.zeros(3, 8, 8)}, "example_input must be float images"),
+        ({"example_input": torch.zeros(3, 8, 8)}, r"take inputs of shape \(1, 8, 8\)"),
         ({"inputs": [(np.zeros((4, 3, 8, 8)), 0)]}, "give ndarray"),
         ({"inputs": []}, "hold no images"),
         ({"inputs": [noise(2), noise(2, 4)]}, "several shapes"),
-        ({"inputs": noise(4, size=6)}, re.escape("does not take images of shape (1, 3, 6, 6)")),
+        ({"inputs": noise(4, size=6)}, re.escape("does not take inputs of shape (1, 3, 6, 6)")),
     ],
 )
 def test_bad_arguments_are_named(

@@ -161,7 +161,7 @@ def _readme(record: PruningRecord) -> str:
     if (on := plan.latency) is not None:
         notes.insert(
             1,
-            f"Latency of {on.batch} image(s) of {on.image_size}x{on.image_size}, {on.dtype}, "
+            f"Latency of {on.batch} image(s) of {plan.input_size}, {on.dtype}, "
             f"predicted from layers timed on {on.device}, {on.threads} thread(s), "
             f"torch {on.torch}.",
         )
@@ -184,8 +184,8 @@ model = zoo.load_pruned("path/to/this/folder"{argument})
 
 def _costs(record: PruningRecord) -> str:
     """The rows of the table; a live network's images may have any shape."""
-    plan, size = record.plan, record.image_size
-    images = f"3x{size}x{size}" if record.architecture else "the example input"
+    plan = record.plan
+    images = plan.input_size if plan.inputs or record.architecture else "the example input"
     rows: list[tuple[str, float, float, str]] = [
         ("parameters", plan.dense.params, plan.pruned.params, ","),
         (f"MACs at {images}", plan.dense.macs, plan.pruned.macs, ","),

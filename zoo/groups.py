@@ -68,6 +68,11 @@ class InputShape:
     name: str = ""
     dtype: str = "float32"
 
+    def __str__(self) -> str:
+        """One item's, such as 3x32x96, or `mask 1x32x96`."""
+        sides = "x".join(map(str, self.shape[1:])) or "1"
+        return f"{self.name} {sides}".lstrip()
+
 
 @dataclass(frozen=True)
 class ChannelGroups:

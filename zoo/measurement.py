@@ -21,12 +21,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.calls import image_channels
+from zoo.calls import checked_inputs, input_shapes, shapes_of
 from zoo.deployment import BenchmarkOptions, ExportOptions
 from zoo.errors import ExportError, ZooError, integer, unknown
 from zoo.latency import device_name
 from zoo.onnx_export import ExportResult, export
-from zoo.onnx_parity import checked, cpu_copy, logits_of
+from zoo.onnx_parity import cpu_copy, outputs_of
 from zoo.onnx_program import PRECISIONS
 from zoo.onnx_providers import GPUS, onnxruntime_module
 from zoo.peak_memory import peak_memory
@@ -315,19 +315,25 @@ def _image_shape(
 ) -> tuple[int, ...]:
     """(C, H, W) of the images that all of the networks take."""
     if example_input is not None:
-        return tuple(checked("example_input", example_input).shape[1:])
-    records = ((network, record_of(network)) for network in networks.values())
-    shapes = {
-        (image_channels(network), record.image_size, record.image_size)
-        for network, record in records
-        if record is not None
-    }
+        taken = {shapes_of(checked_inputs(example_input))}
+    else:
+        records = ((network, record_of(network)) for network in networks.values())
+        taken = {
+            input_shapes(network, record.image_size, record.plan.inputs)
+            for network, record in records
+            if record is not None
+        }
+    shapes = {tuple(of.shape[1:] for of in inputs) for inputs in taken}
     if len(shapes) != 1:
+        said = ", ".join(sorted(str(*of) if len(of) == 1 else str(of) for of in shapes))
         raise ZooError(
             f"Which images are these networks for? Pass example_input=, a batch of them; the "
-            f"networks say {', '.join(map(str, sorted(shapes))) or 'nothing'}."
+            f"networks say {said or 'nothing'}."
         )
-    return shapes.pop()
+    (shape, *others) = shapes.pop()
+    if others:
+        raise ZooError("Networks of one input can be measured; these take several.")
+    return shape
 
 
 def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
@@ -339,7 +345,7 @@ def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
     module = cpu_copy(network)
     # of the fused attention of CPUs some versions of torch count nothing
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        logits_of(module, torch.zeros(1, *shape))
+        outputs_of(module, torch.zeros(1, *shape))
     macs = counter.get_total_flops() // 2
     if macs == 0:
         raise ExportError(f"{name} has no multiply-accumulates: no convolution, no dense layer.")

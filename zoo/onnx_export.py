@@ -10,8 +10,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.calls import image_channels
+from zoo.calls import (
+    Inputs,
+    batch_of,
+    example_of,
+    input_shapes,
+    mapped,
+    shapes_of,
+    tensors_of,
+)
 from zoo.data import ImageSet
 from zoo.deployment import ExportOptions
 from zoo.errors import ExportError, unknown
+from zoo.groups import InputShape
 from zoo.onnx_metadata import Metadata
 from zoo.onnx_parity import (
     TOLERANCES,
     Comparison,
-    batches,
+    Outputs,
+    by_batches,
     checked,
-    compare_logits,
+    compare_outputs,
     cpu_copy,
     gather,
-    logits_of,
+    items,
+    outputs_of,
 )
-from zoo.onnx_program import PRECISIONS, convert, in_precision
-from zoo.onnx_providers import CPU
+from zoo.onnx_program import PRECISIONS, convert, in_precision, input_names
+from zoo.onnx_providers import CPU, open_session
 from zoo.padding import padded_alike
 from zoo.pruning.plan import PruningRecord, record_of
-from zoo.runtime import InferenceSession
 
 __all__ = ["PRECISIONS", "ExportResult", "export"]
 
@@ -54,15 +65,19 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class ExportResult:
-    """An exported file, and how ONNX Runtime's logits compare with PyTorch's on the CPU.
+    """An exported file, and how ONNX Runtime's outputs compare with PyTorch's on the CPU.
 
     Attributes:
         path: of the file.
         precision: of its weights and arithmetic.
-        max_abs_difference: largest |logit difference|.
-        relative_difference: the same, divided by the largest |logit| if that exceeds 1.
+        max_abs_difference: largest |difference| of a value.
+        relative_difference: the same, divided by the largest |value| of its output if that exceeds
+            1; the largest over the outputs.
         top1_agreement: share of images with the same top class, in [0, 1]; but for int8, an image
-            whose two top logits are closer than the tolerance counts as agreement.
+            whose two top logits are closer than the tolerance counts as agreement. None where no
+            output is of logits, (N, classes) with at least two classes.
+        r2: of the outputs that are none, the share of PyTorch's variance over the images that the
+            file explains, at most 1; None where all are logits. The least over the outputs.
         accuracy, module_accuracy: top-1, of the file and of the module, on the same images; None
             where these have no labels.
         images: compared.
@@ -78,7 +93,8 @@ class ExportResult:
     precision: str
     max_abs_difference: float
     relative_difference: float
-    top1_agreement: float
+    top1_agreement: float | None
+    r2: float | None
     accuracy: float | None
     module_accuracy: float | None
     images: int
@@ -94,8 +110,8 @@ def export(
     model: nn.Module,
     path: str | Path,
     *,
-    inputs: Dataset | DataLoader | Tensor | None = None,
-    example_input: Tensor | None = None,
+    inputs: Dataset | DataLoader | Inputs | None = None,
+    example_input: Inputs | None = None,
     precision: str = "fp32",
     options: ExportOptions | None = None,
 ) -> ExportResult:
@@ -107,20 +123,22 @@ def export(
     profile, factor, sha256 of the dense checkpoint, classes, image shape, mean and std.
 
     Args:
-        model: a classifier, images (N, C, H, W) to logits (N, classes).
+        model: a network that gives tensors, in any structure: a classifier's logits (N, classes),
+            or others, whose names in the file are those that they stand under.
         path: of the file; missing folders are made.
         inputs: normalised images to compare on, of which at most 256 are used: a tensor, a Dataset
-            (spread evenly) or a DataLoader of (image, label). int8 needs them, and takes as many
-            again, every other one, to set the ranges of its activations.
-        example_input: without `inputs`: a float tensor (N, C, H, W) whose image shape the noise
+            (spread evenly) or a DataLoader of (image, label); or of a network that takes something
+            else, a batch of that, as in `zoo.prune`. int8 needs them, and takes as many again,
+            every other one, to set the ranges of its activations.
+        example_input: without `inputs`: a batch of what the network takes, whose shape the noise
             has that is compared on. A pruned model knows its own.
         precision: of weights and arithmetic, one of `PRECISIONS`.
         options: what else the file takes.
 
     Raises:
         ExportError: for an unwritable path, a module or images of another kind, an operator that
-            has no ONNX counterpart, or a file whose logits or top classes differ from the module's
-            by more than `TOLERANCES` allows.
+            has no ONNX counterpart, or a file whose outputs differ from the module's by more than
+            `TOLERANCES` allows.
     """
     started = time.perf_counter()
     if precision not in PRECISIONS:
@@ -129,20 +147,20 @@ def export(
     record = record_of(model)
     with _scratch(path) as folder:
         network = cpu_copy(model)
-        own = (image_channels(model), *[record.image_size] * 2) if record is not None else None
+        own = () if record is None else input_shapes(model, record.image_size, record.plan.inputs)
         sample = _sample(inputs, example_input, own, precision)
-        normalisation = _normalisation(options, inputs, sample.images.shape[1])
-        reference = logits_of(network, sample.images)
-        some = sample.images[:NOISE_IMAGES]
+        normalisation = _normalisation(options, inputs, sample)
+        reference = outputs_of(network, sample.inputs)
+        some = items(sample.inputs, slice(NOISE_IMAGES))
         network, pad, unpadded = padded_alike(network, some, options.pad)
         if options.fold:
             assert normalisation is not None
             network, sample = _folded(network, sample, normalisation)
-        program = convert(network, sample.images[:1], options.dynamic_size)
+        if options.dynamic_size and sample.image_shape is None:
+            raise ExportError("dynamic_size is for networks of one batch of images (N, C, H, W).")
+        program = convert(network, items(sample.inputs, slice(1)), options.dynamic_size)
         file = in_precision(program, precision, options.half_inputs, sample.calibration)
-        facts = _metadata(
-            record, sample.images, reference, inputs, normalisation, precision, options, pad
-        )
+        facts = _metadata(record, sample, reference, inputs, normalisation, precision, options, pad)
         file.metadata_props.clear()
         file.metadata_props.update(facts.properties())
         written = _write(file, folder, path)
@@ -153,7 +171,7 @@ def export(
         path=path,
         precision=precision,
         **vars(result),
-        images=len(sample.images),
+        images=batch_of(sample.inputs),
         inputs=sample.origin,
         bytes=size,
         opset=file.opset_imports[""],
@@ -181,51 +199,59 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class _Sample:
-    """Float images (N, C, H, W) on the CPU to compare on, their labels, and what they are.
+    """Inputs on the CPU to compare on, their labels, and what they are.
 
     `calibration` are others, which set the ranges of int8 activations.
     """
 
-    images: Tensor
+    inputs: Inputs
     labels: Tensor | None
     origin: str
-    calibration: Tensor
+    calibration: Inputs
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of images; None of anything else."""
+        if isinstance(self.inputs, Tensor) and self.inputs.ndim == 4:
+            return tuple(self.inputs.shape[1:])
+        return None
 
 
 def _sample(
-    inputs: Dataset | DataLoader | Tensor | None,
-    example: Tensor | None,
-    own: tuple[int, ...] | None,
+    inputs: Dataset | DataLoader | Inputs | None,
+    example: Inputs | None,
+    own: tuple[InputShape, ...],
     precision: str,
 ) -> _Sample:
-    """The images of `inputs`, or noise of the shape of `example` or else the module's `own`."""
+    """The items of `inputs`, or noise of the shapes of `example` or else the module's `own`."""
     int8 = precision.startswith("int8")
     if inputs is not None:
-        images, labels = gather(inputs, PARITY_IMAGES * (2 if int8 else 1))
-        images = checked("inputs", images)
+        found, labels = gather(inputs, PARITY_IMAGES * (2 if int8 else 1))
+        found = checked("inputs", found)
         compared = slice(1, None, 2) if int8 else slice(None)
-        if len(images[compared]) == 0:
+        if int8 and batch_of(found) < 2:
             raise ExportError(
                 "int8 needs at least two images: one half sets the ranges of its activations, the "
                 "other is compared on."
             )
         labels = None if labels is None else labels[compared]
         origin = inputs.name if isinstance(inputs, ImageSet) else "given"
-        return _Sample(images[compared], labels, origin, images[::2])
+        return _Sample(items(found, compared), labels, origin, items(found, slice(0, None, 2)))
     if int8:
         raise ExportError("int8 needs inputs=: images that set the ranges of its activations.")
-    shape = own if example is None else checked("example_input", example).shape[1:]
-    if shape is None:
+    shapes = own if example is None else shapes_of(checked("example_input", example))
+    if not shapes:
         raise ExportError(
             "Exporting needs images: pass inputs= (a data set to compare on) or example_input= "
             "(a tensor of the shape the network takes)."
         )
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(NOISE_IMAGES, *shape, generator=generator)
+    noise = example_of(shapes, NOISE_IMAGES, partial(torch.randn, generator=generator))
+    noise = checked("example_input", noise)
     return _Sample(noise, None, "noise", noise)
 
 
-def _normalisation(options: ExportOptions, inputs: Any, channels: int) -> Normalisation | None:
+def _normalisation(options: ExportOptions, inputs: Any, sample: _Sample) -> Normalisation | None:
     """(mean, std) of the images, as asked or as the data set says, if either does."""
     given = options if options.mean or options.std else _data_set(inputs)
     mean, std = getattr(given, "mean", None), getattr(given, "std", None)
@@ -236,6 +262,9 @@ def _normalisation(options: ExportOptions, inputs: Any, channels: int) -> Normal
                 "ExportOptions, or pass inputs= that know theirs."
             )
         return None
+    if sample.image_shape is None:
+        raise ExportError("mean and std are of networks of one batch of images (N, C, H, W).")
+    channels = sample.image_shape[0]
     if len(mean) != channels or len(std) != channels or not min(std) > 0:
         raise ExportError(
             f"mean={mean} and std={std} must be {channels} numbers each, one per channel, and "
@@ -272,22 +301,26 @@ def _folded(
 ) -> tuple[nn.Module, _Sample]:
     """The network with its normalisation, and the images as they were before it."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalisation)
-    images, calibration = (part * std + mean for part in (sample.images, sample.calibration))
+    inputs, calibration = (
+        mapped(lambda images: images * std + mean, part)
+        for part in (sample.inputs, sample.calibration)
+    )
     folded = _Folded(network, mean, std).eval()
-    return folded, replace(sample, images=images, calibration=calibration)
+    return folded, replace(sample, inputs=inputs, calibration=calibration)
 
 
 def _metadata(
     record: PruningRecord | None,
-    images: Tensor,
-    logits: Tensor,
+    sample: _Sample,
+    outputs: Outputs,
     inputs: Any,
     normalisation: Normalisation | None,
     precision: str,
     options: ExportOptions,
     pad: int,
 ) -> Metadata:
-    names, classes = getattr(_data_set(inputs), "classes", ()), logits.shape[1]
+    single = len(outputs) == 1 and outputs[0].ndim == 2
+    names, classes = getattr(_data_set(inputs), "classes", ()), outputs[0].shape[1] if single else 0
     names = tuple(names) if isinstance(names, list | tuple) else ()
     named = len(names) == classes and all(isinstance(name, str) for name in names)
     mean, std = normalisation or ((), ())
@@ -296,7 +329,7 @@ def _metadata(
         precision=precision,
         num_classes=classes,
         classes=names if named else (),
-        image_shape=tuple(images.shape[1:]),
+        image_shape=sample.image_shape or (),
         mean=mean,
         std=std,
         folded=options.fold,
@@ -337,7 +370,7 @@ def _write(file: Any, folder: Path, path: Path) -> list[Path]:
 def _compared(
     file: Path,
     network: nn.Module,
-    reference: Tensor,
+    reference: Outputs,
     sample: _Sample,
     precision: str,
     options: ExportOptions,
@@ -350,44 +383,74 @@ def _compared(
     tolerance = TOLERANCES[precision.partition("-")[0]]
     if options.min_agreement is not None:
         tolerance = replace(tolerance, agreement=options.min_agreement)
-    session = InferenceSession(file, [CPU])
-    got = torch.cat([session(part) for part in batches(sample.images)])
-    result = compare_logits(reference, got, tolerance.tie, sample.labels)
+    run = _runner(file)
+    got = by_batches(run, sample.inputs)
+    result = compare_outputs(reference, got, tolerance.tie, sample.labels)
     if not tolerance.allows(result):
         raise ExportError(
-            f"{result} on {len(got)} images ({sample.origin}); allowed are {tolerance}. "
-            f"{file.name} was not written."
+            f"{result} on {batch_of(sample.inputs)} images ({sample.origin}); allowed are "
+            f"{tolerance}. {file.name} was not written."
         )
     if precision == "fp16":
-        halved = _half_logits(network, sample.images[:HALF_IMAGES])
-        other = compare_logits(reference[:HALF_IMAGES], halved, tolerance.tie)
+        some = items(sample.inputs, slice(HALF_IMAGES))
+        other = compare_outputs(
+            outputs_of(network, some), _half_outputs(network, some), tolerance.tie
+        )
         if not tolerance.allows(other):
             raise ExportError(
-                f"With all of its arithmetic in fp16 the module's logits move by "
-                f"{other.relative_difference:.2g} of the largest, and it keeps its top class on "
-                f"{other.top1_agreement:.1%} of images; allowed are {tolerance}."
+                f"With all of its arithmetic in fp16 the module gives something else: {other}; "
+                f"allowed are {tolerance}."
             )
     if options.dynamic_size:
-        larger = nn.functional.interpolate(sample.images[:4], scale_factor=2.0)
+        larger = mapped(
+            lambda images: nn.functional.interpolate(images[:4], scale_factor=2.0), sample.inputs
+        )
         try:
-            other = compare_logits(logits_of(network, larger), session(larger), tolerance.tie)
+            other = compare_outputs(
+                outputs_of(network, larger), by_batches(run, larger), tolerance.tie
+            )
         except ExportError as error:
             raise ExportError(f"{error} Export without dynamic_size.") from error
         # classes are not asked for: the network may never have seen images of this size
         if not other.relative_difference <= tolerance.difference:
-            raise ExportError(
-                f"{other} on images of {tuple(larger.shape[2:])}. Export without dynamic_size."
-            )
+            sides = tuple(tensors_of(larger)[0].shape[2:])
+            raise ExportError(f"{other} on images of {sides}. Export without dynamic_size.")
     return result
 
 
-def _half_logits(network: nn.Module, images: Tensor) -> Tensor:
-    """The network's logits with everything in fp16, as on a GPU.
+def _runner(file: Path) -> Callable[[Inputs], Outputs]:
+    """ONNX Runtime on the CPU, of inputs as the network takes them.
+
+    Raises:
+        ExportError: from the function, if ONNX Runtime fails.
+    """
+    session = open_session(file, [CPU], None, False)
+    halves = {given.name: given.type == "tensor(float16)" for given in session.get_inputs()}
+
+    def run(inputs: Inputs) -> Outputs:
+        named = zip(input_names(inputs), tensors_of(inputs), strict=True)
+        arrays = {
+            name: (tensor.half() if halves[name] else tensor).numpy()
+            for name, tensor in named
+            if name in halves
+        }
+        try:
+            return tuple(torch.from_numpy(array) for array in session.run(None, arrays))
+        except Exception as error:  # its errors share no other base class
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ExportError(f"ONNX Runtime failed on {file.name}: {reason}") from error
+
+    return run
+
+
+def _half_outputs(network: nn.Module, inputs: Inputs) -> Outputs:
+    """What the network gives with everything in fp16, as on a GPU.
 
     ONNX Runtime computes the fp16 operators of a file in fp32 on the CPU, where none overflows.
     """
+    half = mapped(lambda t: t.half() if t.is_floating_point() else t, inputs)
     try:
-        return logits_of(copy.deepcopy(network).half(), images.half()).float()
+        return outputs_of(copy.deepcopy(network).half(), half)
     except ExportError as error:
         raise ExportError(f"The module cannot compute in fp16. {error}") from error
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zoo.calls import Inputs, batch_of, call, mapped, tensors_of
 from zoo.errors import ExportError
+from zoo.onnx_parity import items, named_outputs
+from zoo.quiet import quiet
 
-__all__ = ["PRECISIONS", "convert", "in_precision"]
+__all__ = ["PRECISIONS", "convert", "in_precision", "input_names"]
 
 PRECISIONS = ("fp32", "fp16", "int8", "int8-symmetric")
 """The last is for TensorRT, whose int8 has no zero points; on CPUs it is the slower one."""
@@ -24,32 +23,42 @@ PRECISIONS = ("fp32", "fp16", "int8", "int8-symmetric")
 CALIBRATION_BATCH = 32
 
 
-def convert(network: nn.Module, image: Tensor, dynamic_size: bool) -> Any:
+def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
     """The ONNX program of `network`, with a dynamic batch.
+
+    One tensor of images is its input `images`, one of logits its output `logits`. Several inputs
+    have the names of a dict, or `input_0` and so on; several outputs those of the structure that
+    they stand in.
 
     Args:
         network: in eval mode, on the CPU.
-        image: one that it takes, (1, C, H, W).
+        item: one that it takes, a batch of one.
         dynamic_size: take other heights and widths as well.
 
     Raises:
         ExportError: if an operator has no ONNX counterpart, or the network depends on the size.
     """
-    example = image.repeat(2, 1, 1, 1)  # a batch of one would be taken for a constant
-    names = {0: "batch"} | ({2: "height", 3: "width"} if dynamic_size else {})
-    dims = {0: torch.export.Dim("batch")}
+    pair = mapped(lambda t: torch.cat([t, t]) if t.ndim and len(t) == 1 else t, item)
+    batched = [t.ndim > 0 and len(t) == 1 for t in tensors_of(item)]
+    names: list[dict[int, str]] = [{0: "batch"} if own else {} for own in batched]
+    batch = torch.export.Dim("batch")
+    dims: list[dict[int, Any]] = [{0: batch} if own else {} for own in batched]
     if dynamic_size:
-        dims |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+        names[0] |= {2: "height", 3: "width"}
+        dims[0] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
-        with _quiet(), torch.no_grad():
-            traced = torch.export.export(network, (example,), dynamic_shapes=(dims,))
+        with quiet(), torch.no_grad():
+            outputs = named_outputs(call(network, item))
+            traced = torch.export.export(
+                _Flat(network, pair), tensors_of(pair), dynamic_shapes=(tuple(dims),)
+            )
             program = torch.onnx.export(
                 traced,
                 dynamo=True,
                 verbose=False,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=(names,),
+                input_names=input_names(item),
+                output_names=list(outputs),
+                dynamic_shapes=(tuple(names),),
             )
     except Exception as error:  # tracing runs the user's module
         root: BaseException = error
@@ -67,14 +76,35 @@ def convert(network: nn.Module, image: Tensor, dynamic_size: bool) -> Any:
     return program
 
 
-def in_precision(program: Any, precision: str, half_inputs: bool, calibration: Tensor) -> Any:
+def input_names(inputs: Inputs) -> list[str]:
+    """What the inputs of a file are called."""
+    if isinstance(inputs, Mapping):
+        return list(inputs)
+    several = isinstance(inputs, tuple) and len(inputs) > 1
+    return [f"input_{n}" for n in range(len(inputs))] if several else ["images"]
+
+
+class _Flat(nn.Module):
+    """A network that takes its tensors in a row, and gives them in one."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.network = network
+        self.names = list(inputs) if isinstance(inputs, Mapping) else None
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = tensors if self.names is None else dict(zip(self.names, tensors, strict=True))
+        return tuple(named_outputs(call(self.network, given)).values())
+
+
+def in_precision(program: Any, precision: str, half_inputs: bool, calibration: Inputs) -> Any:
     """The program's model in a precision, free of the source paths that the exporter notes down.
 
     Args:
         program: as `convert` makes it.
         precision: one of `PRECISIONS`.
         half_inputs: take fp16 images and give fp16 logits, in fp16.
-        calibration: images (N, C, H, W) whose activations set the ranges of int8.
+        calibration: inputs whose activations set the ranges of int8.
 
     Raises:
         ExportError: if the converter refuses the program.
@@ -87,7 +117,7 @@ def in_precision(program: Any, precision: str, half_inputs: bool, calibration: T
     if precision != "fp32":
         proto = ir.to_proto(model)
         try:
-            with _quiet():
+            with quiet():
                 if precision == "fp16":
                     proto = _to_fp16(proto, half_inputs)
                 else:
@@ -116,7 +146,7 @@ def _to_fp16(model: Any, half_inputs: bool) -> Any:
     return convert_float_to_float16(model, keep_io_types=not half_inputs)
 
 
-def _to_int8(model: Any, images: Tensor, symmetric: bool) -> Any:
+def _to_int8(model: Any, inputs: Inputs, symmetric: bool) -> Any:
     """The ModelProto `model` statically quantised: weights per channel, activations per tensor.
 
     Weights take 7 bits. An x86 CPU without VNNI adds two products of 8 bits in 16 and saturates:
@@ -125,7 +155,7 @@ def _to_int8(model: Any, images: Tensor, symmetric: bool) -> Any:
 
     Args:
         model: in fp32.
-        images: (N, C, H, W), as the model takes them, whose activations set the ranges.
+        inputs: as the model takes them, whose activations set the ranges.
         symmetric: signed activations around zero and biases in fp32, as TensorRT asks; unsigned
             activations with a zero point are several times faster on x86 CPUs.
     """
@@ -133,13 +163,18 @@ def _to_int8(model: Any, images: Tensor, symmetric: bool) -> Any:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    name = model.graph.input[0].name
-    parts: Iterator[Tensor] = iter(images.split(CALIBRATION_BATCH))
+    taken = {given.name for given in model.graph.input}
+    starts = iter(range(0, batch_of(inputs), CALIBRATION_BATCH))
 
     class Reader(CalibrationDataReader):
         def get_next(self) -> dict[str, Any] | None:
-            part = next(parts, None)
-            return None if part is None else {name: part.numpy()}
+            start = next(starts, None)
+            if start is None:
+                return None
+            part = items(inputs, slice(start, start + CALIBRATION_BATCH))
+            arrays = (tensor.numpy() for tensor in tensors_of(part))
+            named = zip(input_names(part), arrays, strict=True)
+            return {name: array for name, array in named if name in taken}
 
     with tempfile.TemporaryDirectory() as scratch:
         source, prepared, quantised = (Path(scratch, f"{step}.onnx") for step in range(3))
@@ -159,21 +194,3 @@ def _to_int8(model: Any, images: Tensor, symmetric: bool) -> Any:
             },
         )
         return onnx.load(quantised)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings, log records or graph listings inside: a failure is raised, once."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    nowhere = io.StringIO()
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stderr(nowhere),
-            contextlib.redirect_stdout(nowhere),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import os
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import torch
 
 from zoo.data import cache_folder
 from zoo.errors import ExportError, unknown
+from zoo.quiet import quiet
 
 __all__ = ["CPU", "CUDA", "GPUS", "TENSORRT", "onnxruntime_module", "open_session"]
 
@@ -135,7 +135,7 @@ def _accelerating() -> Iterator[None]:
     ort = onnxruntime_module()
     ort.set_default_logger_severity(4)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with quiet():
             ort.preload_dlls()
         yield
     finally:

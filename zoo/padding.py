@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from zoo.artefacts import skeleton_of
+from zoo.calls import Inputs
 from zoo.errors import ExportError, ZooError
 from zoo.groups import ChannelGroups, Group
-from zoo.onnx_parity import compare_logits, logits_of
+from zoo.onnx_parity import compare_outputs, outputs_of
 from zoo.pruning.known_groups import groups_of
 from zoo.pruning.plan import attribute_values, kept_positions, record_of
 from zoo.pruning.surgery import named_tensors, resized
@@ -24,19 +25,19 @@ BLOCK = 8
 """Channels that tensor cores (fp16) and ONNX Runtime on CPUs take at once, or in a multiple of."""
 
 SAME = 1e-5
-"""Of the largest logit, if that exceeds 1: what single precision makes of one computation."""
+"""Of the largest value, if that exceeds 1: what single precision makes of one computation."""
 
 
-def padded_alike(model: nn.Module, images: Tensor, asked: int | None) -> tuple[nn.Module, int, str]:
+def padded_alike(model: nn.Module, inputs: Inputs, asked: int | None) -> tuple[nn.Module, int, str]:
     """A network with wider widths, what they are multiples of, and why not; itself with 1.
 
     Args:
         model: pruned or not, on the CPU and in eval mode.
-        images: that channels of zeros must not change the logits of.
+        inputs: that channels of zeros must not change the outputs of.
         asked: by default `BLOCK`, where a pruned network can have it.
 
     Raises:
-        ZooError: as `padded`, or if the logits change; not by default, which gives the reason.
+        ZooError: as `padded`, or if the outputs change; not by default, which gives the reason.
     """
     multiple = BLOCK if asked is None else asked
     if multiple == 1 or (asked is None and record_of(model) is None):
@@ -46,7 +47,8 @@ def padded_alike(model: nn.Module, images: Tensor, asked: int | None) -> tuple[n
         if _size(wider) == _size(model):
             return model, 1, ""
         try:
-            result = compare_logits(logits_of(model, images), logits_of(wider, images), 0.0)
+            own, padded_ones = (outputs_of(network, inputs) for network in (model, wider))
+            result = compare_outputs(own, padded_ones, 0.0)
         except ExportError as error:
             raise ExportError(f"The network cannot be padded. {error}") from error
         if not result.relative_difference <= SAME:

@@ -109,7 +109,7 @@ def pruning_summary(record: PruningRecord) -> str:
     lines = [
         f"{record.architecture} by {plan.profile}{' (provisional)' if borrowed else ''}: "
         f"asked {plan.asked:g}x {plan.metric}, got {plan.got:.3f}x at "
-        f"{record.num_classes} classes, {plan.image_size}x{plan.image_size}",
+        f"{record.num_classes} classes, {plan.input_size}",
         *(f"{name}: {old:,} -> {new:,} ({old / new:.2f}x)" for name, old, new in costs),
     ]
     on, old, new = plan.latency, plan.dense.latency, plan.pruned.latency

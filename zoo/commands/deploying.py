@@ -17,6 +17,8 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from torch import nn
 
+    from zoo.onnx_export import ExportResult
+
 __all__ = [
     "BenchmarkCommand",
     "CompareCommand",
@@ -69,7 +71,7 @@ def export(command: ExportCommand) -> None:
     print(
         f"Wrote {result.path} ({result.bytes:,} bytes{padded}). ONNX Runtime against PyTorch on "
         f"{result.images} images ({result.inputs}): largest difference "
-        f"{result.max_abs_difference:.2g}, top-1 agreement {result.top1_agreement:.2%}"
+        f"{result.max_abs_difference:.2g}, {_agreement(result)}"
     )
     if result.unpadded:
         print(f"Its widths are its own, which may be slow. {result.unpadded}")
@@ -78,6 +80,12 @@ def export(command: ExportCommand) -> None:
             f"Accuracy on these images: {result.module_accuracy:.2%} in PyTorch, "
             f"{result.accuracy:.2%} in {result.precision}"
         )
+
+
+def _agreement(result: ExportResult) -> str:
+    if result.top1_agreement is not None:
+        return f"top-1 agreement {result.top1_agreement:.2%}"
+    return f"R² {result.r2:.4f}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,11 @@ class Plan:
     inputs: tuple[InputShape, ...] = ()
 
     @property
+    def input_size(self) -> str:
+        """Of one item, to read: 32x32, or the shapes of all inputs."""
+        return ", ".join(map(str, self.inputs)) or f"{self.image_size}x{self.image_size}"
+
+    @property
     def widths(self) -> dict[str, int]:
         """Channels kept, by group name."""
         return {name: len(indices) for name, indices in self.kept.items()}

@@ -7,10 +7,7 @@ first.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import sysconfig
-import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +21,7 @@ from torch.nn.utils import parametrize
 from zoo.calls import Inputs, arguments, leaves
 from zoo.errors import GraphError
 from zoo.pruning.surgery import evaluating
+from zoo.quiet import quiet
 
 __all__ = ["GRADIENTS", "check_prunable", "export"]
 
@@ -42,7 +40,7 @@ def export(module: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
     """
     args, kwargs = arguments(module, inputs)
     try:
-        with evaluating(module), _quiet(), _flattened(module):
+        with evaluating(module), quiet(), _flattened(module):
             exported = torch.export.export(module, args, kwargs)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -61,24 +59,6 @@ def _flattened(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.remove()
-
-
-_ONE_AT_A_TIME = threading.RLock()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the graphs that torch logs and prints of what it cannot trace; the error is raised.
-
-    One thread at a time, because the log and standard error are the whole process's.
-    """
-    with _ONE_AT_A_TIME, contextlib.redirect_stderr(io.StringIO()):
-        disabled = logging.root.manager.disable
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)
 
 
 def _failing_line(error: BaseException) -> str:

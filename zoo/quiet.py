@@ -1,0 +1,53 @@
+"""What libraries print and log of a failure that is raised as well: not shown."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+__all__ = ["quiet"]
+
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without warnings, log records and what this thread prints.
+
+    One thread at a time: the log, the warnings' filters and the streams are the whole process's,
+    and threads that changed and restored them by turns would leave them changed. What other threads
+    print meanwhile is printed.
+    """
+    with _ONE_AT_A_TIME, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        disabled, streams = logging.root.manager.disable, (sys.stdout, sys.stderr)
+        logging.disable(logging.CRITICAL)
+        sys.stdout, sys.stderr = map(_MutedHere, streams)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = streams
+            logging.disable(disabled)
+
+
+class _MutedHere:
+    """A stream that this thread writes to in vain."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._thread = stream, threading.get_ident()
+
+    def write(self, text: str) -> int:
+        here = threading.get_ident() == self._thread
+        return len(text) if here else self._stream.write(text)
+
+    def writelines(self, lines: Any) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
