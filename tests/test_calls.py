@@ -12,10 +12,11 @@ import torch
 import torchvision
 from odd import IMAGES, Net, conv, cut, halves, net
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import zoo
 from zoo.calls import leaves
-from zoo.errors import GraphError
+from zoo.errors import DataError, GraphError
 from zoo.latency import latency_table
 from zoo.pruning.contract import randomised, violation
 from zoo.pruning.graph import analyse, channel_groups
@@ -217,3 +218,19 @@ def test_inputs_that_a_network_does_not_take_are_named(name: str) -> None:
     inputs, message = BAD[name]
     with pytest.raises(GraphError, match=message):
         zoo.prune(Net(fused, **fused_parts()), inputs, cf=2)
+
+
+def test_what_needs_logits_of_images_says_so() -> None:
+    data = TensorDataset(torch.rand(4, 3, 8, 8), torch.randint(0, 4, (4,)))
+    heads = zoo.prune(two_heads("dict"), IMAGES, cf=2)
+    for needing in (
+        lambda: zoo.evaluate(heads, data),
+        lambda: zoo.finetune(heads, data, data),
+        lambda: zoo.prune(two_heads("dict"), IMAGES, cf=2, criterion="taylor", data=data),
+    ):
+        with pytest.raises(DataError, match=r"logits .* gives dict of maps, logits\. Wrap it"):
+            needing()
+    several = zoo.prune(Net(fused, **fused_parts()), (IMAGES, SIGNAL), cf=1.2)
+    for needing in (lambda: zoo.evaluate(several, data), lambda: zoo.finetune(several, data, data)):
+        with pytest.raises(DataError, match=r"does not run on images .*: .*'signal'"):
+            needing()

@@ -20,7 +20,7 @@ def test_threads_leave_the_streams_the_log_and_the_filters_as_they_were() -> Non
         start.wait()
         for _ in range(50):
             with quiet(), quiet():
-                print("noise")
+                sys.stdout.write("noise")
                 logging.getLogger("noise").critical("noise")
                 warnings.warn("noise", stacklevel=1)
 
@@ -34,7 +34,7 @@ def test_threads_leave_the_streams_the_log_and_the_filters_as_they_were() -> Non
 
 def test_what_another_thread_prints_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with quiet():
-        print("noise")
+        sys.stdout.write("noise")
         other = threading.Thread(target=print, args=("news",))
         other.start()
         other.join()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -284,12 +284,18 @@ def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
     return images, labels
 
 
-def check_labels(labels: Tensor, logits: Tensor) -> None:
+def check_labels(labels: Tensor, logits: Any) -> None:
     """Refuse labels (N,) that a network with these outputs (N, classes) cannot be asked for.
 
     Raises:
-        DataError: for a label below 0 or beyond the outputs, or outputs of another shape.
+        DataError: for a label below 0 or beyond the outputs, or outputs of another kind or shape.
     """
+    if not isinstance(logits, Tensor):
+        parts = f" of {', '.join(map(str, logits))}" if isinstance(logits, Mapping) else ""
+        raise DataError(
+            f"Labels are of logits (N, classes), and the network gives {type(logits).__name__}"
+            f"{parts}. Wrap it in a module whose forward returns its logits alone."
+        )
     if logits.ndim != 2:
         raise DataError(f"Expected logits (N, classes), the network gives {tuple(logits.shape)}.")
     low, high = int(labels.min()), int(labels.max())

@@ -274,7 +274,7 @@ def first_logits(model: nn.Module, images: Tensor) -> Any:
         return model(images)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
             f"The network does not run on images of shape {tuple(images.shape)}: {reason}"
