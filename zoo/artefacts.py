@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from zoo.calls import example_of, input_shapes, like
 from zoo.checkpoints import RECORD, Uninitialised, read_safetensors
 from zoo.documents import (
     decode_document,
@@ -29,6 +30,7 @@ from zoo.errors import CheckpointError, ZooError
 from zoo.models import build_model
 from zoo.pruning.known_groups import matching_groups
 from zoo.pruning.plan import PruningRecord, Source, kept_positions, record_of
+from zoo.pruning.rewriting import rewritten
 from zoo.pruning.surgery import named_tensors, resize, resized
 from zoo.savepoints import HISTORY, SAVEPOINT
 
@@ -225,6 +227,10 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
             f"{folder} holds a network of no registered architecture: give the dense network that "
             "it was pruned from as skeleton=."
         )
+    if record.rewritten:
+        shapes = input_shapes(skeleton, record.image_size, record.plan.inputs)
+        zeros = example_of(shapes, shapes[0].shape[0], torch.zeros)
+        skeleton = rewritten(skeleton, like(next(skeleton.parameters()), zeros))
     _check(tensors, skeleton, record, folder)
     if record.architecture:  # no one else holds this skeleton
         resize(model := skeleton, tensors, record.plan.attributes)

@@ -22,10 +22,12 @@ from zoo.models import architecture, build_model
 from zoo.planning import Request, planned, request
 from zoo.profile import Profile
 from zoo.pruning import surgery
+from zoo.pruning.graph import channel_groups
 from zoo.pruning.known_groups import groups_of, traced_groups
 from zoo.pruning.plan import Plan, PruningRecord, Source
-from zoo.pruning.program import check_prunable
+from zoo.pruning.rewriting import rewritten
 from zoo.pruning.surgery import evaluating, named_tensors
+from zoo.pruning.tracing import check_prunable
 from zoo.seeding import seeded
 
 __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
@@ -159,10 +161,11 @@ def plan(
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     data: Dataset | DataLoader | None = None,
+    rewrite: bool = False,
 ) -> Plan:
     """What `prune` with the same arguments would cut, to look at before anything is cut."""
     asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
-    return _live(module, example_input, asked, data).plan
+    return _live(module, example_input, asked, data, rewrite).plan
 
 
 @_ordinary_mode
@@ -179,6 +182,7 @@ def prune(
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     data: Dataset | DataLoader | None = None,
+    rewrite: bool = False,
 ) -> nn.Module:
     """A pruned copy of any live network that can be traced; `module` is left as it is.
 
@@ -193,6 +197,10 @@ def prune(
         metric: as in `load`, but `latency` is of the device that `module` is on, at batch 1 or, on
             CUDA, 64.
         criterion, seed, align, floor, keep, data: as in `load`.
+        rewrite: prune the traced program in place of the module, so that constants in `forward`,
+            as in `x.view(-1, 2048)`, follow the widths. The result has the parameters' names and
+            none of the module's own code; it trains as it was traced, in eval mode, but for batch
+            norm and dropout.
 
     Raises:
         GraphError: when the network does not run on the input, cannot be traced, or has nothing
@@ -200,8 +208,9 @@ def prune(
         FactorError: when the factor is not the profile's, or out of the policy's reach.
     """
     asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
-    live = _live(module, example_input, asked, data)
-    return _cut(live.module, live.groups, live.plan, "", live.classes, Source("module"))
+    live = _live(module, example_input, asked, data, rewrite)
+    source = Source("module")
+    return _cut(live.module, live.groups, live.plan, "", live.classes, source, rewrite=rewrite)
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
@@ -247,20 +256,24 @@ def _live(
     example_input: Inputs,
     asked: Request,
     data: Dataset | DataLoader | None,
+    rewrite: bool,
 ) -> _Live:
     classes = _classes(module, example_input)
     # what was made in torch.inference_mode() is copied, because autograd refuses it
     if any(tensor.is_inference() for tensor in named_tensors(module).values()):
         module = surgery.resized(module, {})
     inputs = mapped(lambda t: t.clone() if t.is_inference() else t, checked_inputs(example_input))
-    groups = traced_groups(module, inputs)
+    if rewrite and asked.metric == "latency":
+        raise ZooError("With rewrite=True the metric is params or macs: latency is of layers.")
+    network = rewritten(module, inputs) if rewrite else module
+    groups = channel_groups(network, inputs) if rewrite else traced_groups(network, inputs)
     if not groups.groups:
         kept = "; ".join(f"{name!r} {reason}" for name, reason in groups.unprunable.items())
         raise GraphError(
             f"{type(module).__name__} has no channel group that can be pruned"
             f"{f': {kept}' if kept else ''}."
         )
-    return _Live(module, groups, planned(module, groups, asked, data), classes)
+    return _Live(network, groups, planned(module, groups, asked, data), classes)
 
 
 def _cut(
@@ -272,6 +285,7 @@ def _cut(
     source: Source,
     init: Init = "pretrained",
     rewind: Source | None = None,
+    rewrite: bool = False,
 ) -> nn.Module:
     pruned = surgery.apply(module, groups, made)
     if init == "random":
@@ -286,6 +300,7 @@ def _cut(
         source=source,
         versions={package: importlib.metadata.version(package) for package in packages},
         rewind=rewind,
+        rewritten=rewrite,
     )
     pruned.pruning = record  # type: ignore[assignment]
     return pruned.eval()

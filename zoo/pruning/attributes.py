@@ -33,6 +33,7 @@ __all__ = ["INPUTS", "LIBRARIES", "OUTPUTS", "attribute_labels", "counted_child"
 LIBRARIES = ("torch.nn.", "timm.", "torchvision.", "zoo.")
 
 SHAPES: dict[str, tuple[str, ...]] = {
+    "SizedOperator": ("sizes",),
     "PaddedShortcut": ("before", "after"),
     "Bottle2neck": ("width",),
     "DlaBottle2neck": ("width",),

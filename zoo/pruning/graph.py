@@ -179,7 +179,11 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
         raise GraphError(f"Surgery would break module {path!r}: {failure.message}.")
     for row, where in fresh:
         reason = f"its width {len(row)} is a constant at {where}"
-        program.trace.fix(row, f"{reason}: take it from the tensor (x.flatten(1), x.shape[1])")
+        program.trace.fix(
+            row,
+            f"{reason}: take it from the tensor (x.flatten(1), x.shape[1]), or "
+            "prune with rewrite=True",
+        )
 
 
 def _rows_of_stated_widths(program: Program, path: str) -> Iterator[tuple[Labels, str]]:

@@ -85,6 +85,7 @@ class PruningRecord:
         init: where its weights came from: `pretrained`, `random` or `rewound`.
         versions: of the packages that made it.
         rewind: the checkpoint that `rewound` weights are from.
+        rewritten: whether it is the traced program of the dense network (`zoo.pruning.rewriting`).
     """
 
     architecture: str
@@ -95,6 +96,7 @@ class PruningRecord:
     source: Source
     versions: dict[str, str]
     rewind: Source | None = None
+    rewritten: bool = False
 
 
 def record_of(module: object) -> PruningRecord | None:

@@ -26,6 +26,7 @@ from zoo.pruning.surgery import named_tensors
 from zoo.pruning.tracing import check_prunable, export
 
 __all__ = [
+    "SHAPE_OPERATORS",
     "Program",
     "integers",
     "interpret",
@@ -34,9 +35,9 @@ __all__ = [
     "operator_name",
 ]
 
-_SHAPE_OPERATORS = {"view", "reshape", "_unsafe_view", "unflatten", "expand", "split", "chunk"}
-_SHAPE_OPERATORS |= {"split_with_sizes", "slice", "narrow", "repeat", "layer_norm", "rms_norm"}
-_SHAPE_OPERATORS |= {"constant_pad_nd", "pad"}
+SHAPE_OPERATORS = {"view", "reshape", "_unsafe_view", "unflatten", "expand", "split", "chunk"}
+SHAPE_OPERATORS |= {"split_with_sizes", "slice", "narrow", "repeat", "layer_norm", "rms_norm"}
+SHAPE_OPERATORS |= {"constant_pad_nd", "pad"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def interpret(module: nn.Module, inputs: Inputs) -> Program:
     trace = Trace(batch_of(inputs))
     tensors: dict[str, Value] = {}
     values: dict[fx.Node, Any] = {}
-    leaves = {path for path, layer in module.named_modules() if not list(layer.children())}
+    leaves = {path for path, layer in module.named_modules() if _is_leaf(layer)}
     kernels = {f"{n}.weight" for n, layer in module.named_modules() if isinstance(layer, _ConvNd)}
     calls: dict[str, Call] = {}
     constants: list[Constant] = []
@@ -154,6 +155,11 @@ def interpret(module: nn.Module, inputs: Inputs) -> Program:
         image_size=next(iter(tensors_of(inputs)[0].shape[::-1]), 1),
         inputs=() if _are_square_images(module, inputs) else shapes_of(inputs),
     )
+
+
+def _is_leaf(layer: nn.Module) -> bool:
+    """Whether a layer is called, and calls no other: one without a `forward` just holds tensors."""
+    return not list(layer.children()) and type(layer).forward is not nn.Module.forward
 
 
 def _stored(trace: Trace, name: str, shape: tuple[int, ...], is_kernel: bool) -> Value:
@@ -303,7 +309,7 @@ def locate(node: fx.Node) -> str:
 def _constants(node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Constant]:
     """The channel rows that a shape operator splits, slices, pads or reshapes by."""
     name = operator_name(node)
-    if name not in _SHAPE_OPERATORS:
+    if name not in SHAPE_OPERATORS:
         return
     stated = set(integers((*node.args, *node.kwargs.values())))
     for row, place in _shaped_rows(name, node, values):

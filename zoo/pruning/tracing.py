@@ -7,6 +7,7 @@ first.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sysconfig
 import traceback
 from collections.abc import Callable, Iterator
@@ -14,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
 
-from zoo.calls import Inputs, arguments, leaves
+from zoo.calls import Inputs, arguments, batch_of, leaves
 from zoo.errors import GraphError
 from zoo.pruning.surgery import evaluating
 from zoo.quiet import quiet
 
-__all__ = ["GRADIENTS", "check_prunable", "export"]
+__all__ = ["GRADIENTS", "check_prunable", "export", "export_module"]
 
 GRADIENTS = "gradients"
 """The key in a node's `meta` of whether gradients were on, where the network switched them."""
@@ -38,17 +40,41 @@ def export(module: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
         GraphError: with the reason that torch gives, and the line of the module's own code that it
             fails in, if it cannot be traced.
     """
+    with _flattened(module):
+        exported = _exported(module, inputs)
+    _inline_regions(exported.graph_module)
+    return exported
+
+
+def export_module(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The ATen program of `module` in eval mode as a module, for any batch of two and more.
+
+    Raises:
+        GraphError: as `export`, and for outputs that are no tuples, lists and dicts of tensors.
+    """
+    args, kwargs = arguments(module, inputs)
+    count = batch_of(inputs)
+
+    def batched(value: Any) -> Any:
+        own = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+        return {0: torch.export.Dim.AUTO} if own else None
+
+    given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    exported = _exported(module, inputs, dynamic_shapes=tree_map(batched, given))
+    with quiet():
+        return exported.module()
+
+
+def _exported(module: nn.Module, inputs: Inputs, **options: Any) -> torch.export.ExportedProgram:
     args, kwargs = arguments(module, inputs)
     try:
-        with evaluating(module), quiet(), _flattened(module):
-            exported = torch.export.export(module, args, kwargs)
+        with evaluating(module), quiet():
+            return torch.export.export(module, args, kwargs, **options)
     except Exception as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphError(
             f"torch.export cannot trace {type(module).__name__}: {reason[0]}{_failing_line(error)}"
         ) from error
-    _inline_regions(exported.graph_module)
-    return exported
 
 
 @contextlib.contextmanager
