@@ -495,3 +495,32 @@ def test_any_whole_seed_is_taken(toy_images):
         finetune(network(), toy_images, None, recipe=replace(QUICK, epochs=1), seed=seed)
     with pytest.raises(ZooError, match="seed must be an integer"):
         finetune(network(), toy_images, None, recipe=QUICK, seed=0.5)
+
+
+class Tutorial(nn.Module):
+    """The network of most tutorials: maps are viewed as rows, which only contiguous ones can be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 8, 3, padding=1)
+        self.fc = nn.Linear(8 * 8 * 8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.conv2(torch.relu(self.conv1(x))))
+        return self.fc(x.view(-1, 8 * 8 * 8))
+
+
+def test_a_network_that_views_its_maps_as_rows_is_trained_and_stays_usable() -> None:
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(64, 3, 8, 8, generator=generator), torch.arange(64) % 4
+    data = TensorDataset(images, labels)
+    torch.manual_seed(0)
+    model = Tutorial()
+    measured = evaluate(model, data)
+    with torch.no_grad():
+        right = (model(images).argmax(1) == labels).double().mean().item()
+    assert measured.accuracy == pytest.approx(right)
+    before = measured.loss
+    finetune(model, data, data, teacher=Tutorial(), recipe="quick")
+    assert evaluate(model, data).loss < before
+    assert model(images).shape == (64, 4)  # in the layout that it was left in

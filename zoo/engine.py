@@ -27,7 +27,7 @@ from zoo.recipes import Recipe
 from zoo.seeding import random_state, set_random_state
 from zoo.strides import UnitStrides
 
-__all__ = ["Engine", "apart", "first_logits", "make_accelerator"]
+__all__ = ["Engine", "apart", "first_logits", "make_accelerator", "runs_channels_last"]
 
 LOOK_EVERY = 50
 """Steps between looks at the loss, each of which waits for the device."""
@@ -76,6 +76,7 @@ class Engine:
         self._forward = accelerator.prepare_model(model)
         # The mark of Accelerate would make it leave the network as it is the next time.
         vars(model).pop("_is_accelerate_prepared", None)
+        self._layout = torch.channels_last
         self._logits: Any = None
         self.kept: nn.Module = self._average.module if self._average else model
 
@@ -119,11 +120,10 @@ class Engine:
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
         """One batch on the device; of an image set, all labels are looked at with the first."""
         images, labels = checked_batch(batch)
-        images = images.to(
-            self.accelerator.device, non_blocking=True, memory_format=torch.channels_last
-        )
+        images = images.to(self.accelerator.device, non_blocking=True, memory_format=self._layout)
         own = isinstance(self.batches, DeviceLoader)
         if self._logits is None:
+            images = self._settled(images)
             with evaluating(self.model), torch.no_grad():
                 self._logits = first_logits(self.model, images[:1])
             if own:
@@ -132,6 +132,20 @@ class Engine:
         if not own:
             check_labels(labels, self._logits)
         return images, labels.to(self.accelerator.device, torch.long, non_blocking=True)
+
+    def _settled(self, images: Tensor) -> Tensor:
+        """The first images, and the networks, in a layout that all of these run in."""
+        fits = runs_channels_last(self.model, images[:1])
+        if self.teacher is not None:
+            with self._autocast():
+                fits = fits and runs_channels_last(self.teacher, images[:1])
+        if fits:
+            return images
+        self._layout = torch.contiguous_format
+        for network in (self.model, self.kept, self.teacher):
+            if network is not None:
+                network.to(memory_format=self._layout)  # type: ignore[call-overload]
+        return images.contiguous()
 
     def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = self._mixed(images, labels)
@@ -262,6 +276,21 @@ def _places(network: nn.Module) -> list[tuple[Mapping[str, Any], str]]:
         for name, tensor in held.items()
         if tensor is not None and name not in module._non_persistent_buffers_set
     ]
+
+
+def runs_channels_last(network: nn.Module, images: Tensor) -> bool:
+    """Whether a network does not ask for contiguous maps, as `x.view(len(x), -1)` does.
+
+    Most are faster in channels-last. What else may go wrong is `first_logits`' to say.
+    """
+    try:
+        with evaluating(network), torch.no_grad():
+            network(images.contiguous(memory_format=torch.channels_last))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return "view size is not compatible" not in str(error)
+    return True
 
 
 def first_logits(model: nn.Module, images: Tensor) -> Any:

@@ -1,15 +1,28 @@
-"""Convolutions whose gradients are right on every processor, in whatever memory format."""
+"""Memory formats: a network in one for a while, and gradients that are right in each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["UnitStrides"]
+__all__ = ["UnitStrides", "laid_out"]
+
+
+@contextmanager
+def laid_out(network: nn.Module, layout: torch.memory_format) -> Iterator[None]:
+    """The parameters of `network` in a memory format inside; in their own afterwards."""
+    own = {parameter: parameter.data for parameter in network.parameters()}
+    network.to(memory_format=layout)  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        for parameter, data in own.items():
+            parameter.data = data
 
 
 class UnitStrides(TorchFunctionMode):

@@ -14,6 +14,7 @@ from zoo.checkpoints import load_dense
 from zoo.errors import CheckpointError, ZooError, unknown
 from zoo.pruning.plan import PruningRecord, record_of
 from zoo.pruning.surgery import evaluating
+from zoo.strides import laid_out
 
 __all__ = ["Teacher", "find_teacher", "source_network", "teaching"]
 
@@ -48,14 +49,8 @@ def find_teacher(model: nn.Module, teacher: Teacher) -> tuple[nn.Module | None, 
 @contextmanager
 def teaching(network: nn.Module) -> Iterator[None]:
     """`network` in eval mode and channels-last inside; in its own mode and layout afterwards."""
-    layouts = {parameter: parameter.data for parameter in network.parameters()}
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        with evaluating(network):
-            yield
-    finally:
-        for parameter, data in layouts.items():
-            parameter.data = data
+    with laid_out(network, torch.channels_last), evaluating(network):
+        yield
 
 
 def source_network(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from zoo.batches import check_labels, checked_batch
-from zoo.engine import Engine, apart, first_logits, make_accelerator
+from zoo.engine import Engine, apart, first_logits, make_accelerator, runs_channels_last
 from zoo.errors import DataError, DivergenceError, ZooError, integer
 from zoo.loaders import Data, found, measured_batches, training_batches
 from zoo.pruning.surgery import evaluating
@@ -25,6 +25,7 @@ from zoo.recipes import Recipe, read_recipe
 from zoo.reporting import check_trackers, progress_bar, tracking
 from zoo.savepoints import check_folder, identify, read_savepoint, write_savepoint
 from zoo.seeding import seeded
+from zoo.strides import laid_out
 from zoo.teachers import Teacher, find_teacher, teaching
 
 __all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
@@ -252,12 +253,17 @@ def evaluate(
     if isinstance(data, str):
         data = found(data, "test", model)
     batches = measured_batches(data, device, batch_size)
+    layout = torch.channels_last
     correct, loss, count = torch.zeros((), device=device), torch.zeros((), device=device), 0
     # not in inference_mode, whose tensors a network could keep and later fail to train on
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad(), ExitStack() as layouts:
         for batch in batches:
             images, labels = checked_batch(batch)
-            images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+            images = images.to(device, non_blocking=True, memory_format=layout)
+            if count == 0 and not runs_channels_last(model, images[:1]):
+                layout = torch.contiguous_format
+                layouts.enter_context(laid_out(model, layout))
+                images = images.contiguous()
             labels = labels.to(device, torch.long, non_blocking=True)
             output = model(images) if count else first_logits(model, images)
             check_labels(labels, output)
