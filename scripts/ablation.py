@@ -21,8 +21,8 @@ import torch
 import tyro
 
 import zoo
-from zoo.checkpoints import load_dense
 from zoo.data import Splits
+from zoo.dense import load_dense
 from zoo.latency import device_name
 from zoo.savepoints import discard
 from zoo.search.tasks import sample

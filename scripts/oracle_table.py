@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from zoo.checkpoints import load_dense
 from zoo.data import load_data
+from zoo.dense import load_dense
 from zoo.errors import ZooError
 from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
 from zoo.pruning.known_groups import groups_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
-from zoo.checkpoints import load_dense
+from zoo.dense import load_dense
 from zoo.errors import CheckpointError, GraphError
 from zoo.models import build_model
 from zoo.models.adapters import adapted_names

@@ -1,4 +1,4 @@
-"""Any user's checkpoint as a dense network: nothing in it is lost, and nothing in it is run."""
+"""Any user's checkpoint as tensors by name: nothing in it is lost, and nothing in it is run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,15 @@ import pathlib
 import numpy as np
 import pytest
 import torch
-from helpers import randomised, same_state
+from helpers import same_state
 from torch import nn
 
 import zoo.checkpoints as checkpoints
 from zoo.artefacts import save_checkpoint
-from zoo.checkpoints import Uninitialised, load_dense, read_checkpoint
+from zoo.checkpoints import read_checkpoint
+from zoo.dense import load_dense
 from zoo.errors import CheckpointError
-from zoo.models import build_model
 from zoo.pruning.plan import Source
-from zoo.pruning.surgery import named_tensors
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 def test_every_kind_of_weights_gives_the_same_network(dense, tmp_path):
@@ -54,44 +51,6 @@ def test_wrappers_nest_and_averaged_models_are_read(dense):
         dense.state_dict().keys()
     )
     assert read_checkpoint({"model": dense}).shapes.keys() == dense.state_dict().keys()
-
-
-@pytest.mark.parametrize(
-    ("prefix", "others"),
-    [
-        ("net.backbone.", {}),
-        ("net.backbone.", {"net.head.weight": torch.ones(3), "scale": torch.ones(1)}),
-        ("model.", {"loss.weight": torch.ones(7)}),
-        ("teacher.model.", {f"queue.{n}": torch.ones(1) for n in range(200)}),
-    ],
-)
-@pytest.mark.parametrize("adapted", [False, True])
-def test_a_network_inside_another_is_found(dense, prefix, others, adapted):
-    state = dense.state_dict()
-    own = {n.replace("downsample", "shortcut") if adapted else n: t for n, t in state.items()}
-    stored = {prefix + name: tensor for name, tensor in own.items()} | others
-    with pytest.warns(UserWarning, match="were taken") as warned:
-        module, _, classes, _ = load_dense("resnet20-16", {"state_dict": stored})
-    assert same_state(module, state)
-    assert classes == 7
-    (warning,) = warned
-    said = str(warning.message)
-    assert repr(prefix) in said
-    assert f"{len(others)} others" in said
-    assert all(name in said for name in list(others)[:3])
-
-
-def test_two_networks_in_one_checkpoint_are_an_error_that_names_both(dense):
-    state = dense.state_dict()
-    stored = {f"{which}.{name}": t for which in ("student", "teacher") for name, t in state.items()}
-    with pytest.raises(CheckpointError, match=r"'student\.' and under 'teacher\.'"):
-        load_dense("resnet20-16", stored)
-    stored["teacher.fc.weight"] = stored["teacher.fc.weight"][:, 1:]
-    with pytest.warns(UserWarning, match=r"under 'student\.'"):
-        load_dense("resnet20-16", stored)
-    stored["student.fc.weight"] = stored["student.fc.weight"][:, 1:]
-    with pytest.raises(CheckpointError, match=r"does not fit 'resnet20-16'.* unexpected: student"):
-        load_dense("resnet20-16", stored)
 
 
 def test_a_prefix_that_only_some_names_have_stays():
@@ -243,111 +202,3 @@ def test_an_ambiguous_hub_repository_lists_its_weights(hub_files):
     hub_files += ["README.md", "x.pt", "y.pt"]
     with pytest.raises(CheckpointError, match=r"x\.pt, y\.pt"):
         read_checkpoint("hf:a/r")
-
-
-# --- dense networks -------------------------------------------------------------------------------
-
-
-def test_the_loaded_network_shares_nothing_with_the_callers(dense):
-    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    for weights in (dense, dense.state_dict()):
-        module, *_ = load_dense("resnet20-16", weights)
-        with torch.no_grad():
-            for tensor in named_tensors(module).values():
-                tensor.zero_()
-    assert same_state(dense, before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_precisions_become_float32(dense, dtype):
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in dense.state_dict().items()}
-    module, *_ = load_dense("resnet20-16", state)
-    assert {p.dtype for p in module.parameters()} == {torch.float32}
-    assert torch.equal(module.conv1.weight, state["conv1.weight"].float())
-    assert module.bn1.num_batches_tracked.dtype == torch.int64
-
-
-def test_a_missing_batch_counter_is_no_mismatch(dense):
-    state = {k: v for k, v in dense.state_dict().items() if "num_batches" not in k}
-    module, *_ = load_dense("resnet20-16", state)
-    assert int(module.bn1.num_batches_tracked) == 0
-    assert torch.equal(module.bn1.running_var, dense.bn1.running_var)
-
-
-def test_buffers_that_no_checkpoint_holds_are_right():
-    pytest.importorskip("timm")
-    theirs = randomised(build_model("timm:resnetblur18", 3))
-    hidden = {n for n, _ in theirs.named_buffers()} - theirs.state_dict().keys()
-    assert hidden  # the blur kernels are not persistent
-    for name in hidden:
-        fresh = dict(build_model("timm:resnetblur18", 3).named_buffers())[name]
-        dict(theirs.named_buffers())[name].copy_(fresh)
-    module, _, classes, _ = load_dense("timm:resnetblur18", theirs.state_dict())
-    image = torch.rand(1, 3, 64, 64)
-    with torch.no_grad():
-        assert torch.equal(module(image), theirs(image))
-    assert classes == 3
-
-
-def test_image_size_from_the_classifier_the_argument_the_metadata_or_the_reference(dense, tmp_path):
-    cnet = build_model("cnet", 10, image_size=16)
-    assert load_dense("cnet", cnet)[2:] == (10, 16)
-    assert load_dense("cnet", cnet, image_size=16)[2:] == (10, 16)
-    with pytest.raises(CheckpointError, match="16 pixels, not 32"):
-        load_dense("cnet", cnet, image_size=32)
-    path = tmp_path / "m.safetensors"
-    save_checkpoint(dense, path, {"image_size": "16"})
-    assert load_dense("resnet20-16", path)[3] == 16
-    assert load_dense("resnet20-16", path, image_size=64)[3] == 64
-    assert load_dense("resnet20-16", dense)[3] == 32
-    save_checkpoint(dense, path, {"image_size": "big"})
-    with pytest.raises(CheckpointError, match="'big'"):
-        load_dense("resnet20-16", path)
-
-
-def test_another_architectures_checkpoint_names_the_right_one():
-    wide, cnet = build_model("resnet20-64", 5), build_model("cnet", 5, image_size=16)
-    with pytest.raises(CheckpointError, match=r"fits 'resnet20-64'") as caught:
-        load_dense("resnet20-16", wide)
-    message = str(caught.value)
-    assert "conv1.weight (expected (16, 3, 3, 3), got (64, 3, 3, 3))" in message
-    assert "missing" not in message  # only shapes differ
-    with pytest.raises(CheckpointError, match=r"unexpected.*fits 'cnet'"):
-        load_dense("resnet20-16", cnet)
-    with pytest.raises(CheckpointError, match=r"missing.*fits 'resnet20-64'"):
-        load_dense("torchvision:vgg11", wide)
-
-
-def test_a_mismatch_counts_and_names_three_of_each(dense):
-    state = dict(dense.state_dict())
-    for name in [n for n in state if n.startswith("layer3.2")][:5]:
-        del state[name]
-    state |= {f"head.{n}": torch.ones(1) for n in range(4)}
-    state["bn1.weight"] = torch.ones(8)
-    with pytest.raises(CheckpointError) as caught:
-        load_dense("resnet20-16", state)
-    message = str(caught.value)
-    assert (
-        "5 missing: layer3.2.conv1.weight, layer3.2.bn1.weight, layer3.2.bn1.bias, ..." in message
-    )
-    assert "4 unexpected: head.0, head.1, head.2, ..." in message
-    assert "1 misshapen: bn1.weight (expected (16,), got (8,))." in message
-    assert "fits" not in message.replace("does not fit", "")
-
-
-def test_building_for_a_checkpoint_leaves_the_random_state_alone(dense):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    load_dense("resnet20-16", dense)
-    assert torch.equal(torch.rand(3), expected)
-
-
-def test_building_without_initial_values_ends_where_drawing_repeats_until_it_fits() -> None:
-    with Uninitialised():
-        layer = torch.nn.Linear(4, 4)
-        with torch.no_grad():
-            layer.weight.fill_(100)
-        torch.nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
-        torch.nn.init.kaiming_uniform_(layer.bias[None])
-    assert layer.weight.abs().max() <= 0.2

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.checkpoints import Uninitialised
+from zoo.dense import Uninitialised
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import ARCHITECTURES, architecture, build_model
 from zoo.models.resnet import PaddedShortcut

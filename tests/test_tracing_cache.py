@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations
 
 import zoo
 from zoo import registry
-from zoo.checkpoints import Uninitialised
+from zoo.dense import Uninitialised
 from zoo.models import ARCHITECTURES, STORED, architecture, build_model
 from zoo.pruning import known_groups
 from zoo.pruning.dependencies import trace_key

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zoo.calls import example_of, input_shapes, like
-from zoo.checkpoints import RECORD, Uninitialised, read_safetensors
+from zoo.checkpoints import RECORD, read_safetensors
+from zoo.dense import Uninitialised
 from zoo.documents import (
     decode_document,
     encode_document,

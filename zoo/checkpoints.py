@@ -1,4 +1,4 @@
-"""Checkpoints: any user's weights, from a file, the Hub or memory, as a dense network.
+"""Checkpoints: any user's weights, from a file, the Hub or memory, as tensors by name.
 
 Nothing is unpickled: `.pt` files are read with `weights_only=True`, the others are safetensors.
 """
@@ -12,8 +12,6 @@ import io
 import json
 import os
 import re
-import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,22 +20,12 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from zoo import hub
-from zoo.errors import CheckpointError, ZooError
-from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
-from zoo.models.adapters import adapted_names
+from zoo.errors import CheckpointError
 from zoo.pruning.plan import Source
 
-__all__ = [
-    "RECORD",
-    "Checkpoint",
-    "Uninitialised",
-    "load_dense",
-    "read_checkpoint",
-    "read_safetensors",
-]
+__all__ = ["RECORD", "Checkpoint", "read_checkpoint", "read_safetensors"]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "net")
 PREFIXES = ("module.", "_orig_mod.", "model.")
@@ -80,9 +68,6 @@ class Checkpoint:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
-
-
-# --- reading --------------------------------------------------------------------------------------
 
 
 def read_checkpoint(weights: str | Path | Mapping[str, Any] | nn.Module) -> Checkpoint:
@@ -256,208 +241,3 @@ def _unwrap(content: Any) -> Any:
             inner = (content.get(key) for key in WRAPPERS)
             content = next((i for i in inner if isinstance(i, (Mapping, nn.Module))), content)
     return content
-
-
-# --- dense networks -------------------------------------------------------------------------------
-
-
-def load_dense(
-    arch: str, weights: str | Path | Mapping[str, Any] | nn.Module, *, image_size: int | None = None
-) -> tuple[nn.Module, Checkpoint, int, int]:
-    """(module, checkpoint, num_classes, image_size): the dense network that `weights` belong to.
-
-    The module is in eval mode, on the CPU, shares nothing with `weights`, and has the data types of
-    a fresh network: half-precision weights become float32. Where the checkpoint is of more than the
-    network (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one prefix
-    that fits are taken, with a warning that names it and what was left out.
-
-    Args:
-        arch: an architecture's name.
-        weights: as for `read_checkpoint`.
-        image_size: in pixels. Taken from the classifier where that depends on it; otherwise this,
-            or the checkpoint's own metadata, or the architecture's reference.
-
-    Raises:
-        CheckpointError: as `read_checkpoint`, or if the tensors do not fit `arch`: how many and
-            which are missing, unexpected or misshapen, and the architecture that they do fit; or
-            if those under several prefixes do.
-    """
-    known = architecture(arch)
-    checkpoint = read_checkpoint(weights)
-    stated = checkpoint.metadata.get("image_size")
-    if stated is not None and not stated.isdecimal():
-        raise CheckpointError(f"The checkpoint's metadata give the image size as {stated!r}.")
-    try:
-        preferred = image_size or (int(stated) if stated else None)
-        try:
-            fit = _adapted(known, checkpoint.shapes, preferred)
-        except _Misfit:
-            inner = _under_a_prefix(known, checkpoint, preferred)
-            if inner is None:
-                raise
-            fit = inner
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{checkpoint.source.reference} does not fit {arch!r}. {error}"
-            f"{_suggestion(arch, checkpoint.shapes)}"
-        ) from None
-    module, names, classes, size = fit
-    if image_size and image_size != size:
-        raise CheckpointError(
-            f"The classifier in {checkpoint.source.reference} is for images of {size} pixels, "
-            f"not {image_size}."
-        )
-    state = {own: checkpoint.state[name] for name, own in names.items()}
-    module.load_state_dict(state, strict=False)
-    return module.eval(), checkpoint, classes, size
-
-
-class _Misfit(CheckpointError):
-    """A checkpoint that does not fit, by `count` of its tensors or the network's."""
-
-    def __init__(self, message: str, count: int) -> None:
-        super().__init__(message)
-        self.count = count
-
-
-_Fit = tuple[nn.Module, dict[str, str], int, int]
-"""A network, the name in it of each stored name, its classes and its image size."""
-
-
-def _under_a_prefix(
-    known: Architecture, checkpoint: Checkpoint, image_size: int | None
-) -> _Fit | None:
-    """As `_adapted`, of the tensors under the only prefix of their names under which they fit.
-
-    None where those under no prefix do.
-
-    Raises:
-        CheckpointError: if those under several do.
-    """
-    shapes = checkpoint.shapes
-    with torch.device("meta"):
-        least = len(list(build_model(known.name, known.num_classes).parameters()))
-    prefixes = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
-    fits: dict[str, _Fit] = {}
-    for prefix, count in prefixes.items():
-        if count >= least:
-            own = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
-            with contextlib.suppress(_Misfit):
-                fits[prefix] = _adapted(known, own, image_size)
-    if not fits:
-        return None
-    if len(fits) > 1:
-        raise CheckpointError(
-            f"It holds such a network under {' and under '.join(map(repr, fits))}: pass the state "
-            "dict of the one that is meant."
-        )
-    ((prefix, (module, names, classes, size)),) = fits.items()
-    others = [name for name in shapes if not name.startswith(prefix)]
-    more = ", ..." if len(others) > 3 else ""
-    warnings.warn(
-        f"{checkpoint.source.reference}: the weights under {prefix!r} were taken, and "
-        f"{len(others)} others left out: {', '.join(others[:3])}{more}.",
-        stacklevel=3,
-    )
-    return module, {prefix + name: new for name, new in names.items()}, classes, size
-
-
-def _adapted(
-    known: Architecture, shapes: Mapping[str, tuple[int, ...]], image_size: int | None
-) -> _Fit:
-    """As `_fitting`, with each stored name's name in the network, by the first adapter that fits.
-
-    Raises:
-        _Misfit: that of the adapter that comes nearest.
-    """
-    misfits = []
-    for adapter, names in adapted_names(shapes):
-        renamed = {names[name]: shape for name, shape in shapes.items()}
-        try:
-            module, classes, size = _fitting(known, renamed, image_size)
-        except _Misfit as misfit:
-            read_as = f" (Its key names were read as those of {adapter}.)" if adapter else ""
-            misfits.append(_Misfit(f"{misfit}{read_as}", misfit.count))
-        else:
-            return module, names, classes, size
-    raise min(misfits, key=lambda misfit: misfit.count)
-
-
-def _fitting(
-    known: Architecture, shapes: Mapping[str, tuple[int, ...]], image_size: int | None
-) -> tuple[nn.Module, int, int]:
-    """A network (uninitialised), its classes and image size, for tensors of these `shapes`."""
-    problems = []
-    with Uninitialised():
-        try:
-            classes, size = known.infer(shapes)
-        except CheckpointError as error:
-            problems.append(str(error))
-            classes, size = known.num_classes, known.image_size
-        if image_size and known.flatten_stride is None:
-            size = image_size
-        module = build_model(known.name, classes, image_size=size)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    wrong = {
-        "missing": [
-            name
-            for name in expected
-            if name not in shapes and not name.endswith("num_batches_tracked")
-        ],
-        "unexpected": [
-            name
-            for name in shapes
-            if name not in expected and not (known.auxiliary and name.startswith(known.auxiliary))
-        ],
-        "misshapen": [
-            f"{name} (expected {expected[name]}, got {shapes[name]})"
-            for name in expected
-            if shapes.get(name, expected[name]) != expected[name]
-        ],
-    }
-    for kind, names in wrong.items():
-        if names:
-            more = ", ..." if len(names) > 3 else ""
-            problems.append(f"{len(names)} {kind}: {', '.join(names[:3])}{more}.")
-    if problems:
-        raise _Misfit(" ".join(problems), sum(map(len, wrong.values())))
-    return module, classes, size
-
-
-def _suggestion(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    readings = [
-        {names[name]: shape for name, shape in shapes.items()} for _, names in adapted_names(shapes)
-    ]
-    others = [other for name, other in ARCHITECTURES.items() if name != arch]
-    fitting = [repr(other.name) for other in others if any(_fits(other, r) for r in readings)]
-    return f" The checkpoint fits {' or '.join(fitting)}." if fitting else ""
-
-
-def _fits(known: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-    try:
-        known.infer(shapes)  # first, because it builds no network
-        with torch.device("meta"):
-            _fitting(known, shapes, None)
-    except ZooError:
-        return False
-    return True
-
-
-class Uninitialised(TorchFunctionMode):
-    """Networks built inside skip their random initial values, which are about to be replaced.
-
-    Unlike on the meta device, buffers that no checkpoint holds are as their module computes them.
-    """
-
-    RANDOM = frozenset(
-        getattr(nn.init, name)
-        for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
-    )
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        if func in self.RANDOM:
-            return args[0] if args else kwargs["tensor"]
-        if func is Tensor.normal_:  # zeros, because torch draws a truncated normal until it fits
-            return args[0].zero_()
-        return func(*args, **kwargs)

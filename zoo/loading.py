@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from zoo import hub
 from zoo.artefacts import MODEL, read_model, write_model
 from zoo.calls import Inputs, call, checked_inputs, described, leaves, mapped
-from zoo.checkpoints import RECORD, load_dense
+from zoo.checkpoints import RECORD
+from zoo.dense import load_dense
 from zoo.errors import GraphError, ZooError, integer, unknown
 from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model

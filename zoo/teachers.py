@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from zoo.checkpoints import load_dense
+from zoo.dense import load_dense
 from zoo.errors import CheckpointError, ZooError, unknown
 from zoo.pruning.plan import PruningRecord, record_of
 from zoo.pruning.surgery import evaluating

@@ -165,7 +165,7 @@ def compare(command: CompareCommand) -> None:
 
 def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], int]:
     """One network as it is (`dense`) and as the profiles prune it, and its image size."""
-    from zoo.checkpoints import load_dense
+    from zoo.dense import load_dense
 
     if command.arch is None:
         raise ZooError("Profiles of which architecture? Add --arch.")

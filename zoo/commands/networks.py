@@ -143,7 +143,7 @@ class PruneCommand:
 
 
 def prune(command: PruneCommand) -> None:
-    from zoo.checkpoints import load_dense
+    from zoo.dense import load_dense
     from zoo.rendering import pruning_summary
 
     images = None

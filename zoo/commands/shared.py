@@ -29,7 +29,8 @@ class Network(NamedTuple):
 
 def read_network(path: str, arch: str | None, size: int | None) -> Network:
     """A pruned network from its folder, or a dense one from its checkpoint."""
-    from zoo.checkpoints import load_dense, read_checkpoint
+    from zoo.checkpoints import read_checkpoint
+    from zoo.dense import load_dense
 
     if Path(path).is_dir():
         model = zoo.load_pruned(path)

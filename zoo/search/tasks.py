@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from zoo.batches import DeviceLoader
-from zoo.checkpoints import load_dense
 from zoo.data import DATASETS, ImageSet, Splits, load_data
+from zoo.dense import load_dense
 from zoo.errors import ZooError
 from zoo.groups import ChannelGroups
 from zoo.pruning.criteria import random_scores, taylor_features
