@@ -75,7 +75,8 @@ class Ablation:
 def main(config: Ablation) -> None:
     """Train what is missing and print the table."""
     splits = zoo.load_data(config.data, config.data_dir, size=config.size)
-    dense, checkpoint, _, _ = load_dense(config.arch, config.weights, image_size=config.size)
+    loaded = load_dense(config.arch, config.weights, image_size=config.size)
+    dense, checkpoint = loaded.module, loaded.checkpoint
     results = Results(config.out / "results.jsonl")
     where = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     told_otherwise = {"out", "arms", "seeds", "data_dir", "weights", "epochs", "lr"}

@@ -38,7 +38,8 @@ class OracleTable:
 
 
 def main(table: OracleTable) -> None:
-    module, _, _, size = load_dense(table.arch, table.weights, image_size=table.size)
+    dense = load_dense(table.arch, table.weights, image_size=table.size)
+    module, size = dense.module, dense.image_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train = load_data(table.data, table.data_dir, size=size).train
     groups = groups_of(table.arch, module, size)

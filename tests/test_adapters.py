@@ -280,8 +280,9 @@ def logits_of(module: nn.Module) -> Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_their_checkpoint_computes_here_what_it_computes_there(case):
     arch, state, expected, largest = theirs(case)
-    module, _, classes, size = load_dense(arch, state)
-    assert (classes, size) == (10, 32)
+    dense = load_dense(arch, state)
+    module = dense.module
+    assert (dense.num_classes, dense.image_size) == (10, 32)
     assert len(module.state_dict()) == len(state)
     scale = expected.abs().max()
     assert (expected[0] - expected[1]).abs().max() > 1e-2 * scale  # the images matter
@@ -301,7 +302,7 @@ def test_their_checkpoint_computes_here_what_it_computes_there(case):
 def test_their_wrappers_and_prefixes_come_off_first(wrapped, tmp_path):
     arch, state, expected, _ = theirs("akamaster resnet20")
     torch.save(wrapped(state), tmp_path / "model.th.pt")
-    module, *_ = load_dense(arch, tmp_path / "model.th.pt")
+    module = load_dense(arch, tmp_path / "model.th.pt").module
     torch.testing.assert_close(logits_of(module), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -317,13 +318,13 @@ def test_timms_networks_with_a_small_stem_are_ours(member, arch):
         if "running" in name or "bn" in name:
             tensor.copy_(torch.rand(tensor.shape) + 0.5)
     expected = logits_of(module.eval())
-    ours, *_ = load_dense(arch, {k: v.float() for k, v in module.state_dict().items()})
+    ours = load_dense(arch, {k: v.float() for k, v in module.state_dict().items()}).module
     torch.testing.assert_close(logits_of(ours), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_pooling_in_the_stem_shows_in_no_key_so_it_has_an_architecture_of_its_own():
     arch, state, expected, _ = theirs("huyvnphan resnet18")
-    other, *_ = load_dense(arch.removesuffix("-maxpool"), state)
+    other = load_dense(arch.removesuffix("-maxpool"), state).module
     assert (logits_of(other) - expected).abs().max() > 1e-2 * expected.abs().max()
 
 

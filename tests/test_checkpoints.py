@@ -28,10 +28,10 @@ def test_every_kind_of_weights_gives_the_same_network(dense, tmp_path):
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     save_checkpoint(dense, tmp_path / "m.safetensors", {"data": "toy"})
     for weights in (*sorted(tmp_path.iterdir()), str(tmp_path / "m.pt"), state, dense):
-        module, _, classes, size = load_dense("resnet20-16", weights)
-        assert same_state(module, state), weights
-        assert (classes, size) == (7, 32)
-        assert not module.training
+        found = load_dense("resnet20-16", weights)
+        assert same_state(found.module, state), weights
+        assert (found.num_classes, found.image_size) == (7, 32)
+        assert not found.module.training
 
 
 @pytest.mark.parametrize("wrapper", checkpoints.WRAPPERS)
@@ -79,7 +79,7 @@ def test_what_training_scripts_store_beside_the_weights_is_passed_over(dense, tm
         "state_dict": dense.state_dict(),
     }
     torch.save(beside, tmp_path / "m.pt")
-    assert same_state(load_dense("resnet20-16", tmp_path / "m.pt")[0], dense.state_dict())
+    assert same_state(load_dense("resnet20-16", tmp_path / "m.pt").module, dense.state_dict())
 
 
 class Bomb:

@@ -175,6 +175,23 @@ def test_prune_rewinds_as_load_does(base, tmp_path):
     assert same_state(zoo.load_pruned(tmp_path / "out"), expected.state_dict())
 
 
+def test_prune_gives_a_new_classifier_and_says_so(base, image_tree, tmp_path, capsys):
+    data = ["--data", f"imagefolder:{image_tree}"]
+    flags = ["--weights", str(base), "--profile", "equal", "--classes", "2"]
+    flags += ["--criterion", "taylor"]
+    out = tmp_path / "out"
+    assert main(["prune", "cnet", "--cf", "2", *flags, *data, "--out", str(out)]) == 0
+    assert "the classifier is new" in capsys.readouterr().out
+    images = zoo.load_data(f"imagefolder:{image_tree}", size=8).train
+    options = {"profile": "equal", "criterion": "taylor", "data": images}
+    expected = zoo.load("cnet", 2, str(base), num_classes=2, **options)
+    assert same_state(zoo.load_pruned(out), expected.state_dict())
+    tune = ["finetune", str(out), *data, "--epochs", "1", "--teacher"]
+    for teacher, message in ((str(base), "teacher has 10 outputs"), ("source", "cannot teach")):
+        assert main([*tune, teacher]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_the_help_of_prune_names_every_criterion(capsys):
     with pytest.raises(SystemExit):
         main(["prune", "--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torchvision
 from helpers import randomised, same_state
 
 from zoo.artefacts import save_checkpoint
@@ -28,9 +29,9 @@ def test_a_network_inside_another_is_found(dense, prefix, others, adapted):
     own = {n.replace("downsample", "shortcut") if adapted else n: t for n, t in state.items()}
     stored = {prefix + name: tensor for name, tensor in own.items()} | others
     with pytest.warns(UserWarning, match="were taken") as warned:
-        module, _, classes, _ = load_dense("resnet20-16", {"state_dict": stored})
-    assert same_state(module, state)
-    assert classes == 7
+        found = load_dense("resnet20-16", {"state_dict": stored})
+    assert same_state(found.module, state)
+    assert found.num_classes == 7
     (warning,) = warned
     said = str(warning.message)
     assert repr(prefix) in said
@@ -54,7 +55,7 @@ def test_two_networks_in_one_checkpoint_are_an_error_that_names_both(dense):
 def test_the_loaded_network_shares_nothing_with_the_callers(dense):
     before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
     for weights in (dense, dense.state_dict()):
-        module, *_ = load_dense("resnet20-16", weights)
+        module = load_dense("resnet20-16", weights).module
         with torch.no_grad():
             for tensor in named_tensors(module).values():
                 tensor.zero_()
@@ -64,7 +65,7 @@ def test_the_loaded_network_shares_nothing_with_the_callers(dense):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_become_float32(dense, dtype):
     state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in dense.state_dict().items()}
-    module, *_ = load_dense("resnet20-16", state)
+    module = load_dense("resnet20-16", state).module
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert torch.equal(module.conv1.weight, state["conv1.weight"].float())
     assert module.bn1.num_batches_tracked.dtype == torch.int64
@@ -72,7 +73,7 @@ def test_other_precisions_become_float32(dense, dtype):
 
 def test_a_missing_batch_counter_is_no_mismatch(dense):
     state = {k: v for k, v in dense.state_dict().items() if "num_batches" not in k}
-    module, *_ = load_dense("resnet20-16", state)
+    module = load_dense("resnet20-16", state).module
     assert int(module.bn1.num_batches_tracked) == 0
     assert torch.equal(module.bn1.running_var, dense.bn1.running_var)
 
@@ -85,24 +86,25 @@ def test_buffers_that_no_checkpoint_holds_are_right():
     for name in hidden:
         fresh = dict(build_model("timm:resnetblur18", 3).named_buffers())[name]
         dict(theirs.named_buffers())[name].copy_(fresh)
-    module, _, classes, _ = load_dense("timm:resnetblur18", theirs.state_dict())
+    found = load_dense("timm:resnetblur18", theirs.state_dict())
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
-        assert torch.equal(module(image), theirs(image))
-    assert classes == 3
+        assert torch.equal(found.module(image), theirs(image))
+    assert found.num_classes == 3
 
 
 def test_image_size_from_the_classifier_the_argument_the_metadata_or_the_reference(dense, tmp_path):
     cnet = build_model("cnet", 10, image_size=16)
-    assert load_dense("cnet", cnet)[2:] == (10, 16)
-    assert load_dense("cnet", cnet, image_size=16)[2:] == (10, 16)
+    for size in (None, 16):
+        found = load_dense("cnet", cnet, image_size=size)
+        assert (found.num_classes, found.image_size) == (10, 16)
     with pytest.raises(CheckpointError, match="16 pixels, not 32"):
         load_dense("cnet", cnet, image_size=32)
     path = tmp_path / "m.safetensors"
     save_checkpoint(dense, path, {"image_size": "16"})
-    assert load_dense("resnet20-16", path)[3] == 16
-    assert load_dense("resnet20-16", path, image_size=64)[3] == 64
-    assert load_dense("resnet20-16", dense)[3] == 32
+    assert load_dense("resnet20-16", path).image_size == 16
+    assert load_dense("resnet20-16", path, image_size=64).image_size == 64
+    assert load_dense("resnet20-16", dense).image_size == 32
     save_checkpoint(dense, path, {"image_size": "big"})
     with pytest.raises(CheckpointError, match="'big'"):
         load_dense("resnet20-16", path)
@@ -154,3 +156,107 @@ def test_building_without_initial_values_ends_where_drawing_repeats_until_it_fit
         torch.nn.init.trunc_normal_(layer.weight, std=0.1, a=-0.2, b=0.2)
         torch.nn.init.kaiming_uniform_(layer.bias[None])
     assert layer.weight.abs().max() <= 0.2
+
+
+# --- another classifier ---------------------------------------------------------------------------
+
+BACKBONES = {
+    "resnet20-16": ("fc.",),
+    "vgg16_bn-cifar-512": ("classifier.6.",),
+    "torchvision:squeezenet1_1": ("classifier.1.",),
+    "timm:mobilenetv3_small_050": ("classifier.",),
+    "timm:regnetx_002": ("head.fc.",),
+    "timm:deit_tiny_distilled_patch16_224": ("head.", "head_dist."),
+}
+"""Architecture -> how the names of its classifier's tensors begin."""
+
+
+@pytest.mark.parametrize("arch", BACKBONES)
+@pytest.mark.parametrize("classifier", ["none", "of other classes"])
+def test_a_new_classifier_is_a_fresh_networks_and_the_rest_the_checkpoints(arch, classifier):
+    state = randomised(build_model(arch, 7)).state_dict()
+    if classifier == "none":
+        state = {n: t for n, t in state.items() if not n.startswith(BACKBONES[arch])}
+    found = load_dense(arch, state, num_classes=3, seed=5)
+    assert (found.num_classes, found.new_classifier) == (3, True)
+    assert not found.module.training
+    fresh = build_model(arch, 3, seed=5).state_dict()
+    for name, tensor in found.module.state_dict().items():
+        new = name.startswith(BACKBONES[arch])
+        assert torch.equal(tensor, (fresh if new else state)[name]), name
+
+
+def test_as_many_classes_as_the_checkpoint_has_change_nothing(dense):
+    found = load_dense("resnet20-16", dense, num_classes=7)
+    assert not found.new_classifier
+    assert same_state(found.module, dense.state_dict())
+
+
+def test_a_flattened_maps_image_size_comes_from_the_old_classifier_or_the_argument():
+    state = build_model("cnet", 10, image_size=16).state_dict()
+    found = load_dense("cnet", state, num_classes=3)
+    assert (found.image_size, found.num_classes) == (16, 3)
+    backbone = {n: t for n, t in state.items() if not n.startswith("fc.")}
+    assert load_dense("cnet", backbone, num_classes=3).image_size == 32
+    found = load_dense("cnet", backbone, num_classes=3, image_size=16)
+    assert found.module(torch.rand(1, 3, 16, 16)).shape == (1, 3)
+
+
+def test_without_a_classifier_the_number_of_classes_is_asked_for(dense):
+    backbone = {n: t for n, t in dense.state_dict().items() if not n.startswith("fc.")}
+    with pytest.raises(
+        CheckpointError, match=r"classifier is missing \(fc\.bias, fc\.weight\): pass num_classes="
+    ):
+        load_dense("resnet20-16", backbone)
+
+
+@pytest.mark.parametrize(
+    ("arch", "without", "named"),
+    [
+        ("resnet20-16", ("fc.", "layer3.2.bn2."), r"missing: layer3\.2\.bn2\.weight"),
+        ("resnet20-16", ("fc.weight",), r"1 missing: fc\.weight"),
+        ("vgg16_bn-cifar-512", ("classifier.",), r"6 missing: classifier\.0\.weight"),
+    ],
+)
+@pytest.mark.parametrize("classes", [None, 3])
+def test_nothing_but_the_whole_classifier_may_be_missing(arch, without, named, classes):
+    state = build_model(arch, 7).state_dict()
+    state = {n: t for n, t in state.items() if not n.startswith(without)}
+    with pytest.raises(CheckpointError, match=named):
+        load_dense(arch, state, num_classes=classes)
+
+
+def test_what_differs_beside_the_classifier_is_refused_whatever_the_classes(dense):
+    state = dict(dense.state_dict())
+    state["conv1.weight"] = state["conv1.weight"][:8]
+    for wrong in (state, {n: t for n, t in state.items() if not n.startswith("fc.")}):
+        with pytest.raises(CheckpointError, match=r"1 misshapen: conv1\.weight"):
+            load_dense("resnet20-16", wrong, num_classes=3)
+
+
+def test_a_backbone_inside_another_network_is_found(dense):
+    backbone = {n: t for n, t in dense.state_dict().items() if not n.startswith("fc.")}
+    stored = {f"net.backbone.{n}": t for n, t in backbone.items()}
+    stored["net.projection.weight"] = torch.ones(4, 4)
+    with pytest.warns(UserWarning, match=r"under 'net\.backbone\.' were taken, and 1 other"):
+        found = load_dense("resnet20-16", stored, num_classes=3)
+    assert found.new_classifier
+    assert torch.equal(found.module.layer3[2].bn2.bias, backbone["layer3.2.bn2.bias"])
+    with (
+        pytest.warns(UserWarning, match="were taken"),
+        pytest.raises(CheckpointError, match="pass num_classes="),
+    ):
+        load_dense("resnet20-16", stored)
+    stored |= {f"teacher.{n}": t for n, t in dense.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"under 'teacher\.'"):  # that is whole
+        assert load_dense("resnet20-16", stored).num_classes == 7
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_classifiers_of_inner_layers_do_not_come_back():
+    theirs = torchvision.models.googlenet(num_classes=5, aux_logits=True, init_weights=False)
+    state = theirs.state_dict()
+    for stored in (state, {n: t for n, t in state.items() if not n.startswith("fc.")}):
+        found = load_dense("torchvision:googlenet", stored, num_classes=3)
+        assert found.new_classifier
+        assert found.module(torch.rand(1, 3, 64, 64)).shape == (1, 3)

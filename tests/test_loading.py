@@ -556,6 +556,67 @@ def test_create_model_is_the_registered_network_of_the_seed() -> None:
     assert same_tensors(zoo.create_model("cnet", 10, seed=1), build_model("cnet", 10, seed=1))
 
 
+def test_create_model_gives_a_checkpoint_of_other_classes_a_new_classifier() -> None:
+    base = zoo.create_model("resnet20-16", 7, seed=1)
+    model = zoo.create_model("resnet20-16", 3, pretrained=base, seed=2)
+    assert torch.equal(model.conv1.weight, base.conv1.weight)
+    assert torch.equal(model.fc.weight, zoo.create_model("resnet20-16", 3, seed=2).fc.weight)
+
+
+# --- a new classifier -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", ["backbone", "all"])
+def test_a_new_classifier_is_cut_recorded_and_read_back(
+    dense: nn.Module, kept: str, tmp_path: Path
+) -> None:
+    state = dense.state_dict()
+    if kept == "backbone":
+        state = {n: t for n, t in state.items() if not n.startswith("fc.")}
+    options: dict = {"profile": "equal", "num_classes": 3, "criterion": "l1"}
+    model = zoo.load("resnet20-16", 2, state, **options)
+    assert model.pruning.num_classes == 3
+    assert model.pruning.new_classifier
+    assert model.pruning.plan.dense.params == size_of(zoo.create_model("resnet20-16", 3))
+    assert same_tensors(zoo.load("resnet20-16", 2, state, **options), model)
+    other = zoo.load("resnet20-16", 2, state, seed=1, **options)
+    assert torch.equal(other.conv1.weight, model.conv1.weight)
+    assert not torch.equal(other.fc.weight, model.fc.weight)
+    folder = zoo.save(model, tmp_path / "m")
+    again = zoo.load_pruned(folder)
+    assert again.pruning == model.pruning
+    assert same_tensors(again, model)
+    assert "Classes: 3; the classifier is new" in (folder / "README.md").read_text()
+
+
+def test_the_checkpoints_own_number_of_classes_is_no_news(dense: nn.Module, tmp_path: Path) -> None:
+    model = zoo.load("resnet20-16", 2, dense, profile="equal", num_classes=10)
+    assert same_tensors(model, zoo.load("resnet20-16", 2, dense, profile="equal"))
+    assert not model.pruning.new_classifier
+    folder = zoo.save(model, tmp_path / "m")
+    assert "is new" not in (folder / "README.md").read_text()
+    document = json.loads((folder / "pruning.json").read_text())
+    del document["new_classifier"]  # as it was written before there was the field
+    (folder / "pruning.json").write_text(json.dumps(document))
+    assert zoo.load_pruned(folder).pruning == model.pruning
+
+
+def test_rewound_weights_get_the_same_new_classifier(dense: nn.Module) -> None:
+    early = zoo.create_model("resnet20-16", 10, seed=9)
+    model = zoo.load(
+        "resnet20-16",
+        2,
+        dense,
+        profile="equal",
+        num_classes=3,
+        criterion="l1",
+        init="rewound",
+        rewind=early,
+    )
+    assert (model.pruning.num_classes, model.pruning.new_classifier) == (3, True)
+    assert model.fc.out_features == 3
+
+
 # --- inside torch.inference_mode() ----------------------------------------------------------------
 
 

@@ -154,8 +154,11 @@ def test_a_profile_of_wider_groups_or_another_network_is_refused(
 def test_weights_that_do_not_fit_are_refused(dense: nn.Module) -> None:
     with pytest.raises(CheckpointError, match=r"The checkpoint fits 'resnet20-16'"):
         zoo.create_model("cnet", 7, pretrained=dense)
-    with pytest.raises(ZooError, match=r"has 7 classes; 10 were asked for"):
-        zoo.create_model("resnet20-16", 10, pretrained=dense)
+    with pytest.raises(ZooError, match="num_classes must be an integer of at least 1, got 0"):
+        zoo.load("resnet20-16", 2, dense, profile="equal", num_classes=0)
+    early: dict = {"init": "rewound", "rewind": zoo.create_model("resnet20-16", 5)}
+    with pytest.raises(ZooError, match="rewind= has 5 classes, weights= has 7"):
+        zoo.load("resnet20-16", 2, dense, profile="equal", num_classes=7, **early)
     pruned = zoo.load("resnet20-16", 2, dense, profile="equal")
     with pytest.raises(CheckpointError, match="misshapen"):
         zoo.load("resnet20-16", 2, pruned, profile="equal")

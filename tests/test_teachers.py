@@ -96,6 +96,15 @@ def test_a_new_classifier_is_not_taught_the_old_classes(base, toy_images):
         finetune(model, five, None, teacher="source", recipe=ONCE)
 
 
+def test_a_source_without_these_classes_teaches_no_one(base, toy_images):
+    model = zoo.load("cnet", 2, base, profile="equal", num_classes=5)
+    five = replace(toy_images, classes=tuple("abcde"))
+    assert find_teacher(model, "auto") == (None, None)
+    with pytest.raises(CheckpointError, match=r"new classifier of 5 classes.*as teacher="):
+        finetune(model, five, None, teacher="source", recipe=ONCE)
+    assert finetune(model, five, None, recipe=ONCE, cpu=True).teacher is None
+
+
 def test_a_network_without_a_record_has_no_source(toy_images):
     assert find_teacher(network(), "auto") == (None, None)
     with pytest.raises(ZooError, match="no record"):

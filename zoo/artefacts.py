@@ -154,11 +154,12 @@ def _named(source: Source) -> str:
 def _readme(record: PruningRecord) -> str:
     plan, name = record.plan, record.architecture
     weights = record.init if record.rewind is None else f"rewound to {_named(record.rewind)}"
+    origin = "; the classifier is new, the source has none of them"
     notes = [
         f"Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: "
         f"got {plan.got:.3f}x.",
         f"Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {weights}.",
-        f"Classes: {record.num_classes}.",
+        f"Classes: {record.num_classes}{origin if record.new_classifier else ''}.",
         f"Pruned from: {_named(record.source)}.",
     ]
     if (on := plan.latency) is not None:

@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,64 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from zoo.checkpoints import Checkpoint, read_checkpoint
-from zoo.errors import CheckpointError, ZooError
+from zoo.errors import CheckpointError, ZooError, integer
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
 from zoo.models.adapters import adapted_names
 
-__all__ = ["Uninitialised", "load_dense"]
+__all__ = ["Dense", "Uninitialised", "load_dense"]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense network with the weights of a checkpoint, in eval mode on the CPU.
+
+    Attributes:
+        image_size: in pixels per side.
+        new_classifier: whether its classifier is not the checkpoint's, which has none or one of
+            other classes.
+    """
+
+    module: nn.Module
+    checkpoint: Checkpoint
+    num_classes: int
+    image_size: int
+    new_classifier: bool = False
 
 
 def load_dense(
-    arch: str, weights: str | Path | Mapping[str, Any] | nn.Module, *, image_size: int | None = None
-) -> tuple[nn.Module, Checkpoint, int, int]:
-    """(module, checkpoint, num_classes, image_size): the dense network that `weights` belong to.
+    arch: str,
+    weights: str | Path | Mapping[str, Any] | nn.Module,
+    *,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+) -> Dense:
+    """The dense network that `weights` belong to.
 
-    The module is in eval mode, on the CPU, shares nothing with `weights`, and has the data types of
-    a fresh network: half-precision weights become float32. Where the checkpoint is of more than the
-    network (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one prefix
-    that fits are taken, with a warning that names it and what was left out.
+    It shares nothing with `weights`, and has the data types of a fresh network: half-precision
+    weights become float32. Where the checkpoint is of more than the network
+    (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one prefix that fits
+    are taken, with a warning that names it and what was left out.
 
     Args:
         arch: an architecture's name.
         weights: as for `read_checkpoint`.
         image_size: in pixels. Taken from the classifier where that depends on it; otherwise this,
             or the checkpoint's own metadata, or the architecture's reference.
+        num_classes: a checkpoint without a classifier, or with one of other classes, gets a new one
+            of so many; by default the checkpoint's own.
+        seed: of a new classifier, which is that of `build_model` with this seed.
 
     Raises:
         CheckpointError: as `read_checkpoint`, or if the tensors do not fit `arch`: how many and
-            which are missing, unexpected or misshapen, and the architecture that they do fit; or
-            if those under several prefixes do.
+            which are missing, unexpected or misshapen, and the architecture that they do fit; if
+            those under several prefixes do; or if only the classifier is missing, and
+            `num_classes` is not given.
+        ZooError: for a bad number of classes.
     """
     known = architecture(arch)
+    if num_classes is not None:
+        num_classes = integer("num_classes", num_classes, 1)
     checkpoint = read_checkpoint(weights)
     stated = checkpoint.metadata.get("image_size")
     if stated is not None and not stated.isdecimal():
@@ -56,20 +86,30 @@ def load_dense(
             if inner is None:
                 raise
             fit = inner
+        if fit.classes is None and num_classes is None:
+            missing = ", ".join(sorted(_classifier(known)))
+            raise CheckpointError(
+                f"Its classifier is missing ({missing}): pass num_classes= for a new one."
+            )
     except CheckpointError as error:
         raise CheckpointError(
             f"{checkpoint.source.reference} does not fit {arch!r}. {error}"
             f"{_suggestion(arch, checkpoint.shapes)}"
         ) from None
-    module, names, classes, size = fit
-    if image_size and image_size != size:
+    if image_size and image_size != fit.size:
         raise CheckpointError(
-            f"The classifier in {checkpoint.source.reference} is for images of {size} pixels, "
+            f"The classifier in {checkpoint.source.reference} is for images of {fit.size} pixels, "
             f"not {image_size}."
         )
-    state = {own: checkpoint.state[name] for name, own in names.items()}
+    state = {own: checkpoint.state[name] for name, own in fit.names.items()}
+    module, classes = fit.module, num_classes or fit.classes
+    assert classes is not None
+    if new := classes != fit.classes:
+        module = build_model(arch, classes, image_size=fit.size, seed=seed)
+        own_shapes = _shapes(module)
+        state = {name: t for name, t in state.items() if tuple(t.shape) == own_shapes.get(name)}
     module.load_state_dict(state, strict=False)
-    return module.eval(), checkpoint, classes, size
+    return Dense(module.eval(), checkpoint, classes, fit.size, new)
 
 
 class _Misfit(CheckpointError):
@@ -80,8 +120,17 @@ class _Misfit(CheckpointError):
         self.count = count
 
 
-_Fit = tuple[nn.Module, dict[str, str], int, int]
-"""A network, the name in it of each stored name, its classes and its image size."""
+@dataclass(frozen=True)
+class _Fit:
+    """A network (uninitialised), the name in it of each stored name, and what it is for.
+
+    `classes` is None where the stored tensors are all but the classifier's.
+    """
+
+    module: nn.Module
+    names: Mapping[str, str]
+    classes: int | None
+    size: int
 
 
 def _under_a_prefix(
@@ -96,7 +145,8 @@ def _under_a_prefix(
     """
     shapes = checkpoint.shapes
     with torch.device("meta"):
-        least = len(list(build_model(known.name, known.num_classes).parameters()))
+        parameters = dict(build_model(known.name, known.num_classes).named_parameters())
+    least = len(parameters.keys() - _classifier(known))
     prefixes = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
     fits: dict[str, _Fit] = {}
     for prefix, count in prefixes.items():
@@ -104,6 +154,8 @@ def _under_a_prefix(
             own = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
             with contextlib.suppress(_Misfit):
                 fits[prefix] = _adapted(known, own, image_size)
+    whole = {prefix: fit for prefix, fit in fits.items() if fit.classes is not None}
+    fits = whole or fits
     if not fits:
         return None
     if len(fits) > 1:
@@ -111,7 +163,7 @@ def _under_a_prefix(
             f"It holds such a network under {' and under '.join(map(repr, fits))}: pass the state "
             "dict of the one that is meant."
         )
-    ((prefix, (module, names, classes, size)),) = fits.items()
+    ((prefix, fit),) = fits.items()
     others = [name for name in shapes if not name.startswith(prefix)]
     more = ", ..." if len(others) > 3 else ""
     warnings.warn(
@@ -119,7 +171,7 @@ def _under_a_prefix(
         f"{len(others)} others left out: {', '.join(others[:3])}{more}.",
         stacklevel=3,
     )
-    return module, {prefix + name: new for name, new in names.items()}, classes, size
+    return replace(fit, names={prefix + name: new for name, new in fit.names.items()})
 
 
 def _adapted(
@@ -134,30 +186,35 @@ def _adapted(
     for adapter, names in adapted_names(shapes):
         renamed = {names[name]: shape for name, shape in shapes.items()}
         try:
-            module, classes, size = _fitting(known, renamed, image_size)
+            fit = _fitting(known, renamed, image_size)
         except _Misfit as misfit:
             read_as = f" (Its key names were read as those of {adapter}.)" if adapter else ""
             misfits.append(_Misfit(f"{misfit}{read_as}", misfit.count))
         else:
-            return module, names, classes, size
+            return replace(fit, names=names)
     raise min(misfits, key=lambda misfit: misfit.count)
 
 
 def _fitting(
     known: Architecture, shapes: Mapping[str, tuple[int, ...]], image_size: int | None
-) -> tuple[nn.Module, int, int]:
-    """A network (uninitialised), its classes and image size, for tensors of these `shapes`."""
+) -> _Fit:
+    """The network for tensors of these `shapes`, under their own names.
+
+    Raises:
+        _Misfit: if they are not those of one, with or without its classifier.
+    """
     problems = []
+    classes: int | None = None
+    size = image_size or known.image_size
+    try:
+        classes, size = known.infer(shapes)
+    except CheckpointError as error:
+        problems.append(str(error))
+    if image_size and known.flatten_stride is None:
+        size = image_size
     with Uninitialised():
-        try:
-            classes, size = known.infer(shapes)
-        except CheckpointError as error:
-            problems.append(str(error))
-            classes, size = known.num_classes, known.image_size
-        if image_size and known.flatten_stride is None:
-            size = image_size
-        module = build_model(known.name, classes, image_size=size)
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+        module = build_model(known.name, classes or known.num_classes, image_size=size)
+    expected = _shapes(module)
     wrong = {
         "missing": [
             name
@@ -175,13 +232,30 @@ def _fitting(
             if shapes.get(name, expected[name]) != expected[name]
         ],
     }
+    count = sum(map(len, wrong.values()))
+    only_missing = count == len(wrong["missing"])
+    if classes is None and only_missing and set(wrong["missing"]) == _classifier(known):
+        return _Fit(module, {}, None, size)
     for kind, names in wrong.items():
         if names:
             more = ", ..." if len(names) > 3 else ""
             problems.append(f"{len(names)} {kind}: {', '.join(names[:3])}{more}.")
     if problems:
-        raise _Misfit(" ".join(problems), sum(map(len, wrong.values())))
-    return module, classes, size
+        raise _Misfit(" ".join(problems), count)
+    return _Fit(module, {}, classes, size)
+
+
+def _classifier(known: Architecture) -> set[str]:
+    """The tensors of an architecture whose shapes depend on the number of classes."""
+    with torch.device("meta"):
+        shapes, others = (
+            _shapes(build_model(known.name, known.num_classes + more)) for more in (0, 1)
+        )
+    return {name for name, shape in shapes.items() if others[name] != shape}
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _suggestion(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> str:

@@ -54,7 +54,8 @@ def create_model(
     Args:
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
         num_classes: outputs of the classifier.
-        pretrained: a checkpoint, as `load` takes them; its classes must be `num_classes`.
+        pretrained: a checkpoint, as `load` takes them; where it has no classifier, or one of other
+            classes, only that is random.
         image_size: pixels; only architectures that flatten a map (cnet) depend on it.
         seed: of the random weights.
 
@@ -64,10 +65,9 @@ def create_model(
     """
     if pretrained is None:
         return build_model(arch, num_classes, image_size=image_size, seed=seed)
-    module, _, classes, _ = load_dense(arch, pretrained, image_size=image_size)
-    if classes != num_classes:
-        raise ZooError(f"The checkpoint has {classes} classes; {num_classes} were asked for.")
-    return module
+    return load_dense(
+        arch, pretrained, image_size=image_size, num_classes=num_classes, seed=seed
+    ).module
 
 
 @_ordinary_mode
@@ -88,6 +88,7 @@ def load(
     refit: bool = False,
     data: Dataset | DataLoader | None = None,
     image_size: int | None = None,
+    num_classes: int | None = None,
 ) -> nn.Module:
     """A pruned network from a dense checkpoint, by a profile that was found on other data.
 
@@ -107,13 +108,16 @@ def load(
         init: keep the `pretrained` weights, start the pruned network from `random` ones, or from
             `rewound` ones: the channels are chosen on `weights` (Frankle and Carbin, 2019).
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
-        seed: of the random choice of channels, of the `random` policy and of `init="random"`.
+        seed: of the random choice of channels, of the `random` policy, of `init="random"` and of a
+            new classifier.
         align: widths are multiples of it, or whole: for a policy, or a profile with `refit`.
         floor: the least keep ratio of any channel group, likewise; pinned ones apart.
         keep: module name or prefix -> keep ratio that its channel groups are pinned to, likewise.
         refit: rescale the profile's ratios by one common factor to meet `cf` for this network.
         data: labelled images for criteria that need them.
         image_size: pixels that MACs are counted at; by default the checkpoint's or the reference's.
+        num_classes: outputs of a new classifier, with random weights, where the checkpoint has none
+            or one of other classes; `module.pruning.new_classifier` records it.
 
     Returns:
         An ordinary `nn.Module` in eval mode, sharing nothing with `weights`, with the attribute
@@ -122,7 +126,8 @@ def load(
     Raises:
         FactorError: for a factor without a profile, another than the given profile's, or one out of
             a policy's reach.
-        CheckpointError: for a checkpoint that is unsafe, broken, or of another architecture.
+        CheckpointError: for a checkpoint that is unsafe, broken, or of another architecture; or
+            without a classifier where `num_classes` is not given.
     """
     architecture(arch)
     if image_size is not None:
@@ -136,16 +141,30 @@ def load(
         )
     # before the weights are read: a missing profile costs nothing
     asked = request(profile, arch, cf, metric, criterion, seed, align, floor, keep, refit)
-    module, checkpoint, classes, size = load_dense(arch, weights, image_size=image_size)
-    groups = groups_of(arch, module, size)
-    made = planned(module, groups, asked, data)
+    dense = load_dense(arch, weights, image_size=image_size, num_classes=num_classes, seed=seed)
+    groups = groups_of(arch, dense.module, dense.image_size)
+    made = planned(dense.module, groups, asked, data)
+    module, classes = dense.module, dense.num_classes
     early: Source | None = None
     if rewind is not None:
-        module, rewound, early_classes, _ = load_dense(arch, rewind, image_size=size)
-        early = rewound.source
-        if early_classes != classes:
-            raise ZooError(f"rewind= has {early_classes} classes, weights= has {classes}.")
-    return _cut(module, groups, made, arch, classes, checkpoint.source, init, early)
+        wanted = classes if dense.new_classifier else None
+        rewound = load_dense(
+            arch, rewind, image_size=dense.image_size, num_classes=wanted, seed=seed
+        )
+        module, early = rewound.module, rewound.checkpoint.source
+        if rewound.num_classes != classes:
+            raise ZooError(f"rewind= has {rewound.num_classes} classes, weights= has {classes}.")
+    return _cut(
+        module,
+        groups,
+        made,
+        arch,
+        classes,
+        dense.checkpoint.source,
+        init,
+        early,
+        dense.new_classifier,
+    )
 
 
 @_ordinary_mode
@@ -287,6 +306,7 @@ def _cut(
     init: Init = "pretrained",
     rewind: Source | None = None,
     rewrite: bool = False,
+    new_classifier: bool = False,
 ) -> nn.Module:
     pruned = surgery.apply(module, groups, made)
     if init == "random":
@@ -302,6 +322,7 @@ def _cut(
         versions={package: importlib.metadata.version(package) for package in packages},
         rewind=rewind,
         rewritten=rewrite,
+        new_classifier=new_classifier,
     )
     pruned.pruning = record  # type: ignore[assignment]
     return pruned.eval()

@@ -112,6 +112,11 @@ def pruning_summary(record: PruningRecord) -> str:
         f"{record.num_classes} classes, {plan.input_size}",
         *(f"{name}: {old:,} -> {new:,} ({old / new:.2f}x)" for name, old, new in costs),
     ]
+    if record.new_classifier:
+        lines.append(
+            f"the classifier is new, because the source has none of these {record.num_classes} "
+            "classes: the network has to be trained"
+        )
     on, old, new = plan.latency, plan.dense.latency, plan.pruned.latency
     if on is not None and old and new:
         lines.append(

@@ -57,25 +57,30 @@ def source_network(model: nn.Module) -> nn.Module:
     """The dense network that a pruned one was cut from, in eval mode, on the CPU.
 
     Raises:
-        CheckpointError: if no file is recorded, it is missing, or it is not the one it was.
+        CheckpointError: if no file is recorded, it is missing, or it is not the one it was; or if
+            it has no classifier of the classes of `model`.
         ZooError: if `model` is not pruned, or the Hub does not give the file.
     """
     record = _record(model)
     source = record.source
+    if record.new_classifier:
+        raise CheckpointError(
+            f"The network has a new classifier of {record.num_classes} classes, which "
+            f"{source.reference} has none of, so that it cannot teach: give a network of these "
+            "classes as teacher=, or None."
+        )
     if source.sha256 is None:
         raise CheckpointError(
             f"The network was pruned from a {source.reference}, and no file is recorded that the "
             "dense weights could be read from: give the dense network itself as teacher=."
         )
-    module, checkpoint, _, _ = load_dense(
-        record.architecture, source.reference, image_size=record.image_size
-    )
-    if checkpoint.source.sha256 != source.sha256:
+    dense = load_dense(record.architecture, source.reference, image_size=record.image_size)
+    if dense.checkpoint.source.sha256 != source.sha256:
         raise CheckpointError(
             f"{source.reference} is not what the network was pruned from: its sha256 is "
-            f"{checkpoint.source.sha256}, recorded is {source.sha256}."
+            f"{dense.checkpoint.source.sha256}, recorded is {source.sha256}."
         )
-    return module
+    return dense.module
 
 
 def _record(model: nn.Module) -> PruningRecord:
@@ -92,4 +97,6 @@ def _as_pruned(model: nn.Module) -> bool:
     """Whether `model` is as it was cut: another classifier asks another question."""
     record = record_of(model)
     count = sum(parameter.numel() for parameter in model.parameters())
-    return record is not None and count == record.plan.pruned.params
+    if record is None or record.new_classifier:
+        return False
+    return count == record.plan.pruned.params

@@ -172,12 +172,17 @@ def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module]
     weights: Any = command.weights or zoo.create_model(
         command.arch, command.classes, image_size=command.size
     )
-    dense, _, _, size = load_dense(command.arch, weights, image_size=command.size)
+    dense = load_dense(command.arch, weights, image_size=command.size)
     return {
-        name: dense
+        name: dense.module
         if name == "dense"
         else zoo.load(
-            command.arch, cf, weights, profile=name, metric=command.metric, image_size=size
+            command.arch,
+            cf,
+            weights,
+            profile=name,
+            metric=command.metric,
+            image_size=dense.image_size,
         )
         for name in command.networks
-    }, size
+    }, dense.image_size

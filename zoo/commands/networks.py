@@ -140,6 +140,8 @@ class PruneCommand:
     """folder of the data set's files"""
     size: int | None = None
     """pixels per side; by default the checkpoint's, or the architecture's reference"""
+    classes: int | None = None
+    """outputs; a checkpoint without a classifier, or with other classes, gets a new classifier"""
 
 
 def prune(command: PruneCommand) -> None:
@@ -148,7 +150,8 @@ def prune(command: PruneCommand) -> None:
 
     images = None
     if command.data is not None:
-        size = command.size or load_dense(command.arch, command.weights)[-1]
+        dense = load_dense(command.arch, command.weights, num_classes=command.classes)
+        size = command.size or dense.image_size
         images = zoo.load_data(command.data, command.data_dir, size=size).train
     model = zoo.load(
         command.arch,
@@ -166,6 +169,7 @@ def prune(command: PruneCommand) -> None:
         refit=command.refit,
         data=images,
         image_size=command.size,
+        num_classes=command.classes,
     )
     zoo.save(model, command.out)
     record: Any = model.pruning
@@ -190,6 +194,7 @@ class FinetuneCommand(_Training):
 
 def finetune(command: FinetuneCommand) -> int | None:
     from zoo.artefacts import check_place
+    from zoo.dense import load_dense
 
     recipe = _recipe(command)
     model = zoo.load_pruned(command.folder)
@@ -201,9 +206,7 @@ def finetune(command: FinetuneCommand) -> int | None:
     splits = zoo.load_data(command.data, command.data_dir, size=size)
     teacher: Any = None if command.teacher == "none" else command.teacher
     if teacher not in (None, "auto", "source"):
-        teacher = zoo.create_model(
-            record.architecture, record.num_classes, pretrained=teacher, image_size=size
-        )
+        teacher = load_dense(record.architecture, teacher, image_size=size).module
     result = _fit(command, model, splits, recipe, out, teacher)
     if not _main_process():
         return None

@@ -39,5 +39,5 @@ def read_network(path: str, arch: str | None, size: int | None) -> Network:
     name = arch or read_checkpoint(path).metadata.get("architecture")
     if name is None:
         raise ZooError(f"{path} does not say which architecture it belongs to; add --arch.")
-    model, _, _, own = load_dense(name, path, image_size=size)
-    return Network(model, own, name)
+    dense = load_dense(name, path, image_size=size)
+    return Network(dense.module, dense.image_size, name)

@@ -86,6 +86,8 @@ class PruningRecord:
         versions: of the packages that made it.
         rewind: the checkpoint that `rewound` weights are from.
         rewritten: whether it is the traced program of the dense network (`zoo.pruning.rewriting`).
+        new_classifier: whether the source has no classifier of these classes, so that the network
+            began with a random one.
     """
 
     architecture: str
@@ -97,6 +99,7 @@ class PruningRecord:
     versions: dict[str, str]
     rewind: Source | None = None
     rewritten: bool = False
+    new_classifier: bool = False
 
 
 def record_of(module: object) -> PruningRecord | None:

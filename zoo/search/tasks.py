@@ -200,10 +200,12 @@ def load_task(arch: str, path: str, splits: Splits) -> Task:
         ZooError: for a base network near chance, or one kept from another validation split.
     """
     size = splits.val.image_size
-    module, checkpoint, classes, _ = load_dense(arch, path, image_size=size)
-    if classes != splits.num_classes:
+    dense = load_dense(arch, path, image_size=size)
+    module, checkpoint = dense.module, dense.checkpoint
+    if dense.num_classes != splits.num_classes:
         raise ZooError(
-            f"{path} has {classes} classes, the data set {splits.val.name} {splits.num_classes}."
+            f"{path} has {dense.num_classes} classes, the data set {splits.val.name} "
+            f"{splits.num_classes}."
         )
     trained_beside = checkpoint.metadata.get("split_digest")
     if trained_beside is None:
