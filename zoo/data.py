@@ -30,6 +30,7 @@ from zoo.images import (
     ImageSet,
     decode_all,
     picture_files,
+    readable,
 )
 
 __all__ = ["DATASETS", "IN_MEMORY", "AnyImages", "ImageSet", "Splits", "load_data"]
@@ -39,6 +40,9 @@ IN_MEMORY = 2**31
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation per channel of what most networks were trained on."""
+
+_DECODED = "upright, 16 bits scaled"
+"""What the cache's pixels are; changed when the same files begin to give others."""
 
 VALIDATION_SHARE = 0.1
 Channels = tuple[float, float, float]
@@ -121,7 +125,7 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages
     except OSError as error:
         raise DataError(f"{folder} holds a file that cannot be read: {error}.") from None
     stamp = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
-    stamp += f"\n{size}"
+    stamp += f"\n{size}\n{_DECODED}"
     cached = cache_folder() / "images" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.npy"
     if cache and cached.is_file():
         images = np.load(cached, allow_pickle=False)
@@ -166,11 +170,8 @@ def _encoding(train: Path, classes: Iterable[str]) -> str:
     from PIL import Image
 
     first = next(path for name in classes for path in picture_files(train / name))
-    try:
-        with Image.open(first) as image:
-            tables = getattr(image, "quantization", None)
-    except UNREADABLE as error:
-        raise DataError(f"{first} cannot be read as an image: {error}.") from None
+    with readable(first), Image.open(first) as image:
+        tables = getattr(image, "quantization", None)
     if not tables:
         return ""
     scale = 100 * max(tables[0]) / 121
@@ -265,9 +266,11 @@ def load_data(name: str, root: str | Path | None = None, *, size: int = 32) -> S
         root: folder of the files.
         size: pixels per side; other sizes are resampled by area.
 
+    Pictures of every mode become RGB of 8 bits as `zoo.images.to_rgb` says.
+
     Raises:
-        DataError: for an unknown name, missing or unreadable files, or a choice of fewer than two
-            classes.
+        DataError: for an unknown name, missing or unreadable files, pictures whose black and white
+            are not known, or a choice of fewer than two classes.
     """
     chosen = _CLASSES.search(name)
     if chosen:

@@ -6,11 +6,12 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["EXTENSIONS", "UNREADABLE", "AnyImages", "ImageFiles", "ImageSet", "decode_all",
-           "picture_files", "sent"]  # fmt: skip
+           "open_picture", "picture_files", "readable", "sent", "to_rgb"]  # fmt: skip
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -191,6 +192,96 @@ def picture_files(folder: Path) -> list[Path]:
     return sorted(path for path in named if shown(path) and not path.is_dir())
 
 
+@contextmanager
+def readable(name: object) -> Iterator[None]:
+    """What Pillow raises within, as a `DataError` that names what could not be read."""
+    from PIL import Image
+
+    try:
+        yield
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be read as an image: {error}.") from None
+
+
+def open_picture(source: Path | BinaryIO) -> Image:
+    """The picture in a file, or at the position of an open one, as `to_rgb` has it.
+
+    Raises:
+        DataError: if it cannot be read, and as `to_rgb`.
+    """
+    from PIL import Image
+
+    with readable(source), Image.open(source) as picture:
+        return to_rgb(picture)
+
+
+def to_rgb(picture: Image) -> Image:
+    """A copy of `picture` in RGB of 8 bits, upright: what training and inference begin with.
+
+    Grey of 16 bits (12 in TIFFs that say so) is scaled by the range of its type, floats from 0..1
+    (0..255 in the copy). Of 16 bits in colour, Pillow reads the upper 8. Transparency is dropped:
+    a pixel has the colour that is stored for it, as with torchvision, whatever its alpha.
+    Palettes, CMYK and the like are converted as Pillow does. An EXIF orientation is applied, as
+    viewers and the datasets package do; one that cannot be read is ignored. Of several frames, the
+    first.
+
+    Raises:
+        DataError: if it cannot be read, or its values have no known range: integers of 32 bits,
+            or floats of which some are outside 0..1.
+    """
+    from PIL import ImageOps
+
+    name = getattr(picture, "filename", "") or "The picture"
+    with readable(name):
+        picture.load()
+        if picture.mode.startswith(("I", "F")):
+            pixels = _scaled(picture, name)
+        elif picture.mode in _THROUGH:
+            pixels = picture.convert(_THROUGH[picture.mode]).convert("RGB")
+        else:
+            pixels = picture.convert("RGB")
+    with suppress(*UNREADABLE):
+        ImageOps.exif_transpose(pixels, in_place=True)
+    return pixels
+
+
+_THROUGH = {"P": "RGBA", "La": "LA"}
+"""Modes that Pillow converts to RGB only through another, or else with a warning."""
+
+_BITS, _PHOTOMETRIC = 258, 262
+"""The TIFF tags of the bits per sample, and of whether white is 0 or the largest value."""
+
+
+def _scaled(picture: Image, name: str) -> Image:
+    """A picture of one channel of more than 8 bits in RGB, which still tells its orientation."""
+    from PIL import Image
+
+    values = np.asarray(picture)
+    tags = getattr(picture, "tag_v2", {})
+    if picture.mode == "F":
+        low, high, white = values.min(), values.max(), 1
+        if not (low >= 0 and high <= 1):  # nor if it is not a number
+            raise DataError(
+                f"{name} holds floats from {low:g} to {high:g}, of which black and white are not "
+                "known: scale them to 0..1, or save it in 8 or 16 bits."
+            )
+    elif picture.mode.startswith("I;16"):
+        white = 2 ** tags.get(_BITS, (16,))[0] - 1
+    elif picture.format in ("PNG", "PPM"):  # 16 bits, which Pillow may widen
+        white = 65535
+    else:
+        raise DataError(
+            f"{name} holds integers of 32 bits, of which black and white are not known: "
+            "save it in 8 or 16 bits."
+        )
+    shares = values / np.float32(white)
+    if tags.get(_PHOTOMETRIC) == 0:
+        shares = 1 - shares
+    pixels = Image.fromarray((255 * shares).round().astype(np.uint8)).convert("RGB")
+    pixels.info = {key: told for key, told in picture.info.items() if key != "transparency"}
+    return pixels
+
+
 def decode(
     source: Path | Image, size: int | None, box: Sequence[float] | None = None
 ) -> np.ndarray:
@@ -200,22 +291,18 @@ def decode(
         box: what is taken of it, as `gather` has it; all, resampled by area, without.
 
     Raises:
-        DataError: naming the file, if it cannot be read.
+        DataError: as `open_picture`, naming the file.
     """
     from PIL import Image
 
-    try:
-        with Image.open(source) if isinstance(source, Path) else source as image:
-            pixels = image.convert("RGB")
-            if size is not None and box is not None:
-                (left, top, right, bottom), (width, height) = box, pixels.size
-                corners = left * width, top * height, right * width, bottom * height
-                pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, corners)
-            elif size is not None and pixels.size != (size, size):
-                pixels = pixels.resize((size, size), Image.Resampling.BOX)
-            return np.asarray(pixels)
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise DataError(f"{source} cannot be read as an image: {error}.") from None
+    pixels = open_picture(source) if isinstance(source, Path) else to_rgb(source)
+    if size is not None and box is not None:
+        (left, top, right, bottom), (width, height) = box, pixels.size
+        corners = left * width, top * height, right * width, bottom * height
+        pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, corners)
+    elif size is not None and pixels.size != (size, size):
+        pixels = pixels.resize((size, size), Image.Resampling.BOX)
+    return np.asarray(pixels)
 
 
 def decode_all(images: Iterable[Path | Image], size: int | None) -> np.ndarray:

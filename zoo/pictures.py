@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from zoo.errors import DataError, ExportError
-from zoo.images import UNREADABLE, picture_files
+from zoo.images import open_picture, picture_files, to_rgb
 from zoo.onnx_metadata import Metadata
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
     Resized as `zoo.load_data` resizes: to the size of the export, whatever the proportions.
 
     Raises:
+        DataError: as `zoo.images.to_rgb`.
         ExportError: if the file does not say its images' shape, mean and std.
     """
     from PIL import Image
@@ -38,7 +39,7 @@ def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
             f"know their mean and std, or name those in ExportOptions; or give it arrays."
         )
     channels, height, width = shape
-    pixels = picture.convert(_MODES[channels])
+    pixels = to_rgb(picture).convert(_MODES[channels])
     if pixels.size != (width, height):
         pixels = pixels.resize((width, height), Image.Resampling.BOX)
     array = np.asarray(pixels, np.float32).reshape(height, width, channels) / 255
@@ -58,19 +59,3 @@ def find_pictures(folder: Path) -> list[Path]:
         what = "holds no pictures" if folder.is_dir() else "is not a folder"
         raise DataError(f"{folder} {what}.")
     return found
-
-
-def open_picture(source: Path | BinaryIO) -> Image:
-    """The picture in a file, or at the position of an open one, read whole.
-
-    Raises:
-        DataError: if it cannot be.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(source) as picture:
-            picture.load()
-            return picture
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise DataError(f"{source} cannot be read as an image: {error}.") from None

@@ -96,6 +96,7 @@ class InferenceSession:
                 image or a list of them, resized and normalised as the file's metadata say.
 
         Raises:
+            DataError: if a picture cannot be read, or its black and white are not known.
             ExportError: if the images have another shape or are not floating-point, if the file
                 does not say what pictures are to become, or if the provider fails.
         """
@@ -156,7 +157,7 @@ class InferenceSession:
                 part: list[Any] = []
                 try:
                     for image in islice(remaining, batch_size):
-                        part.append(image)
+                        part.append(self._array(image))
                 except Exception as error:  # of one image; those before it are not lost
                     failure = error
                 if not part:
