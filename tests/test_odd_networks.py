@@ -335,6 +335,31 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
     "written in place by an operator": (
         lambda: net(lambda _, x: x.index_put((torch.tensor([0]),), x[1]).cumsum_(1)), "a", "at n",
     ),
+    # widths that are read from the tensor and computed with
+    "groups of four": (
+        lambda: net(lambda _, x: x.unflatten(1, (len(x[0]) // 4, 4)).transpose(1, 2).flatten(1, 2)),
+        "a", "its width 4",
+    ),
+    "a normalisation of as many groups": (
+        lambda: net(lambda _, x: F.group_norm(x, x.shape[1] // 4)), "a", "computed with (",
+    ),
+    "a scale of the width": (
+        lambda: net(lambda _, x: x * x.mean((1, 2, 3), True) / len(x[0]) ** 0.5),
+        "a", "its width 8 is used as a number at node 'div'",
+    ),
+    "a temperature of the width": (
+        lambda: net(lambda _, x: (x.flatten(2) * 0.5).clamp(max=x.size(1) / 16).view_as(x)),
+        "a", "its width 8 is used as a number at node 'clamp'",
+    ),
+    "a loop over the width": (
+        lambda: net(lambda _, x: x * sum(x.mean() for _ in range(x.shape[1]))),
+        "a", "decides what is computed",
+    ),
+    "quarters by slices": (
+        lambda: net(lambda _, x: torch.cat(
+            [x[:, i : i + x.shape[1] // 4] * i for i in range(0, x.shape[1], x.shape[1] // 4)], 1)),
+        "a", "its width",
+    ),
     "a branch on values": (
         lambda: net(lambda _, x: torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))),
         "a", "'cond', which has no rule",

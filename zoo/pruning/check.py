@@ -1,48 +1,41 @@
 """The check of channel groups: a trial surgery, and what it shows that no label could.
 
-Under fake tensors every layer's output shape is compared with the predicted one; a second trace
-compares the bounds of slices of channels, which can be wrong in the right shape; and parts that
-only training uses are run in training mode.
+Under fake tensors every layer's output shape is compared with the predicted one; where slices of
+channels, or numbers that change with the widths, could be wrong in the right shape, the trial is
+traced (`zoo.pruning.retrace`); and parts that only training uses are run in training mode.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from zoo.calls import Inputs, call, leaves, mapped
 from zoo.cost import Cost
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups
-from zoo.pruning.labels import Labels, Value, is_channels
 from zoo.pruning.plan import Plan, attribute_values
-from zoo.pruning.program import Program, locate, module_path, operator_name
+from zoo.pruning.program import Program
+from zoo.pruning.retrace import (
+    Failure,
+    agree,
+    first_change,
+    numbers_in,
+    predicted,
+    shown,
+    slices_channels,
+)
 from zoo.pruning.surgery import apply, named_tensors, resized
-from zoo.pruning.tracing import export
 
-__all__ = ["Failure", "first_failure", "removed_roots"]
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Where a trial surgery went wrong: the module's path, and what was seen.
-
-    `row` are the channels to keep whole for it, and `where` the node, if that much is known.
-    """
-
-    path: str
-    message: str
-    row: Labels | None = None
-    where: str = ""
+__all__ = ["first_failure", "removed_roots"]
 
 
 def first_failure(
@@ -59,19 +52,18 @@ def first_failure(
     Raises:
         GraphError: if a part that has no share in eval mode would break in training mode.
     """
-    failure = _check_shapes(module, groups, program, inputs)
+    failure = _check_shapes(module, groups, program, inputs, _trial_plan(groups))
     if failure is None:
-        failure = _check_slices(module, groups, program, inputs)
+        failure = _check_numbers(module, groups, program, inputs)
     if failure is None:
         _check_training(module, groups, program, inputs)
     return failure
 
 
 def _check_shapes(
-    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs, plan: Plan
 ) -> Failure | None:
     """The first layer whose output shape, under fake tensors, is not as predicted."""
-    plan = _trial_plan(groups)
     removed = removed_roots(program, groups, plan)
     with _faked(module) as (mode, fake):
         pruned = apply(fake, groups, plan).eval()
@@ -82,7 +74,10 @@ def _check_shapes(
                 result = call(pruned, mapped(mode.from_tensor, inputs))
             except Exception as error:
                 where = active[-1] if active else ""
-                return Failure(where, (str(error).strip().splitlines() or [""])[0])
+                message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                calls = program.calls[: len(seen)]
+                before = ((made.path, row) for made in calls for row in made.value.labels)
+                return Failure(where, message, before=tuple(before))
     by_path: dict[str, list[tuple[int, ...] | None]] = defaultdict(list)
     for path, shape in seen:
         by_path[path].append(shape)
@@ -91,25 +86,18 @@ def _check_shapes(
         shapes = by_path.get(made.path, [])
         if taken[made.path] >= len(shapes):
             return Failure(made.path, "was called less often than in the traced program")
-        got, expected = shapes[taken[made.path]], _predicted(program, made.value, removed)
+        got, expected = shapes[taken[made.path]], predicted(program, made.value, removed)
         taken[made.path] += 1
-        if got is not None and not _agree(got, expected):
-            return Failure(made.path, f"gives shape {got}, expected {_shown(expected)}")
+        if got is not None and not agree(got, expected):
+            return Failure(made.path, f"gives shape {got}, expected {shown(expected)}")
     outputs = leaves(result)
     if len(outputs) != len(program.outputs):
         return Failure("", f"gives {len(outputs)} tensors, expected {len(program.outputs)}")
     for output, value in zip(outputs, program.outputs, strict=True):
-        expected = _predicted(program, value, removed)
-        if not _agree(tuple(output.shape), expected):
-            return Failure("", f"gives shape {tuple(output.shape)}, expected {_shown(expected)}")
+        expected = predicted(program, value, removed)
+        if not agree(tuple(output.shape), expected):
+            return Failure("", f"gives shape {tuple(output.shape)}, expected {shown(expected)}")
     return None
-
-
-def _agree(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """Whether the shapes are the same where a size is expected at all."""
-    return len(got) == len(expected) and all(
-        size in (None, own) for own, size in zip(got, expected, strict=True)
-    )
 
 
 def _check_training(
@@ -148,58 +136,26 @@ def _faked(module: nn.Module) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
         log.setLevel(level)
 
 
-def _check_slices(
+def _check_numbers(
     module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> Failure | None:
-    """Trace a trial surgery; the first slice of channels whose bounds have not moved with them.
+    """What a trace of a trial surgery shows, where slices or numbers could be wrong in it.
 
-    Two such slices can agree in every shape that follows, as the halves of a swap do. The trial
-    removes the first and the last channel of every group, and every other one between.
+    The trial removes the first and the last channel of every group, and every other one between.
     """
-    dense = list(_slices(program.exported))
-    if not any(_cuts_channels(program, node) for node in dense):
-        return None
     plan = _plan(groups, {g.name: range(1, max(2, g.size - 1), 2) for g in groups.groups})
-    removed = removed_roots(program, groups, plan)
-    pruned = list(_slices(export(apply(module, groups, plan), inputs)))
-    if len(pruned) != len(dense):
-        return Failure("", "other slices are taken than in the traced program")
-    for node, new in zip(dense, pruned, strict=True):
-        row = _sliced_row(program, node)
-        if row is None or not _cuts_channels(program, node):
-            continue
-        stays = [program.trace.find(label) not in removed for label in row.tolist()]
-        step: Any = node.args[4] if len(node.args) > 4 else 1  # what one step skips goes together
-        for old, got in zip(_bounds(node), _bounds(new), strict=True):
-            within = old % step
-            at = old - within
-            moved = sum(stays[:at]) if old >= 0 else -sum(stays[at:])
-            if abs(old) < len(row) and got != moved + within:
-                cut = row if got != old else row[:old] if old > 0 else row[old:]
-                return Failure(module_path(node), "its channels are sliced", cut, locate(node))
-    return None
-
-
-def _slices(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
-    nodes = (node for node in program.graph.nodes if node.op == "call_function")
-    return (node for node in nodes if operator_name(node) in ("slice", "narrow"))
-
-
-def _sliced_row(program: Program, node: fx.Node) -> Labels | None:
-    given, dim, *_ = (*node.args, 0)
-    return program.values[given].labels[dim]  # type: ignore[index]
-
-
-def _cuts_channels(program: Program, node: fx.Node) -> bool:
-    row = _sliced_row(program, node)
-    return is_channels(row) and any(bound and abs(bound) < len(row) for bound in _bounds(node))
-
-
-def _bounds(node: fx.Node) -> tuple[int, int]:
-    start, end = (*node.args[2:4], None, None)[:2]
-    if operator_name(node) == "narrow":
-        return start, start + end  # type: ignore[return-value, operator]
-    return start or 0, sys.maxsize if end is None else end  # type: ignore[return-value]
+    failure = _check_shapes(module, groups, program, inputs, plan)
+    if failure is not None:
+        return failure
+    with _faked(module) as (mode, fake):
+        given = mapped(mode.from_tensor, inputs)
+        dense, fewer = (
+            numbers_in(network.eval(), given) for network in (fake, apply(fake, groups, plan))
+        )
+    if dense == fewer and not slices_channels(program):
+        return None
+    pruned = apply(module, groups, plan)
+    return first_change(program, pruned, inputs, removed_roots(program, groups, plan))
 
 
 def _trial_plan(groups: ChannelGroups) -> Plan:
@@ -262,22 +218,3 @@ def removed_roots(program: Program, groups: ChannelGroups, plan: Plan) -> set[in
         for unit in set(range(group.size)) - set(plan.kept[group.name]):
             removed.add(program.trace.find(int(labels[slot.positions(unit)[0]])))
     return removed
-
-
-def _predicted(program: Program, value: Value, removed: set[int]) -> tuple[int | None, ...]:
-    """The shape of `value` once the channels with the `removed` labels are gone.
-
-    None where positions are all alike, as after `expand`: whoever takes them says how many.
-    """
-    find = program.trace.find
-
-    def length(size: int, row: Labels | None) -> int | None:
-        if row is None:
-            return size
-        return sum(find(label) not in removed for label in row.tolist()) if len(row) else None
-
-    return tuple(map(length, value.shape, value.labels))
-
-
-def _shown(expected: tuple[int | None, ...]) -> str:
-    return f"({', '.join('any' if size is None else str(size) for size in expected)})"

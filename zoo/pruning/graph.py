@@ -19,9 +19,10 @@ from zoo.calls import Inputs
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups, Group, Slot
 from zoo.pruning.attributes import attribute_labels
-from zoo.pruning.check import Failure, first_failure
-from zoo.pruning.labels import Labels, Value
+from zoo.pruning.check import first_failure
+from zoo.pruning.labels import Labels, Value, is_channels
 from zoo.pruning.program import Program, integers, interpret, locate, module_path
+from zoo.pruning.retrace import Failure
 from zoo.pruning.surgery import REPAIRS
 
 __all__ = ["analyse", "channel_groups"]
@@ -175,15 +176,19 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
         fresh = free((constant.labels, constant.where) for constant in suspects)
     if not fresh:
         fresh = free(_rows_of_stated_widths(program, path))[:1]
+    why = failure.reason
+    if not fresh:
+        why = f"is computed with ({failure.message})"
+        fresh = free((r, f"a call after {at!r}") for at, r in failure.before if is_channels(r))[-1:]
     if not fresh:
         raise GraphError(f"Surgery would break module {path!r}: {failure.message}.")
     for row, where in fresh:
-        reason = f"its width {len(row)} is a constant at {where}"
-        program.trace.fix(
-            row,
-            f"{reason}: take it from the tensor (x.flatten(1), x.shape[1]), or "
-            "prune with rewrite=True",
-        )
+        reason = f"its width {len(row)} {why} at {where}"
+        if why == Failure.reason:
+            reason += (
+                ": take it from the tensor (x.flatten(1), x.shape[1]), or prune with rewrite=True"
+            )
+        program.trace.fix(row, reason)
 
 
 def _rows_of_stated_widths(program: Program, path: str) -> Iterator[tuple[Labels, str]]:
