@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import os
 import pathlib
+import warnings
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def test_every_kind_of_weights_gives_the_same_network(dense, tmp_path):
         assert not found.module.training
 
 
-@pytest.mark.parametrize("wrapper", checkpoints.WRAPPERS)
+@pytest.mark.parametrize("wrapper", [*checkpoints.WRAPPERS, *checkpoints.AVERAGES])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_wrappers_and_prefixes_are_taken_off(dense, tmp_path, wrapper, prefix):
     state = dense.state_dict()
@@ -51,6 +52,113 @@ def test_wrappers_nest_and_averaged_models_are_read(dense):
         dense.state_dict().keys()
     )
     assert read_checkpoint({"model": dense}).shapes.keys() == dense.state_dict().keys()
+
+
+def averaged_beside(dense: nn.Module, kind: str) -> dict:
+    """A training checkpoint as `kind` writes it: its weights are zeros, their average `dense`'s."""
+    average = dense.state_dict()
+    current = {name: torch.zeros_like(tensor) for name, tensor in average.items()}
+    wrapped = torch.optim.swa_utils.AveragedModel(dense).state_dict()
+    assert {name.partition(".")[0] for name in wrapped} == {"n_averaged", "module"}
+    lightning, others = ({f"net.{n}": t for n, t in s.items()} for s in (average, current))
+    return {
+        "timm": {"epoch": 9, "arch": "x", "state_dict": current, "state_dict_ema": average},
+        "timm, both in DataParallel": {
+            "state_dict": {f"module.{n}": t for n, t in current.items()},
+            "state_dict_ema": {f"module.{n}": t for n, t in average.items()},
+        },
+        "torchvision's scripts": {"model": current, "model_ema": wrapped, "scaler": {"scale": 1.0}},
+        "Ultralytics": {"model": current, "ema": average, "updates": 7},
+        "Lightning's WeightAveraging": {
+            "state_dict": lightning,
+            "current_model_state": others,
+            "averaging_state": {"n_averaged": torch.tensor(3)},
+        },
+        "nested": {"model": {"state_dict": current, "state_dict_ema": average}},
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "taken", "left"),
+    [
+        ("timm", "state_dict_ema", "state_dict"),
+        ("timm, both in DataParallel", "state_dict_ema", "state_dict"),
+        ("torchvision's scripts", "model_ema", "model"),
+        ("Ultralytics", "ema", "model"),
+        ("Lightning's WeightAveraging", "state_dict", "current_model_state"),
+        ("nested", "state_dict_ema", "state_dict"),
+    ],
+)
+def test_averaged_weights_are_taken_and_named_and_the_others_on_request(
+    dense, tmp_path, kind, taken, left, recwarn
+):
+    content = averaged_beside(dense, kind)
+    torch.save(content, tmp_path / "m.pt")
+    at_ends = "net." if kind.startswith("Lightning") else ""
+    for weights in (content, tmp_path / "m.pt"):
+        recwarn.clear()
+        checkpoint = read_checkpoint(weights)
+        assert f"the averaged weights in {taken!r} were taken, and those in {left!r} left out" in (
+            str(recwarn.pop(UserWarning).message)
+        )
+        found = {name.removeprefix(at_ends): t for name, t in checkpoint.state.items()}
+        assert same_state(dense, found)
+        assert checkpoint.source.averaged is True
+        others = read_checkpoint(weights, ema=False)
+        assert not recwarn.list
+        assert others.state.keys() == checkpoint.state.keys()
+        assert not any(tensor.any() for tensor in others.state.values())
+        assert others.source.averaged is False
+
+
+def test_timm_reads_the_weights_that_are_read_here(dense, tmp_path):
+    helpers = pytest.importorskip("timm.models")
+    path = tmp_path / "last.pth.tar"
+    for kind in ("timm", "timm, both in DataParallel", "torchvision's scripts"):
+        content = averaged_beside(dense, kind)
+        torch.save(content, path)
+        for ema in (True, False):
+            theirs = helpers.load_state_dict(str(path), use_ema=ema)
+            theirs.pop("n_averaged", None)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                ours = read_checkpoint(path, ema=ema).state
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("average", [{}, {"shadow_params": [torch.ones(2)], "decay": 0.9}])
+def test_an_average_that_is_no_state_dict_is_left_out_and_said(dense, average):
+    with pytest.warns(UserWarning, match=r"in 'model' were taken, because .* 'ema' lack"):
+        checkpoint = read_checkpoint({"model": dense.state_dict(), "ema": average})
+    assert same_state(dense, checkpoint.state)
+    assert checkpoint.source.averaged is False
+
+
+def test_a_place_for_an_average_that_was_not_kept_is_no_news(dense, recwarn):
+    checkpoint = read_checkpoint({"state_dict": dense.state_dict(), "state_dict_ema": None})
+    assert not recwarn.list
+    assert same_state(dense, checkpoint.state)
+    assert checkpoint.source.averaged is None
+
+
+def test_an_average_of_the_parameters_alone_is_left_out_and_said(dense):
+    state = dense.state_dict()
+    parameters = {name: torch.zeros_like(tensor) for name, tensor in dense.named_parameters()}
+    content = {"state_dict": state, "state_dict_ema": parameters}
+    lacking = len(state) - len(parameters) - sum("num_batches" in name for name in state)
+    with pytest.warns(UserWarning, match=rf"'state_dict_ema' lack {lacking} tensors: bn1\.running"):
+        checkpoint = read_checkpoint(content)
+    assert same_state(dense, checkpoint.state)
+    assert checkpoint.source.averaged is False
+
+
+def test_averaged_weights_alone_are_taken_in_silence_and_refused_on_request(dense, recwarn):
+    checkpoint = read_checkpoint({"model_ema": dense.state_dict()})
+    assert not recwarn.list
+    assert checkpoint.source.averaged is None
+    with pytest.raises(CheckpointError, match=r"averaged weights alone, in 'model_ema'"):
+        read_checkpoint({"model_ema": dense.state_dict()}, ema=False)
 
 
 def test_a_prefix_that_only_some_names_have_stays():

@@ -192,6 +192,18 @@ def test_prune_gives_a_new_classifier_and_says_so(base, image_tree, tmp_path, ca
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*averaged weights")
+def test_prune_takes_the_average_or_the_others(tmp_path):
+    average, current = (build_model("cnet", 10, image_size=8, seed=n).state_dict() for n in (1, 2))
+    both = tmp_path / "last.pth.tar"
+    torch.save({"state_dict": current, "state_dict_ema": average}, both)
+    flags = ["--weights", str(both), "--profile", "equal", "--out", str(tmp_path / "out")]
+    for flag, weights in (([], average), (["--no-ema"], current)):
+        assert main(["prune", "cnet", "--cf", "2", *flags, *flag]) == 0
+        expected = zoo.load("cnet", 2, weights, profile="equal").state_dict()
+        assert same_state(zoo.load_pruned(tmp_path / "out"), expected)
+
+
 def test_the_help_of_prune_names_every_criterion(capsys):
     with pytest.raises(SystemExit):
         main(["prune", "--help"])

@@ -96,6 +96,22 @@ def test_a_new_classifier_is_not_taught_the_old_classes(base, toy_images):
         finetune(model, five, None, teacher="source", recipe=ONCE)
 
 
+@pytest.mark.filterwarnings("ignore:.*averaged weights")
+@pytest.mark.parametrize("ema", [True, False])
+def test_the_source_is_the_weights_that_were_taken_of_two(ema, tmp_path):
+    average, current = dense(), build_model("cnet", 3, image_size=8, seed=5)
+    content = {"state_dict": current.state_dict(), "state_dict_ema": average.state_dict()}
+    torch.save(content, tmp_path / "base.pt")
+    small = zoo.load("cnet", 2, tmp_path / "base.pt", profile="equal", ema=ema)
+    folder = zoo.save(small, tmp_path / "small")
+    expected = (average if ema else current).state_dict()
+    assert same_state(source_network(zoo.load_pruned(folder)), expected)
+    kind = "the averaged" if ema else "not the averaged"
+    assert f"), {kind} weights" in (folder / "README.md").read_text()
+    model = zoo.create_model("cnet", 3, pretrained=tmp_path / "base.pt", ema=ema)
+    assert same_state(model, expected)
+
+
 def test_a_source_without_these_classes_teaches_no_one(base, toy_images):
     model = zoo.load("cnet", 2, base, profile="equal", num_classes=5)
     five = replace(toy_images, classes=tuple("abcde"))

@@ -148,7 +148,9 @@ def _layout(model: nn.Module) -> str:
 
 
 def _named(source: Source) -> str:
-    return f"{source.reference} (sha256 {source.sha256})" if source.sha256 else source.reference
+    kind = {True: ", the averaged weights", False: ", not the averaged weights", None: ""}
+    digest = f" (sha256 {source.sha256})" if source.sha256 else ""
+    return f"{source.reference}{digest}{kind[source.averaged]}"
 
 
 def _readme(record: PruningRecord) -> str:

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,17 @@ from zoo.pruning.plan import Source
 
 __all__ = ["RECORD", "Checkpoint", "read_checkpoint", "read_safetensors"]
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "ema", "net")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
+DEPTH = 5
+"""Wrappers in one another, at most: a file can make a dictionary that contains itself."""
+
+AVERAGES = ("state_dict_ema", "model_ema", "ema")
+"""Keys of averaged weights beside those of `WRAPPERS`: those of timm, torchvision's training
+scripts and Ultralytics, all of which evaluate the average."""
+
+CURRENT = "current_model_state"
+"""What Lightning's WeightAveraging keeps beside the average, which is its `state_dict`."""
+
 PREFIXES = ("module.", "_orig_mod.", "model.")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
@@ -70,22 +81,31 @@ class Checkpoint:
         return {name: tuple(tensor.shape) for name, tensor in self.state.items()}
 
 
-def read_checkpoint(weights: str | Path | Mapping[str, Any] | nn.Module) -> Checkpoint:
+def read_checkpoint(
+    weights: str | Path | Mapping[str, Any] | nn.Module, *, ema: bool = True
+) -> Checkpoint:
     """The tensors in `weights`, without wrappers (`state_dict`, `model`, ...) and name prefixes.
+
+    Of averaged weights and those they are the average of, one is taken, with a warning that names
+    both.
 
     Args:
         weights: a path to a PyTorch (.pt, .pth, .bin, .ckpt) or .safetensors file,
             `hf:org/repo[/path/to/file][@revision]`, a state dict, or a module.
+        ema: take the average, as the library does that wrote it; with False the others, silently.
 
     Raises:
         CheckpointError: if a file is missing, damaged, or a pickle that would have to run code; if
-            there are no tensors; if a tensor holds NaN or infinity.
+            there are no tensors, or with `ema=False` averaged ones alone; if a tensor holds NaN or
+            infinity.
         ZooError: if the Hub does not give the file.
     """
     if isinstance(weights, nn.Module):
-        return Checkpoint(_tensors(weights, "The module"), Source("module"), {})
+        state, _ = _tensors(weights, "The module", True)
+        return Checkpoint(state, Source("module"), {})
     if isinstance(weights, Mapping):
-        return Checkpoint(_tensors(weights, "The state dict"), Source("state dict"), {})
+        state, averaged = _tensors(weights, "The state dict", ema)
+        return Checkpoint(state, Source("state dict", averaged=averaged), {})
     if not isinstance(weights, (str, Path)):
         raise CheckpointError(
             f"Weights are a path, a state dict, a module or 'hf:org/repo[/file][@revision]', "
@@ -97,8 +117,9 @@ def read_checkpoint(weights: str | Path | Mapping[str, Any] | nn.Module) -> Chec
         content, metadata = _parse_safetensors(data, path)
     else:
         content, metadata = _parse_pickle(data, path), {}
-    source = Source(reference, hashlib.sha256(data).hexdigest())
-    return Checkpoint(_tensors(content, str(weights)), source, metadata)
+    state, averaged = _tensors(content, str(weights), ema)
+    source = Source(reference, hashlib.sha256(data).hexdigest(), averaged)
+    return Checkpoint(state, source, metadata)
 
 
 def _locate(weights: str | Path) -> tuple[Path, str]:
@@ -207,20 +228,19 @@ def _parse_pickle(data: bytes, path: Path) -> Any:
     )
 
 
-def _tensors(content: Any, what: str) -> dict[str, Tensor]:
-    """The innermost state dict of `content`, without name prefixes, checked to be finite."""
-    content = _unwrap(content)
-    found = content if isinstance(content, Mapping) else {}
-    state = {str(k): v.detach().cpu() for k, v in found.items() if isinstance(v, Tensor)}
-    state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel's counter
+def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], bool | None]:
+    """The innermost state dict of `content`, without name prefixes, checked to be finite.
+
+    With it, whether it is the average of another one beside it; None where there is no other.
+    """
+    content, averaged = _unwrap(content, what, ema)
+    state = {name: tensor.detach().cpu() for name, tensor in _named(content).items()}
     if not state:
-        keys = ", ".join(map(str, list(found)[:5])) or type(content).__name__
+        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else ""
         raise CheckpointError(
             f"{what} holds no tensors where weights are looked for (the top level, or one of "
-            f"{', '.join(WRAPPERS)}); it has: {keys}."
+            f"{', '.join((*WRAPPERS, *AVERAGES))}); it has: {keys or type(content).__name__}."
         )
-    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(f"{what}: {name} is not an ordinary dense tensor.")
@@ -230,14 +250,77 @@ def _tensors(content: Any, what: str) -> dict[str, Tensor]:
                 f"{what} holds NaN or infinity: {count} of {tensor.numel()} values of {name}. "
                 "Its training diverged; use an earlier checkpoint."
             )
+    return state, averaged
+
+
+def _named(content: Any) -> dict[str, Tensor]:
+    """The tensors right in `content`, without the prefixes that all of their names have."""
+    found = content if isinstance(content, Mapping) else {}
+    state = {str(name): item for name, item in found.items() if isinstance(item, Tensor)}
+    state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel's counter
+    while prefix := next(
+        (p for p in PREFIXES if state and all(k.startswith(p) for k in state)), None
+    ):
+        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return state
 
 
-def _unwrap(content: Any) -> Any:
-    for _ in WRAPPERS:  # bounded, because a file can make a dictionary that contains itself
-        if isinstance(content, nn.Module):
-            content = content.state_dict()
-        if isinstance(content, Mapping):
-            inner = (content.get(key) for key in WRAPPERS)
-            content = next((i for i in inner if isinstance(i, (Mapping, nn.Module))), content)
-    return content
+def _unwrap(content: Any, what: str, ema: bool) -> tuple[Any, bool | None]:
+    """What is in the wrappers of `content`, and whether it is the average of what is beside it."""
+    averaged = None
+    for _ in range(DEPTH):
+        content, average, current = _opened(content)
+        if average and current:
+            taken = _chosen(content, average, current, what, ema)
+            averaged = taken == average
+            content = content[taken]
+        elif average and not ema:
+            raise CheckpointError(
+                f"{what} holds averaged weights alone, in {average!r}; ema=True takes them."
+            )
+        elif average or current:
+            content = content[average or current]
+    return _opened(content)[0], averaged
+
+
+def _opened(content: Any) -> tuple[Any, str | None, str | None]:
+    """`content`, a module as its state dict, and the keys of its averaged and other weights."""
+    if isinstance(content, nn.Module):
+        content = content.state_dict()
+    if not isinstance(content, Mapping):
+        return content, None, None
+    keys = [k for k, v in content.items() if isinstance(v, (Mapping, nn.Module))]
+    average = next((key for key in AVERAGES if key in keys), None)
+    current = next((key for key in WRAPPERS if key in keys), None)
+    if average is None and current == "state_dict" and CURRENT in keys:
+        return content, current, CURRENT
+    return content, average, current
+
+
+def _chosen(content: Mapping[str, Any], average: str, current: str, what: str, ema: bool) -> str:
+    """The key of the weights to take, which is said where the caller did not decide it."""
+    if not ema:
+        return current
+    own, averaged = (_named(_innermost(content[key])) for key in (current, average))
+    lacking = [n for n in own if n not in averaged and not n.endswith("num_batches_tracked")]
+    if lacking:
+        warnings.warn(
+            f"{what}: the weights in {current!r} were taken, because the averaged ones in "
+            f"{average!r} lack {len(lacking)} tensors: {', '.join(lacking[:3])}.",
+            stacklevel=3,
+        )
+        return current
+    warnings.warn(
+        f"{what}: the averaged weights in {average!r} were taken, and those in {current!r} left "
+        "out; ema=False takes these.",
+        stacklevel=3,
+    )
+    return average
+
+
+def _innermost(content: Any) -> Any:
+    """`content` without its wrappers, whichever weights those hold."""
+    for _ in range(DEPTH):
+        content, average, current = _opened(content)
+        content = content[current or average] if current or average else content
+    return _opened(content)[0]

@@ -46,6 +46,7 @@ def load_dense(
     image_size: int | None = None,
     num_classes: int | None = None,
     seed: int = 0,
+    ema: bool = True,
 ) -> Dense:
     """The dense network that `weights` belong to.
 
@@ -62,6 +63,7 @@ def load_dense(
         num_classes: a checkpoint without a classifier, or with one of other classes, gets a new one
             of so many; by default the checkpoint's own.
         seed: of a new classifier, which is that of `build_model` with this seed.
+        ema: as for `read_checkpoint`.
 
     Raises:
         CheckpointError: as `read_checkpoint`, or if the tensors do not fit `arch`: how many and
@@ -73,7 +75,7 @@ def load_dense(
     known = architecture(arch)
     if num_classes is not None:
         num_classes = integer("num_classes", num_classes, 1)
-    checkpoint = read_checkpoint(weights)
+    checkpoint = read_checkpoint(weights, ema=ema)
     stated = checkpoint.metadata.get("image_size")
     if stated is not None and not stated.isdecimal():
         raise CheckpointError(f"The checkpoint's metadata give the image size as {stated!r}.")

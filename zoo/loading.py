@@ -48,6 +48,7 @@ def create_model(
     pretrained: Weights | None = None,
     image_size: int | None = None,
     seed: int = 0,
+    ema: bool = True,
 ) -> nn.Module:
     """The dense network of an architecture, from `seed` or with `pretrained` weights.
 
@@ -58,6 +59,7 @@ def create_model(
             classes, only that is random.
         image_size: pixels; only architectures that flatten a map (cnet) depend on it.
         seed: of the random weights.
+        ema: as in `load`.
 
     Raises:
         ZooError: for an unknown architecture or a bad number of classes.
@@ -66,7 +68,7 @@ def create_model(
     if pretrained is None:
         return build_model(arch, num_classes, image_size=image_size, seed=seed)
     return load_dense(
-        arch, pretrained, image_size=image_size, num_classes=num_classes, seed=seed
+        arch, pretrained, image_size=image_size, num_classes=num_classes, seed=seed, ema=ema
     ).module
 
 
@@ -89,6 +91,7 @@ def load(
     data: Dataset | DataLoader | None = None,
     image_size: int | None = None,
     num_classes: int | None = None,
+    ema: bool = True,
 ) -> nn.Module:
     """A pruned network from a dense checkpoint, by a profile that was found on other data.
 
@@ -118,6 +121,8 @@ def load(
         image_size: pixels that MACs are counted at; by default the checkpoint's or the reference's.
         num_classes: outputs of a new classifier, with random weights, where the checkpoint has none
             or one of other classes; `module.pruning.new_classifier` records it.
+        ema: of a checkpoint that has averaged weights beside the others, take the average, as timm
+            and torchvision's scripts do, and warn of it; with False the others.
 
     Returns:
         An ordinary `nn.Module` in eval mode, sharing nothing with `weights`, with the attribute
@@ -141,7 +146,9 @@ def load(
         )
     # before the weights are read: a missing profile costs nothing
     asked = request(profile, arch, cf, metric, criterion, seed, align, floor, keep, refit)
-    dense = load_dense(arch, weights, image_size=image_size, num_classes=num_classes, seed=seed)
+    dense = load_dense(
+        arch, weights, image_size=image_size, num_classes=num_classes, seed=seed, ema=ema
+    )
     groups = groups_of(arch, dense.module, dense.image_size)
     made = planned(dense.module, groups, asked, data)
     module, classes = dense.module, dense.num_classes
@@ -149,7 +156,7 @@ def load(
     if rewind is not None:
         wanted = classes if dense.new_classifier else None
         rewound = load_dense(
-            arch, rewind, image_size=dense.image_size, num_classes=wanted, seed=seed
+            arch, rewind, image_size=dense.image_size, num_classes=wanted, seed=seed, ema=ema
         )
         module, early = rewound.module, rewound.checkpoint.source
         if rewound.num_classes != classes:

@@ -74,7 +74,12 @@ def source_network(model: nn.Module) -> nn.Module:
             f"The network was pruned from a {source.reference}, and no file is recorded that the "
             "dense weights could be read from: give the dense network itself as teacher=."
         )
-    dense = load_dense(record.architecture, source.reference, image_size=record.image_size)
+    dense = load_dense(
+        record.architecture,
+        source.reference,
+        image_size=record.image_size,
+        ema=source.averaged is not False,
+    )
     if dense.checkpoint.source.sha256 != source.sha256:
         raise CheckpointError(
             f"{source.reference} is not what the network was pruned from: its sha256 is "

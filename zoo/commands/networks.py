@@ -142,6 +142,8 @@ class PruneCommand:
     """pixels per side; by default the checkpoint's, or the architecture's reference"""
     classes: int | None = None
     """outputs; a checkpoint without a classifier, or with other classes, gets a new classifier"""
+    ema: bool = True
+    """of averaged weights and the others in one checkpoint, take the average"""
 
 
 def prune(command: PruneCommand) -> None:
@@ -150,7 +152,9 @@ def prune(command: PruneCommand) -> None:
 
     images = None
     if command.data is not None:
-        dense = load_dense(command.arch, command.weights, num_classes=command.classes)
+        dense = load_dense(
+            command.arch, command.weights, num_classes=command.classes, ema=command.ema
+        )
         size = command.size or dense.image_size
         images = zoo.load_data(command.data, command.data_dir, size=size).train
     model = zoo.load(
@@ -170,6 +174,7 @@ def prune(command: PruneCommand) -> None:
         data=images,
         image_size=command.size,
         num_classes=command.classes,
+        ema=command.ema,
     )
     zoo.save(model, command.out)
     record: Any = model.pruning

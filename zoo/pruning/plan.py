@@ -69,10 +69,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Source:
-    """The dense weights a pruned network came from; `sha256` is of the file, where there is one."""
+    """The dense weights a pruned network came from.
+
+    Attributes:
+        sha256: of the file, where there is one.
+        averaged: whether they are averaged weights or those beside these; None where the checkpoint
+            has one kind alone.
+    """
 
     reference: str
     sha256: str | None = None
+    averaged: bool | None = None
 
 
 @dataclass(frozen=True)
