@@ -42,7 +42,7 @@ def main(table: OracleTable) -> None:
     module, size = dense.module, dense.image_size
     device = "cuda" if torch.cuda.is_available() else "cpu"
     train = load_data(table.data, table.data_dir, size=size).train
-    groups = groups_of(table.arch, module, size)
+    groups = groups_of(table.arch, module, size, dense.in_channels)
     module.to(device)
     batches = list(labelled_batches(train, device, table.seed, table.images))
     truth = oracle(module, groups, batches)

@@ -254,6 +254,23 @@ def test_benchmark_and_compare_print_their_tables(pruned, base, capsys):
     assert "Add --arch" in capsys.readouterr().err
 
 
+def test_a_network_of_gray_images_is_pruned_exported_and_measured(tmp_path, capsys):
+    base, out = tmp_path / "base.safetensors", tmp_path / "out"
+    gray = build_model("cnet", 10, image_size=8, in_channels=1)
+    save_checkpoint(gray, base, {"architecture": "cnet"})
+    flags = ["--weights", str(base), "--profile", "equal", "--out", str(out)]
+    assert main(["prune", "cnet", "--cf", "2", *flags]) == 0
+    for network in (out, base):
+        assert main(["export", str(network), str(tmp_path / "m.onnx")]) == 0
+    quick = ["--batch-sizes", "1", "--repeats", "1", "--no-memory", "--threads", "1"]
+    assert main(["benchmark", str(out), *quick]) == 0
+    assert main(["compare", str(out), str(base), *quick]) == 0
+    digits = ["--data", "digits", "--criterion", "taylor"]
+    capsys.readouterr()
+    assert main(["prune", "cnet", "--cf", "2", *flags, *digits]) == 2
+    assert "does not run on images of shape (1, 3, 8, 8)" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_evaluated_by_the_architecture_it_names(base, tmp_path, capsys):
     _, metadata = content(base)
     assert main(["evaluate", str(base), "--data", "digits"]) == 0

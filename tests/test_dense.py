@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 import torchvision
 from helpers import randomised, same_state
@@ -260,3 +261,82 @@ def test_classifiers_of_inner_layers_do_not_come_back():
         found = load_dense("torchvision:googlenet", stored, num_classes=3)
         assert found.new_classifier
         assert found.module(torch.rand(1, 3, 64, 64)).shape == (1, 3)
+
+
+# --- images of other channels ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels"),
+    [
+        ("timm:resnet18", 1),
+        ("timm:repvgg_a0", 2),  # two convolutions see the images
+        ("timm:tresnet_m", 1),  # the first sees sixteen pixels of every channel
+        ("timm:vit_tiny_patch16_224", 4),
+        ("torchvision:mobilenet_v2", 1),
+        ("torchvision:densenet121", 5),
+        ("resnet20-16", 1),
+        ("resnet18-cifar", 2),
+    ],
+)
+def test_the_channels_of_the_images_are_those_of_the_first_convolution(arch, channels):
+    theirs = build_model(arch, 7, in_channels=channels).eval()
+    state = theirs.state_dict()
+    found = load_dense(arch, state)
+    assert (found.in_channels, found.num_classes) == (channels, 7)
+    assert same_state(found.module, state)
+    images = torch.rand(1, channels, 224, 224)
+    with torch.no_grad():
+        assert torch.equal(found.module(images), theirs(images))
+    assert load_dense(arch, build_model(arch, 7)).in_channels == 3
+
+
+def test_a_torchvision_network_whose_first_convolution_was_replaced_is_read():
+    theirs = torchvision.models.resnet18(num_classes=7)
+    theirs.conv1 = torch.nn.Conv2d(1, 64, 7, stride=2, padding=3, bias=False)
+    images = torch.rand(1, 1, 64, 64)
+    with torch.no_grad():
+        ours = load_dense("torchvision:resnet18", theirs.eval().state_dict()).module(images)
+        assert torch.equal(ours, theirs(images))
+
+
+def test_other_channels_and_another_classifier_and_a_prefix_together():
+    state = build_model("resnet20-16", 7, in_channels=1).state_dict()
+    stored = {f"net.{n}": t for n, t in state.items()} | {"loss.weight": torch.ones(7)}
+    with pytest.warns(UserWarning, match=r"under 'net\.' were taken"):
+        found = load_dense("resnet20-16", stored, num_classes=3, seed=5)
+    assert (found.in_channels, found.num_classes, found.new_classifier) == (1, 3, True)
+    assert torch.equal(found.module.conv1.weight, state["conv1.weight"])
+    fresh = build_model("resnet20-16", 3, in_channels=1, seed=5)
+    assert torch.equal(found.module.fc.weight, fresh.fc.weight)
+
+
+@pytest.mark.parametrize("shape", [(16, 0, 3, 3), (16, 1, 5, 5), (8, 1, 3, 3), (16, 1, 3)])
+def test_a_first_convolution_that_differs_otherwise_is_misshapen(shape):
+    state = build_model("resnet20-16", 7).state_dict() | {"conv1.weight": torch.ones(shape)}
+    with pytest.raises(CheckpointError, match=r"1 misshapen: conv1\.weight"):
+        load_dense("resnet20-16", state)
+
+
+def test_a_narrower_inner_convolution_is_not_taken_for_the_first():
+    state = build_model("resnet20-16", 7).state_dict()
+    state["layer1.0.conv2.weight"] = state["layer1.0.conv2.weight"][:, :8]
+    with pytest.raises(CheckpointError, match=r"1 misshapen: layer1\.0\.conv2\.weight"):
+        load_dense("resnet20-16", state)
+
+
+def test_what_cannot_be_built_for_these_channels_says_so(monkeypatch):
+    state = build_model("timm:resnet18", 7, in_channels=1).state_dict()
+    create = timm.create_model
+
+    def colour_alone(name, **options):
+        if "in_chans" in options:
+            raise TypeError("unexpected keyword argument 'in_chans'")
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", colour_alone)
+    with pytest.raises(
+        CheckpointError,
+        match=r"1 misshapen: conv1\.weight.* cannot be built for images of 1 channels: .*in_chans",
+    ):
+        load_dense("timm:resnet18", state)

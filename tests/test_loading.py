@@ -55,9 +55,9 @@ def size_of(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def macs_of(module: nn.Module, side: int) -> int:
+def macs_of(module: nn.Module, side: int, channels: int = 3) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(torch.zeros(1, 3, side, side))
+        module(torch.zeros(1, channels, side, side))
     return counter.get_total_flops() // 2
 
 
@@ -615,6 +615,50 @@ def test_rewound_weights_get_the_same_new_classifier(dense: nn.Module) -> None:
     )
     assert (model.pruning.num_classes, model.pruning.new_classifier) == (3, True)
     assert model.fc.out_features == 3
+
+
+# --- images of other channels ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arch", "channels", "side"), [("timm:resnet18", 1, 64), ("resnet20-16", 1, 16), ("cnet", 4, 8)]
+)
+def test_a_network_of_other_channels_is_cut_saved_padded_and_exported(
+    arch: str, channels: int, side: int, tmp_path: Path
+) -> None:
+    base = build_model(arch, 5, in_channels=channels, image_size=side if arch == "cnet" else None)
+    model = zoo.load(arch, 2, base.state_dict(), profile="equal", image_size=side)
+    assert model.pruning.in_channels == channels
+    assert model.pruning.plan.dense.macs == macs_of(base, side, channels)
+    assert model.pruning.plan.pruned.macs == macs_of(model, side, channels)
+    again = zoo.load_pruned(zoo.save(model, tmp_path / "m"))
+    assert again.pruning == model.pruning
+    assert same_tensors(again, model)
+    result = zoo.export(again, tmp_path / "m.onnx")
+    assert (result.pad, result.inputs) == (8, "noise")
+    images = torch.rand(2, channels, side, side)
+    session = zoo.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    with torch.no_grad():
+        assert torch.allclose(session(images), again(images), atol=1e-4)
+
+
+def test_a_searched_profile_is_applied_to_images_of_one_channel() -> None:
+    base = build_model("resnet20-16", 10, in_channels=1)
+    model = zoo.load("resnet20-16", 4, base)
+    colour = zoo.load("resnet20-16", 4, build_model("resnet20-16", 10))
+    assert model.pruning.plan.widths == colour.pruning.plan.widths
+    assert model.pruning.plan.kept == colour.pruning.plan.kept
+
+
+def test_folders_from_before_the_channels_were_recorded_are_of_colour_images(
+    dense: nn.Module, tmp_path: Path
+) -> None:
+    model = zoo.load("resnet20-16", 2, dense, profile="equal")
+    folder = zoo.save(model, tmp_path / "m")
+    document = json.loads((folder / "pruning.json").read_text())
+    assert document.pop("in_channels") == 3
+    (folder / "pruning.json").write_text(json.dumps(document))
+    assert zoo.load_pruned(folder).pruning == model.pruning
 
 
 # --- inside torch.inference_mode() ----------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import zoo
 from zoo.errors import CheckpointError, DataError, DocumentError, FactorError, GraphError, ZooError
-from zoo.models import ARCHITECTURES, Architecture
+from zoo.models import ARCHITECTURES, Architecture, build_model
 from zoo.profile import Profile, Reference
 from zoo.registry import stored_groups
 
@@ -159,6 +159,9 @@ def test_weights_that_do_not_fit_are_refused(dense: nn.Module) -> None:
     early: dict = {"init": "rewound", "rewind": zoo.create_model("resnet20-16", 5)}
     with pytest.raises(ZooError, match="rewind= has 5 classes, weights= has 7"):
         zoo.load("resnet20-16", 2, dense, profile="equal", num_classes=7, **early)
+    early["rewind"] = build_model("resnet20-16", 7, in_channels=1)
+    with pytest.raises(ZooError, match=r"rewind= is for .* 1 channels, weights= for those of 3"):
+        zoo.load("resnet20-16", 2, dense, profile="equal", **early)
     pruned = zoo.load("resnet20-16", 2, dense, profile="equal")
     with pytest.raises(CheckpointError, match="misshapen"):
         zoo.load("resnet20-16", 2, pruned, profile="equal")

@@ -190,8 +190,10 @@ model = zoo.load_pruned("path/to/this/folder"{argument})
 
 def _costs(record: PruningRecord) -> str:
     """The rows of the table; a live network's images may have any shape."""
-    plan = record.plan
-    images = plan.input_size if plan.inputs or record.architecture else "the example input"
+    plan, size = record.plan, record.image_size
+    images = f"{record.in_channels}x{size}x{size}" if record.architecture else "the example input"
+    if plan.inputs:
+        images = plan.input_size
     rows: list[tuple[str, float, float, str]] = [
         ("parameters", plan.dense.params, plan.pruned.params, ","),
         (f"MACs at {images}", plan.dense.macs, plan.pruned.macs, ","),
@@ -249,7 +251,12 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
 def skeleton_of(record: PruningRecord) -> nn.Module:
     """The dense network of the record's architecture, without values worth anything."""
     with Uninitialised():
-        return build_model(record.architecture, record.num_classes, image_size=record.image_size)
+        return build_model(
+            record.architecture,
+            record.num_classes,
+            image_size=record.image_size,
+            in_channels=record.in_channels,
+        )
 
 
 def _check(

@@ -18,6 +18,7 @@ from zoo.checkpoints import Checkpoint, read_checkpoint
 from zoo.errors import CheckpointError, ZooError, integer
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
 from zoo.models.adapters import adapted_names
+from zoo.models.stem import RGB
 
 __all__ = ["Dense", "Uninitialised", "load_dense"]
 
@@ -28,6 +29,7 @@ class Dense:
 
     Attributes:
         image_size: in pixels per side.
+        in_channels: of the images.
         new_classifier: whether its classifier is not the checkpoint's, which has none or one of
             other classes.
     """
@@ -36,7 +38,8 @@ class Dense:
     checkpoint: Checkpoint
     num_classes: int
     image_size: int
-    new_classifier: bool = False
+    in_channels: int
+    new_classifier: bool
 
 
 def load_dense(
@@ -53,7 +56,8 @@ def load_dense(
     It shares nothing with `weights`, and has the data types of a fresh network: half-precision
     weights become float32. Where the checkpoint is of more than the network
     (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one prefix that fits
-    are taken, with a warning that names it and what was left out.
+    are taken, with a warning that names it and what was left out. The first convolution's weights
+    say how many channels the images have.
 
     Args:
         arch: an architecture's name.
@@ -107,19 +111,25 @@ def load_dense(
     module, classes = fit.module, num_classes or fit.classes
     assert classes is not None
     if new := classes != fit.classes:
-        module = build_model(arch, classes, image_size=fit.size, seed=seed)
+        module = build_model(
+            arch, classes, image_size=fit.size, in_channels=fit.in_channels, seed=seed
+        )
         own_shapes = _shapes(module)
         state = {name: t for name, t in state.items() if tuple(t.shape) == own_shapes.get(name)}
     module.load_state_dict(state, strict=False)
-    return Dense(module.eval(), checkpoint, classes, fit.size, new)
+    return Dense(module.eval(), checkpoint, classes, fit.size, fit.in_channels, new)
 
 
 class _Misfit(CheckpointError):
-    """A checkpoint that does not fit, by `count` of its tensors or the network's."""
+    """A checkpoint that does not fit, by `count` of its tensors or the network's.
 
-    def __init__(self, message: str, count: int) -> None:
+    `in_channels` is what the images would have if they were all that differs.
+    """
+
+    def __init__(self, message: str, count: int, in_channels: int | None = None) -> None:
         super().__init__(message)
         self.count = count
+        self.in_channels = in_channels
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,7 @@ class _Fit:
     names: Mapping[str, str]
     classes: int | None
     size: int
+    in_channels: int = RGB
 
 
 def _under_a_prefix(
@@ -205,6 +216,26 @@ def _fitting(
     Raises:
         _Misfit: if they are not those of one, with or without its classifier.
     """
+    try:
+        return _fitted(known, shapes, image_size, RGB)
+    except _Misfit as misfit:
+        if misfit.in_channels is None:
+            raise
+        try:
+            return _fitted(known, shapes, image_size, misfit.in_channels)
+        except _Misfit:  # then the channels are not what differs
+            raise misfit from None
+        except ZooError as error:
+            raise _Misfit(f"{misfit} {error}", misfit.count) from None
+
+
+def _fitted(
+    known: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    image_size: int | None,
+    in_channels: int,
+) -> _Fit:
+    """As `_fitting`, of a network for images of `in_channels`."""
     problems = []
     classes: int | None = None
     size = image_size or known.image_size
@@ -215,7 +246,9 @@ def _fitting(
     if image_size and known.flatten_stride is None:
         size = image_size
     with Uninitialised():
-        module = build_model(known.name, classes or known.num_classes, image_size=size)
+        module = build_model(
+            known.name, classes or known.num_classes, image_size=size, in_channels=in_channels
+        )
     expected = _shapes(module)
     wrong = {
         "missing": [
@@ -237,14 +270,30 @@ def _fitting(
     count = sum(map(len, wrong.values()))
     only_missing = count == len(wrong["missing"])
     if classes is None and only_missing and set(wrong["missing"]) == _classifier(known):
-        return _Fit(module, {}, None, size)
+        return _Fit(module, {}, None, size, in_channels)
     for kind, names in wrong.items():
         if names:
             more = ", ..." if len(names) > 3 else ""
             problems.append(f"{len(names)} {kind}: {', '.join(names[:3])}{more}.")
     if problems:
-        raise _Misfit(" ".join(problems), count)
-    return _Fit(module, {}, classes, size)
+        raise _Misfit(" ".join(problems), count, _image_channels(expected, shapes))
+    return _Fit(module, {}, classes, size, in_channels)
+
+
+def _image_channels(
+    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> int | None:
+    """The channels of the images, if the inputs of convolutions alone are not the `expected`."""
+    pairs = [(shape, shapes.get(name, shape)) for name, shape in expected.items()]
+    channels = set()
+    for shape, got in pairs:
+        if got == shape:
+            continue
+        if (len(shape), len(got)) != (4, 4) or shape[:1] + shape[2:] != got[:1] + got[2:]:
+            return None
+        channels.add(got[1] * RGB / shape[1])  # a stem may fold pixels into channels
+    (number,) = channels if len(channels) == 1 else (0.0,)
+    return int(number) if number >= 1 and number.is_integer() else None
 
 
 def _classifier(known: Architecture) -> set[str]:

@@ -150,7 +150,8 @@ def _whole(
     """A copy of the dense network, with the record of a cut that took nothing, and its groups."""
     if arch and example_input is None:
         model = load(arch, 1, weights, profile="equal")
-        return model, groups_of(arch, model, cast(PruningRecord, model.pruning).image_size)
+        record = cast(PruningRecord, model.pruning)
+        return model, groups_of(arch, model, record.image_size, record.in_channels)
     if not arch and example_input is not None:
         model = prune(cast(nn.Module, weights), example_input, cf=1)
         return model, traced_groups(model, example_input)

@@ -149,7 +149,7 @@ def load(
     dense = load_dense(
         arch, weights, image_size=image_size, num_classes=num_classes, seed=seed, ema=ema
     )
-    groups = groups_of(arch, dense.module, dense.image_size)
+    groups = groups_of(arch, dense.module, dense.image_size, dense.in_channels)
     made = planned(dense.module, groups, asked, data)
     module, classes = dense.module, dense.num_classes
     early: Source | None = None
@@ -161,6 +161,11 @@ def load(
         module, early = rewound.module, rewound.checkpoint.source
         if rewound.num_classes != classes:
             raise ZooError(f"rewind= has {rewound.num_classes} classes, weights= has {classes}.")
+        if rewound.in_channels != dense.in_channels:
+            raise ZooError(
+                f"rewind= is for images of {rewound.in_channels} channels, weights= for those of "
+                f"{dense.in_channels}."
+            )
     return _cut(
         module,
         groups,
@@ -171,6 +176,7 @@ def load(
         init,
         early,
         dense.new_classifier,
+        dense.in_channels,
     )
 
 
@@ -314,6 +320,7 @@ def _cut(
     rewind: Source | None = None,
     rewrite: bool = False,
     new_classifier: bool = False,
+    in_channels: int = 3,
 ) -> nn.Module:
     pruned = surgery.apply(module, groups, made)
     if init == "random":
@@ -330,6 +337,7 @@ def _cut(
         rewind=rewind,
         rewritten=rewrite,
         new_classifier=new_classifier,
+        in_channels=in_channels,
     )
     pruned.pruning = record  # type: ignore[assignment]
     return pruned.eval()

@@ -98,12 +98,18 @@ class BenchmarkCommand(BenchmarkOptions):
 
 def benchmark(command: BenchmarkCommand) -> None:
     from zoo.measurement import machine
+    from zoo.models import build_model
     from zoo.rendering import benchmark_table, print_tables
 
     pruned = zoo.load_pruned(command.folder)
     record: Any = pruned.pruning
     # times depend on no weights
-    dense = zoo.create_model(record.architecture, record.num_classes, image_size=record.image_size)
+    dense = build_model(
+        record.architecture,
+        record.num_classes,
+        image_size=record.image_size,
+        in_channels=record.in_channels,
+    )
     print_tables([benchmark_table(zoo.benchmark(dense, pruned, options=command))])
     print(machine(command.threads))
 

@@ -16,6 +16,7 @@ from zoo.errors import CheckpointError, ZooError, integer, unknown
 from zoo.models.cnet import CNet
 from zoo.models.mobilenet import ProjectedMobileNetV2, small_stem_mobilenet_v2
 from zoo.models.resnet import ResNet, Shortcut, small_stem_resnet
+from zoo.models.stem import RGB, take_channels
 from zoo.models.vgg import VGG
 from zoo.seeding import seeded
 
@@ -29,6 +30,8 @@ class Architecture:
     Attributes:
         name: what users write.
         build: (num_classes, image_size) -> module.
+        build_for: (num_classes, channels) -> module, where the library builds it for images of
+            other channels than three; else the convolution that sees them is replaced.
         classifier: name of the dense layer whose rows are the classes.
         num_classes: of the reference.
         image_size: of the reference, in pixels; images are 3 x image_size x image_size.
@@ -48,6 +51,7 @@ class Architecture:
     profiles_from: str = ""
     auxiliary: tuple[str, ...] = ()
     classifier_dims: int = 2
+    build_for: Callable[[int, int], nn.Module] | None = None
 
     def infer(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """(num_classes, image_size) of the checkpoint whose tensors have these `shapes`.
@@ -240,6 +244,9 @@ def architecture(name: str) -> Architecture:
             num_classes=1000,
             image_size=size.input_size[-1] if size else 224,
             profiles_from=TWINS.get(name.partition(".")[0], ""),  # a dot begins the weights' tag
+            build_for=lambda classes, channels: timm.create_model(
+                member, num_classes=classes, in_chans=channels
+            ),
         )
     raise _unknown_name(name)
 
@@ -280,7 +287,12 @@ def _unknown_name(name: str) -> ZooError:
 
 
 def build_model(
-    arch: str, num_classes: int, *, image_size: int | None = None, seed: int = 0
+    arch: str,
+    num_classes: int,
+    *,
+    image_size: int | None = None,
+    in_channels: int = RGB,
+    seed: int = 0,
 ) -> nn.Module:
     """A dense network of architecture `arch`, randomly initialised from `seed`, on the CPU.
 
@@ -288,10 +300,12 @@ def build_model(
         arch: a name of `ARCHITECTURES`, `torchvision:<name>` or `timm:<name>`.
         num_classes: outputs of the classifier.
         image_size: pixels; only architectures that flatten a map (cnet) depend on it.
+        in_channels: of the images.
         seed: of the initial weights; the caller's random state is left alone.
 
     Raises:
-        ZooError: for an unknown name, a bad number of classes or an impossible image size.
+        ZooError: for an unknown name, a bad number of classes, an impossible image size, or
+            channels that the architecture cannot be built for.
     """
     classes = integer("num_classes", num_classes, 1)
     known = architecture(arch)
@@ -299,4 +313,14 @@ def build_model(
     if known.flatten_stride and (size < known.flatten_stride or size % known.flatten_stride):
         raise ZooError(f"{arch} needs an image size divisible by {known.flatten_stride}: {size}.")
     with seeded(seed):
-        return known.build(classes, size)
+        if in_channels == RGB:
+            return known.build(classes, size)
+        try:
+            if known.build_for is not None:
+                return known.build_for(classes, in_channels)
+            take_channels(module := known.build(classes, size), in_channels)
+        except Exception as error:  # whatever the library raises
+            raise ZooError(
+                f"{arch} cannot be built for images of {in_channels} channels: {error}"
+            ) from error
+        return module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from zoo.pruning.data_scores import (
     taylor_weight_scores,
 )
 from zoo.pruning.filter_agent import reinforce_scores
+from zoo.pruning.surgery import evaluating
 from zoo.pruning.weight_scores import (
     Scores,
     bn_scale_scores,
@@ -134,10 +136,27 @@ def channel_scores(
 
     Raises:
         ZooError: for an unknown criterion, or one that needs data when there is none.
+        DataError: for data whose images the network does not run on.
     """
     if name not in CRITERIA:
         raise unknown("criterion", name, CRITERIA)
     criterion = CRITERIA[name]
     if criterion.needs_data and batches is None:
         raise ZooError(f"The criterion {name!r} needs data: pass data=, a Dataset or DataLoader.")
+    if criterion.needs_data:
+        _check_images(module, batches or ())
     return criterion.score(module, groups, seed, batches or ())
+
+
+def _check_images(module: nn.Module, batches: Batches) -> None:
+    for images, _ in islice(batches, 1):
+        try:
+            with evaluating(module), torch.no_grad():
+                module(images[:1])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise DataError(
+                f"The network does not run on images of shape {tuple(images[:1].shape)}: {reason}"
+            ) from error

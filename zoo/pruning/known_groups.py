@@ -13,6 +13,7 @@ from zoo.documents import decode_document, encode_document, read_json, write_jso
 from zoo.errors import DocumentError
 from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
+from zoo.models.stem import RGB
 from zoo.pruning.dependencies import trace_key
 from zoo.pruning.fingerprint import fingerprint
 from zoo.pruning.graph import channel_groups
@@ -22,11 +23,16 @@ from zoo.registry import stored_groups
 __all__ = ["groups_of", "matching_groups", "reference_groups", "traced_groups"]
 
 
-def groups_of(arch: str, module: nn.Module, image_size: int) -> ChannelGroups:
-    """The groups of `module`, of architecture `arch`: stored ones, where they hold for it."""
+def groups_of(
+    arch: str, module: nn.Module, image_size: int, in_channels: int = RGB
+) -> ChannelGroups:
+    """The groups of `module`, of architecture `arch`: stored ones, where they hold for it.
+
+    Those are of colour images; for `in_channels` of others the network is traced.
+    """
     stored = matching_groups(arch, module)
     if stored is None:
-        example = next(module.parameters()).new_zeros(1, 3, image_size, image_size)
+        example = next(module.parameters()).new_zeros(1, in_channels, image_size, image_size)
         return traced_groups(module, example)
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     return stored.adapted(shapes, image_size)

@@ -95,6 +95,7 @@ class PruningRecord:
         rewritten: whether it is the traced program of the dense network (`zoo.pruning.rewriting`).
         new_classifier: whether the source has no classifier of these classes, so that the network
             began with a random one.
+        in_channels: of the images that the architecture is built for.
     """
 
     architecture: str
@@ -107,6 +108,7 @@ class PruningRecord:
     rewind: Source | None = None
     rewritten: bool = False
     new_classifier: bool = False
+    in_channels: int = 3
 
 
 def record_of(module: object) -> PruningRecord | None:
