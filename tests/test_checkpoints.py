@@ -267,8 +267,6 @@ def test_weights_of_no_known_kind():
     loop["model"] = loop
     with pytest.raises(CheckpointError, match="no tensors"):
         read_checkpoint(loop)
-    with pytest.raises(CheckpointError, match="a is not an ordinary dense tensor"):
-        read_checkpoint({"a": torch.eye(2).to_sparse()})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -278,7 +276,14 @@ def test_nan_weights_are_refused_by_name(dense, tmp_path, value):
         dense.fc.bias[0] = value
     torch.save(dense.state_dict(), tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=r"2 of \d+ values of layer2\.0\.conv1\.weight"):
-        read_checkpoint(tmp_path / "m.pt")
+        load_dense("resnet20-16", tmp_path / "m.pt")
+
+
+def test_a_tensor_that_is_not_dense_is_refused_by_name(dense):
+    state = dense.state_dict()
+    state["fc.weight"] = state["fc.weight"].to_sparse()
+    with pytest.raises(CheckpointError, match=r"fc\.weight is not an ordinary dense tensor"):
+        load_dense("resnet20-16", state)
 
 
 @pytest.fixture

@@ -40,6 +40,44 @@ def test_a_network_inside_another_is_found(dense, prefix, others, adapted):
     assert all(name in said for name in list(others)[:3])
 
 
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"criterion.pos_weight": torch.tensor(3.2)},
+        {"val_best": torch.tensor(-float("inf")), "loss.weight": torch.full((7,), float("nan"))},
+        {"scale": torch.eye(3).to_sparse()},
+    ],
+)
+def test_what_is_beside_the_network_may_hold_anything(dense, others):
+    stored = {f"model.{name}": tensor for name, tensor in dense.state_dict().items()} | others
+    with pytest.warns(UserWarning, match=f"{len(others)} others left out: {next(iter(others))}"):
+        found = load_dense("resnet20-16", {"state_dict": stored})
+    assert same_state(found.module, dense.state_dict())
+
+
+@pytest.mark.parametrize("prefix", ["model.", "net.backbone."])
+def test_what_differs_under_a_prefix_is_named_there_with_what_is_beside(dense, prefix):
+    state = dense.state_dict()
+    state["conv1.weight"] = state["conv1.weight"][:8]
+    stored = {prefix + name: tensor for name, tensor in state.items()}
+    stored |= {"criterion.pos_weight": torch.tensor(3.2)}
+    with pytest.raises(CheckpointError) as caught:
+        load_dense("resnet20-16", stored)
+    said = str(caught.value)
+    assert f"Of the weights under {prefix!r}: 1 misshapen: conv1.weight" in said
+    assert "Beside them: criterion.pos_weight." in said
+    assert "missing" not in said
+
+
+def test_another_architecture_under_a_prefix_is_named(dense):
+    stored = {f"model.{name}": tensor for name, tensor in dense.state_dict().items()}
+    stored["criterion.pos_weight"] = torch.tensor(3.2)
+    with pytest.raises(CheckpointError, match=r"'model\.'.*criterion.*fits 'resnet20-16'"):
+        load_dense("torchvision:resnet18", stored)
+    with pytest.raises(CheckpointError, match=r"fits 'resnet20-16'"):
+        load_dense("resnet110", stored)  # which has more tensors than there are
+
+
 def test_two_networks_in_one_checkpoint_are_an_error_that_names_both(dense):
     state = dense.state_dict()
     stored = {f"{which}.{name}": t for which in ("student", "teacher") for name, t in state.items()}

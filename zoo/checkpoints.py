@@ -26,7 +26,7 @@ from zoo import hub
 from zoo.errors import CheckpointError
 from zoo.pruning.plan import Source
 
-__all__ = ["RECORD", "Checkpoint", "read_checkpoint", "read_safetensors"]
+__all__ = ["RECORD", "Checkpoint", "check_values", "read_checkpoint", "read_safetensors"]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 DEPTH = 5
@@ -96,8 +96,7 @@ def read_checkpoint(
 
     Raises:
         CheckpointError: if a file is missing, damaged, or a pickle that would have to run code; if
-            there are no tensors, or with `ema=False` averaged ones alone; if a tensor holds NaN or
-            infinity.
+            there are no tensors, or with `ema=False` averaged ones alone.
         ZooError: if the Hub does not give the file.
     """
     if isinstance(weights, nn.Module):
@@ -229,7 +228,7 @@ def _parse_pickle(data: bytes, path: Path) -> Any:
 
 
 def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], bool | None]:
-    """The innermost state dict of `content`, without name prefixes, checked to be finite.
+    """The innermost state dict of `content`, without name prefixes.
 
     With it, whether it is the average of another one beside it; None where there is no other.
     """
@@ -241,6 +240,15 @@ def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], boo
             f"{what} holds no tensors where weights are looked for (the top level, or one of "
             f"{', '.join((*WRAPPERS, *AVERAGES))}); it has: {keys or type(content).__name__}."
         )
+    return state, averaged
+
+
+def check_values(state: Mapping[str, Tensor], what: str) -> None:
+    """Refuse weights that no network can be used with.
+
+    Raises:
+        CheckpointError: if a tensor holds NaN or infinity, or is sparse, quantized or of no values.
+    """
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(f"{what}: {name} is not an ordinary dense tensor.")
@@ -250,7 +258,6 @@ def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], boo
                 f"{what} holds NaN or infinity: {count} of {tensor.numel()} values of {name}. "
                 "Its training diverged; use an earlier checkpoint."
             )
-    return state, averaged
 
 
 def _named(content: Any) -> dict[str, Tensor]:

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from zoo.checkpoints import Checkpoint, read_checkpoint
+from zoo.checkpoints import Checkpoint, check_values, read_checkpoint
 from zoo.errors import CheckpointError, ZooError, integer
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
 from zoo.models.adapters import adapted_names
 from zoo.models.stem import RGB
 
 __all__ = ["Dense", "Uninitialised", "load_dense"]
+
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ def load_dense(
     Raises:
         CheckpointError: as `read_checkpoint`, or if the tensors do not fit `arch`: how many and
             which are missing, unexpected or misshapen, and the architecture that they do fit; if
-            those under several prefixes do; or if only the classifier is missing, and
-            `num_classes` is not given.
+            those under several prefixes do; if only the classifier is missing, and `num_classes` is
+            not given; or, of those that are taken, as `check_values`.
         ZooError: for a bad number of classes.
     """
     known = architecture(arch)
@@ -87,10 +89,10 @@ def load_dense(
         preferred = image_size or (int(stated) if stated else None)
         try:
             fit = _adapted(known, checkpoint.shapes, preferred)
-        except _Misfit:
+        except _Misfit as misfit:
             inner = _under_a_prefix(known, checkpoint, preferred)
             if inner is None:
-                raise
+                raise _nearest(misfit, known, checkpoint.shapes, preferred) from None
             fit = inner
         if fit.classes is None and num_classes is None:
             missing = ", ".join(sorted(_classifier(known)))
@@ -107,15 +109,16 @@ def load_dense(
             f"The classifier in {checkpoint.source.reference} is for images of {fit.size} pixels, "
             f"not {image_size}."
         )
-    state = {own: checkpoint.state[name] for name, own in fit.names.items()}
     module, classes = fit.module, num_classes or fit.classes
     assert classes is not None
     if new := classes != fit.classes:
         module = build_model(
             arch, classes, image_size=fit.size, in_channels=fit.in_channels, seed=seed
         )
-        own_shapes = _shapes(module)
-        state = {name: t for name, t in state.items() if tuple(t.shape) == own_shapes.get(name)}
+    shapes, stored = _shapes(module), checkpoint.shapes
+    taken = {name: own for name, own in fit.names.items() if shapes.get(own) == stored[name]}
+    check_values({name: checkpoint.state[name] for name in taken}, checkpoint.source.reference)
+    state = {own: checkpoint.state[name] for name, own in taken.items()}
     module.load_state_dict(state, strict=False)
     return Dense(module.eval(), checkpoint, classes, fit.size, fit.in_channels, new)
 
@@ -160,13 +163,10 @@ def _under_a_prefix(
     with torch.device("meta"):
         parameters = dict(build_model(known.name, known.num_classes).named_parameters())
     least = len(parameters.keys() - _classifier(known))
-    prefixes = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
     fits: dict[str, _Fit] = {}
-    for prefix, count in prefixes.items():
-        if count >= least:
-            own = {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
-            with contextlib.suppress(_Misfit):
-                fits[prefix] = _adapted(known, own, image_size)
+    for prefix, own in _parts(shapes, least).items():
+        with contextlib.suppress(_Misfit):
+            fits[prefix] = _adapted(known, own, image_size)
     whole = {prefix: fit for prefix, fit in fits.items() if fit.classes is not None}
     fits = whole or fits
     if not fits:
@@ -187,9 +187,33 @@ def _under_a_prefix(
     return replace(fit, names={prefix + name: new for name, new in fit.names.items()})
 
 
-def _adapted(
-    known: Architecture, shapes: Mapping[str, tuple[int, ...]], image_size: int | None
-) -> _Fit:
+def _parts(shapes: _Shapes, least: int) -> dict[str, _Shapes]:
+    """The tensors under each prefix of names that at least so many have, by what follows it."""
+    counts = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
+    return {
+        prefix: {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+        for prefix, count in counts.items()
+        if count >= least
+    }
+
+
+def _nearest(
+    misfit: _Misfit, known: Architecture, shapes: _Shapes, image_size: int | None
+) -> _Misfit:
+    """`misfit`, or that of the tensors under a prefix that most have, if these come nearer."""
+    for prefix, own in _parts(shapes, len(shapes) // 2 + 1).items():
+        try:
+            _adapted(known, own, image_size)
+        except _Misfit as inner:
+            if inner.count < misfit.count:
+                others = [name for name in shapes if not name.startswith(prefix)]
+                more = ", ..." if len(others) > 3 else ""
+                beside = f" Beside them: {', '.join(others[:3])}{more}." if others else ""
+                misfit = _Misfit(f"Of the weights under {prefix!r}: {inner}{beside}", inner.count)
+    return misfit
+
+
+def _adapted(known: Architecture, shapes: _Shapes, image_size: int | None) -> _Fit:
     """As `_fitting`, with each stored name's name in the network, by the first adapter that fits.
 
     Raises:
@@ -208,9 +232,7 @@ def _adapted(
     raise min(misfits, key=lambda misfit: misfit.count)
 
 
-def _fitting(
-    known: Architecture, shapes: Mapping[str, tuple[int, ...]], image_size: int | None
-) -> _Fit:
+def _fitting(known: Architecture, shapes: _Shapes, image_size: int | None) -> _Fit:
     """The network for tensors of these `shapes`, under their own names.
 
     Raises:
@@ -231,7 +253,7 @@ def _fitting(
 
 def _fitted(
     known: Architecture,
-    shapes: Mapping[str, tuple[int, ...]],
+    shapes: _Shapes,
     image_size: int | None,
     in_channels: int,
 ) -> _Fit:
@@ -280,9 +302,7 @@ def _fitted(
     return _Fit(module, {}, classes, size, in_channels)
 
 
-def _image_channels(
-    expected: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
-) -> int | None:
+def _image_channels(expected: _Shapes, shapes: _Shapes) -> int | None:
     """The channels of the images, if the inputs of convolutions alone are not the `expected`."""
     pairs = [(shape, shapes.get(name, shape)) for name, shape in expected.items()]
     channels = set()
@@ -309,16 +329,18 @@ def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
-def _suggestion(arch: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _suggestion(arch: str, shapes: _Shapes) -> str:
     readings = [
-        {names[name]: shape for name, shape in shapes.items()} for _, names in adapted_names(shapes)
+        {names[name]: shape for name, shape in part.items()}
+        for part in (shapes, *_parts(shapes, len(shapes) // 2 + 1).values())
+        for _, names in adapted_names(part)
     ]
     others = [other for name, other in ARCHITECTURES.items() if name != arch]
     fitting = [repr(other.name) for other in others if any(_fits(other, r) for r in readings)]
     return f" The checkpoint fits {' or '.join(fitting)}." if fitting else ""
 
 
-def _fits(known: Architecture, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+def _fits(known: Architecture, shapes: _Shapes) -> bool:
     try:
         known.infer(shapes)  # first, because it builds no network
         with torch.device("meta"):
