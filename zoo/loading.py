@@ -175,8 +175,8 @@ def load(
         dense.checkpoint.source,
         init,
         early,
-        dense.new_classifier,
-        dense.in_channels,
+        new_classifier=dense.new_classifier,
+        in_channels=dense.in_channels,
     )
 
 
@@ -318,6 +318,7 @@ def _cut(
     source: Source,
     init: Init = "pretrained",
     rewind: Source | None = None,
+    *,
     rewrite: bool = False,
     new_classifier: bool = False,
     in_channels: int = 3,
