@@ -281,3 +281,28 @@ def test_taylor_names_a_parameter_that_has_no_layer() -> None:
     assert zoo.plan(module, x, cf=2, criterion="l1").widths["kernel"] < 8
     with pytest.raises(ZooError, match="'kernel' is a parameter of no layer"):
         zoo.plan(module, x, cf=2, criterion="taylor", data=data)
+
+
+class Auxiliary(Net):
+    """A head that only training uses, and that takes maps of eight pixels and more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Conv2d(8, 4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        maps = torch.relu(self.stem(x))
+        if self.training:
+            return self.head(maps.mean((2, 3))) + self.auxiliary(maps).mean((2, 3))
+        return self.head(maps.mean((2, 3)))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_a_head_that_only_training_uses_is_not_cut_off_at_any_size(size: int) -> None:
+    with pytest.raises(GraphError, match=r"'auxiliary\.weight' has no part in eval mode, and"):
+        zoo.prune(Auxiliary(), torch.rand(1, 3, size, size), cf=2)
+
+
+def test_a_network_that_cannot_be_trained_at_the_size_of_the_example_says_so() -> None:
+    with pytest.raises(GraphError, match=r"whether surgery would break it .*: Calculated padded"):
+        zoo.prune(Auxiliary(), torch.rand(1, 3, 1, 1), cf=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -342,18 +343,25 @@ def _half_precision(recipe: Recipe, device: str) -> torch.dtype | None:
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
 
 
+_ONE_TRAINING = threading.RLock()
+
+
 @contextmanager
 def apart() -> Iterator[None]:
-    """Accelerate's state is as it was afterwards, unless processes are joined through it."""
+    """Accelerate's state is as it was afterwards, unless processes are joined through it.
+
+    Threads take turns: that state is the whole process's, and so are torch's random generators.
+    """
     kinds = (PartialState, AcceleratorState)
-    before = [dict(kind._shared_state) for kind in kinds]
-    try:
-        yield
-    finally:
-        if PartialState._shared_state.get("num_processes", 1) == 1:
-            for kind, state in zip(kinds, before, strict=True):
-                kind._shared_state.clear()
-                kind._shared_state.update(state)
+    with _ONE_TRAINING:
+        before = [dict(kind._shared_state) for kind in kinds]
+        try:
+            yield
+        finally:
+            if PartialState._shared_state.get("num_processes", 1) == 1:
+                for kind, state in zip(kinds, before, strict=True):
+                    kind._shared_state.clear()
+                    kind._shared_state.update(state)
 
 
 def make_accelerator(

@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["quiet"]
+__all__ = ["ONE_AT_A_TIME", "quiet"]
 
-_ONE_AT_A_TIME = threading.RLock()
+ONE_AT_A_TIME = threading.RLock()
+"""Held by a thread that traces: torch.export and fake tensors patch torch for all threads."""
 
 
 @contextlib.contextmanager
@@ -23,7 +24,7 @@ def quiet() -> Iterator[None]:
     and threads that changed and restored them by turns would leave them changed. What other threads
     print meanwhile is printed.
     """
-    with _ONE_AT_A_TIME, warnings.catch_warnings():
+    with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         disabled, streams = logging.root.manager.disable, (sys.stdout, sys.stderr)
         logging.disable(logging.CRITICAL)

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -109,17 +110,35 @@ def _check_training(
         return
     with _faked(module) as (mode, fake):
         pair = mapped(lambda tensor: torch.cat([mode.from_tensor(tensor)] * 2), inputs)
-        for network in (fake, apply(fake, groups, _trial_plan(groups))):
-            try:
-                call(network.train(), pair)
-            except Exception as error:
-                if network is fake:
-                    return  # it cannot be trained on such images anyway
-                reason = (str(error).strip().splitlines() or [""])[0]
-                raise GraphError(
-                    f"{idle[0]!r} has no part in eval mode, and surgery would break the network in "
-                    f"training mode: {reason}. Remove what only training uses first."
-                ) from None
+        sizes = (mapped(partial(_enlarged, times), pair) for times in (1, 2, 4))
+        given = next((larger for larger in sizes if _training_error(fake, larger) is None), None)
+        if given is None:
+            raise GraphError(
+                f"{idle[0]!r} has no part in eval mode, and whether surgery would break it in "
+                f"training mode cannot be seen, for the network cannot be trained on such inputs: "
+                f"{_training_error(fake, pair)}. Give an example input of the size that it is "
+                f"trained on, or remove what only training uses first."
+            )
+        broken = _training_error(apply(fake, groups, _trial_plan(groups)), given)
+        if broken is not None:
+            raise GraphError(
+                f"{idle[0]!r} has no part in eval mode, and surgery would break the network in "
+                f"training mode: {broken}. Remove what only training uses first."
+            )
+
+
+def _enlarged(times: int, tensor: Tensor) -> Tensor:
+    """Images of so many times the sides: an auxiliary head may need more than the network does."""
+    return tensor.repeat(1, 1, times, times) if tensor.ndim == 4 else tensor
+
+
+def _training_error(network: nn.Module, inputs: Inputs) -> str | None:
+    """Why a network cannot be trained on such inputs; None if it can."""
+    try:
+        call(network.train(), inputs)
+    except Exception as error:
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from zoo.pruning.labels import Labels, Value, is_channels
 from zoo.pruning.program import Program, integers, interpret, locate, module_path
 from zoo.pruning.retrace import Failure
 from zoo.pruning.surgery import REPAIRS
+from zoo.quiet import ONE_AT_A_TIME
 
 __all__ = ["analyse", "channel_groups"]
 
@@ -44,6 +45,11 @@ def channel_groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
 
 def analyse(module: nn.Module, inputs: Inputs) -> tuple[Program, ChannelGroups]:
     """As `channel_groups`, with the interpreted program that they come from."""
+    with ONE_AT_A_TIME:
+        return _analysed(module, inputs)
+
+
+def _analysed(module: nn.Module, inputs: Inputs) -> tuple[Program, ChannelGroups]:
     program = interpret(module, inputs)
     buffers = tuple(name for name, _ in module.named_buffers(remove_duplicate=False))
     for name, row in attribute_labels(module, program).items():
