@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from zoo.calls import example_of, input_shapes, like
 from zoo.checkpoints import RECORD, read_safetensors
+from zoo.cost import cost_model
 from zoo.dense import Uninitialised
 from zoo.documents import (
     decode_document,
@@ -28,8 +30,8 @@ from zoo.documents import (
     write_text,
 )
 from zoo.errors import CheckpointError, ZooError
-from zoo.models import build_model
-from zoo.pruning.known_groups import matching_groups
+from zoo.models import architecture, build_model
+from zoo.pruning.known_groups import groups_of, matching_groups
 from zoo.pruning.plan import PruningRecord, Source, kept_positions, record_of
 from zoo.pruning.rewriting import rewritten
 from zoo.pruning.surgery import named_tensors, resize, resized
@@ -75,18 +77,24 @@ def _writing(target: Path) -> Iterator[None]:
 def write_model(model: nn.Module, folder: str | Path) -> None:
     """Write a pruned model as a folder: model.safetensors, pruning.json and README.md.
 
-    An older model in the folder is replaced whole; other files there are kept.
+    An older model in the folder is replaced whole; other files there are kept. Wrappers (compiled,
+    parallel) are left out. A classifier of other classes is taken into the record. What was written
+    is read back before it takes its place.
 
     Raises:
-        CheckpointError: if `model` is not pruned, or `folder` holds something else.
+        CheckpointError: if `model` is not pruned, or no longer the network that was, or `folder`
+            holds something else.
         ZooError: if the folder cannot be written; the old one is left as it was.
     """
+    model = _unwrapped(model)
     record = record_of(model)
     if record is None:
         raise CheckpointError(
             f"This {type(model).__name__} is not pruned, so there is no record to reload it by: "
             "prune it with zoo.load or zoo.prune, or write its weights with save_checkpoint."
         )
+    tensors = {name.replace(COMPILED, ""): t for name, t in named_tensors(model).items()}
+    record = _as_it_is(record, tensors)
     folder = Path(folder)
     place = folder.resolve()
     with _writing(folder):
@@ -103,10 +111,74 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
                 )
             else:
                 new.mkdir()
-            _save_tensors(named_tensors(model), new / MODEL, {"memory_format": _layout(model)})
+            _save_tensors(tensors, new / MODEL, {"memory_format": _layout(model)})
             write_json(new / RECORD, encode_document(record))
+            _read_back(new, model, record)
             write_text(new / README, _readme(record))
             _swap(new, place, aside=place.with_name(f"{Path(scratch).name}.old"))
+
+
+COMPILED = "_orig_mod."
+"""What torch.compile puts in front of the names of what it wraps."""
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, DataParallel or DistributedDataParallel is wrapped around."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _as_it_is(record: PruningRecord, tensors: Mapping[str, Tensor]) -> PruningRecord:
+    """The record, with the classes and the costs of a classifier that was replaced since."""
+    if not record.architecture:
+        return record
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        classes, _ = architecture(record.architecture).infer(shapes)
+    except CheckpointError:
+        return record
+    if classes == record.num_classes:
+        return record
+    record = replace(record, num_classes=classes, new_classifier=True)
+    plan = record.plan
+    groups = groups_of(
+        record.architecture, skeleton_of(record), record.image_size, record.in_channels
+    )
+    costs, widths = cost_model(groups), [len(plan.kept[name]) for name in groups.names]
+    dense = replace(costs.dense, latency=plan.dense.latency)
+    pruned = replace(costs(widths), latency=plan.pruned.latency)
+    got = plan.got if plan.metric == "latency" else costs.factor(widths, plan.metric)
+    return replace(record, plan=replace(plan, dense=dense, pruned=pruned, got=got))
+
+
+def _read_back(folder: Path, model: nn.Module, record: PruningRecord) -> None:
+    """Refuse what could not be read again.
+
+    Raises:
+        CheckpointError: with what differs from the network that was pruned.
+    """
+    advice = "Write its weights with torch.save(model.state_dict(), ...) or put the layer back."
+    if record.architecture:
+        try:
+            read_model(folder)
+        except CheckpointError as error:
+            changed = str(error).partition(f"{RECORD}: ")[2] or str(error)
+            raise CheckpointError(
+                f"The network is no longer the one that was pruned, and could not be read again: "
+                f"{changed} {advice}"
+            ) from None
+        return
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count != record.plan.pruned.params:
+        raise CheckpointError(
+            f"The network is no longer the one that was pruned: {count:,} parameters, the plan has "
+            f"{record.plan.pruned.params:,}. {advice}"
+        )
 
 
 def check_place(place: Path) -> None:

@@ -1,0 +1,69 @@
+"""What users do to a network before they save it: it is read back, or refused while it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo.errors import CheckpointError
+from zoo.models import build_model
+
+
+@pytest.fixture
+def pruned() -> nn.Module:
+    return zoo.load("resnet20-16", 2, build_model("resnet20-16", 10), profile="equal")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: torch.compile(model, backend="eager"),
+        nn.DataParallel,
+        lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
+    ],
+)
+def test_wrappers_are_seen_through(wrap, pruned: nn.Module, tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    zoo.save(wrap(pruned), tmp_path / "saved")
+    assert torch.equal(zoo.load_pruned(tmp_path / "saved")(images), pruned(images))
+
+
+def test_a_part_that_is_compiled_is_saved_under_its_own_names(pruned, tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 32, 32)
+    expected = pruned(images)
+    pruned.layer1 = torch.compile(pruned.layer1, backend="eager")
+    zoo.save(pruned, tmp_path / "saved")
+    assert torch.equal(zoo.load_pruned(tmp_path / "saved")(images), expected)
+
+
+def test_a_classifier_of_other_classes_is_part_of_the_record(pruned, tmp_path: Path) -> None:
+    pruned.fc = nn.Linear(pruned.fc.in_features, 37)
+    zoo.save(pruned, tmp_path / "saved")
+    again = zoo.load_pruned(tmp_path / "saved")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(again(images), pruned(images))
+    record = again.pruning
+    assert (record.num_classes, record.new_classifier) == (37, True)
+    assert record.plan.pruned.params == sum(p.numel() for p in again.parameters())
+    dense = build_model("resnet20-16", 37)
+    assert record.plan.dense.params == sum(p.numel() for p in dense.parameters())
+    assert record.plan.got == record.plan.dense.params / record.plan.pruned.params
+
+
+def test_what_could_not_be_read_again_is_refused_and_the_old_folder_stays(pruned, tmp_path) -> None:
+    folder = zoo.save(pruned, tmp_path / "saved")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    pruned.fc = nn.Sequential(nn.Dropout(0.2), pruned.fc)
+    with pytest.raises(CheckpointError, match=r"no longer the one .* fc\.1\.bias is unexpected"):
+        zoo.save(pruned, folder)
+    live = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 4))
+    live = zoo.prune(live, torch.rand(1, 3, 8, 8), cf=2)
+    live[3] = nn.Linear(live[3].in_features, 9)
+    with pytest.raises(CheckpointError, match=r"no longer .* parameters, the plan has"):
+        zoo.save(live, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
