@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.latency import image_channels
+from zoo.calls import image_channels
 from zoo.measurement import BenchmarkRow, Latency, Measurement, machine
 from zoo.models import architecture
 from zoo.padding import padded
