@@ -87,7 +87,7 @@ def cut(module: nn.Module, groups: ChannelGroups, plan: Plan, image: Tensor) -> 
     graph = torch_pruning.DependencyGraph().build_dependency(module, image, verbose=False)
     for group in groups.groups:
         filters = group.filters[0]
-        rows = [slot for slot in group.slots if (slot.tensor, slot.dim) == (filters, 0)]
+        rows = [slot for slot in group.filter_slots if slot.tensor == filters]
         removed = set(range(group.size)).difference(plan.kept[group.name])
         gone = [position for slot in rows for unit in removed for position in slot.positions(unit)]
         layer = module.get_submodule(filters.removesuffix(".weight"))

@@ -86,6 +86,9 @@ RIGHT: dict[str, tuple[Build, str]] = {
     # the same tensor or module more than once
     "tied convolutions": (tied_weights, "a b"),
     "two names": (two_names, "a c b"),
+    "transposed alone": (
+        lambda: net(lambda n, x: n.c(x), c=nn.ConvTranspose2d(8, 8, 2, 2)), "a c b",
+    ),
     "a module called twice": (lambda: net(lambda n, x: n.c(n.c(x).relu()), c=conv(8, 8)), "a b"),
     "at two resolutions": (
         lambda: net(
@@ -177,7 +180,7 @@ RIGHT: dict[str, tuple[Build, str]] = {
     ),
     "matmul with a parameter": (
         lambda: net(lambda n, x: (x.movedim(1, -1) @ n.w).movedim(-1, 1), w=param(8, 8)),
-        "a b",
+        "a w b",
     ),
     "addmm": (
         lambda: net(
@@ -191,7 +194,7 @@ RIGHT: dict[str, tuple[Build, str]] = {
     "upsample": (lambda: net(lambda _, x: F.interpolate(x, size=5, mode="bilinear")), "a b"),
     "transposed": (
         lambda: net(lambda n, x: n.c(x), 6, c=nn.ConvTranspose2d(8, 6, 2, 2)),
-        "a b",
+        "a c b",
     ),
     "transposed, depthwise": (
         lambda: net(lambda n, x: n.c(x), c=nn.ConvTranspose2d(8, 8, 2, 2, groups=8)),
@@ -291,9 +294,6 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
             head=nn.Linear(8, 4),
         ),
         "b", "constant at node 'view",
-    ),
-    "transposed alone": (
-        lambda: net(lambda n, x: n.c(x), c=nn.ConvTranspose2d(8, 8, 2, 2)), "c", "no filter",
     ),
     "transposed in groups": (
         lambda: net(lambda n, x: n.c(x), c=nn.ConvTranspose2d(8, 8, 2, 2, groups=2)),

@@ -43,14 +43,23 @@ class Slot:
 class Group:
     """An ordered set of `size` units with the same slots, pruned by one keep ratio.
 
-    `name` is the module that first produces the channels; `filters` are the weights whose rows
-    produce them, over which filter criteria are summed.
+    `name` is the module that first produces the channels; `filters` are the weights that produce
+    them, over which filter criteria are summed. `output_dims` are the dimensions of these along
+    which one filter lies by another: 1 for transposed convolutions, say; all 0 where it is empty.
     """
 
     name: str
     size: int
     slots: tuple[Slot, ...]
     filters: tuple[str, ...] = ()
+    output_dims: tuple[int, ...] = ()
+
+    @cached_property
+    def filter_slots(self) -> tuple[Slot, ...]:
+        """The slots that are filters: a weight may have others, of the channels that it reads."""
+        dims = self.output_dims or (0,) * len(self.filters)
+        outputs = set(zip(self.filters, dims, strict=True))
+        return tuple(slot for slot in self.slots if (slot.tensor, slot.dim) in outputs)
 
 
 @dataclass(frozen=True)

@@ -128,8 +128,8 @@ def _filled(group: Group, kept: tuple[int, ...], multiple: int) -> tuple[int, ..
 
 
 def _channels(group: Group, filters: str) -> int:
-    """How many rows of a weight belong to one unit."""
-    own = [slot.block for slot in group.slots if (slot.tensor, slot.dim) == (filters, 0)]
+    """How many filters of a weight belong to one unit."""
+    own = [slot.block for slot in group.filter_slots if slot.tensor == filters]
     return max(1, sum(own))
 
 

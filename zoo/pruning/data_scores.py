@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from zoo.batches import check_labels
 from zoo.errors import ZooError
@@ -19,7 +20,6 @@ from zoo.groups import ChannelGroups, Slot
 from zoo.pruning.surgery import evaluating
 from zoo.pruning.weight_scores import (
     Scores,
-    filter_slots,
     per_unit,
     sum_over_filters,
     sum_over_slots,
@@ -118,7 +118,7 @@ def _output_scores(
                 rows[name] = rows.get(name, 0) + over_positions(product.flatten(2))
             for group, total in zip(groups.groups, sums, strict=True):
                 units = torch.zeros(len(labels), group.size, device=images.device)
-                for slot in filter_slots(group):
+                for slot in group.filter_slots:
                     units = units + per_unit(rows[_layer_name(slot)], slot, group.size)
                 total += of_unit(units).sum(0).cpu()
             count += len(labels)
@@ -132,7 +132,7 @@ def _output_scores(
 
 def _producers(module: nn.Module, groups: ChannelGroups) -> dict[str, nn.Module]:
     """Name -> layer, of all whose weights are filters."""
-    wanted = {_layer_name(slot) for group in groups.groups for slot in filter_slots(group)}
+    wanted = {_layer_name(slot) for group in groups.groups for slot in group.filter_slots}
     layers = {name: layer for name, layer in module.named_modules() if name in wanted}
     if bare := sorted(wanted - layers.keys()):
         raise ZooError(
@@ -251,14 +251,19 @@ def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
     Raises:
         ZooError: when there are no batches, or nothing is ever zero, as after SiLU or GELU.
     """
-    readers = {
-        _layer_name(slot) for group in groups.groups for slot in group.slots if slot.dim == 1
+    columns = {
+        name: 0 if isinstance(layer, _ConvTransposeNd) else 1
+        for name, layer in module.named_modules()
+        if isinstance(layer, _ConvNd | nn.Linear)
     }
+    readers = [
+        [slot for slot in group.slots if columns.get(_layer_name(slot)) == slot.dim]
+        for group in groups.groups
+    ]
     counts: dict[str, Tensor] = {}
     handles = [
-        layer.register_forward_pre_hook(_count_zeros(name, counts))
-        for name, layer in module.named_modules()
-        if name in readers and isinstance(layer, nn.Conv2d | nn.Linear)
+        module.get_submodule(name).register_forward_pre_hook(_count_zeros(name, counts))
+        for name in {_layer_name(slot) for slots in readers for slot in slots}
     ]
     try:
         with evaluating(module), torch.no_grad():
@@ -272,10 +277,10 @@ def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
             "The criterion 'apoz' counts zeros after activations; this network has none."
         )
     scores = []
-    for group in groups.groups:
+    for group, slots in zip(groups.groups, readers, strict=True):
         zeros, values = torch.zeros(2, group.size, dtype=torch.int64)
-        for slot in group.slots:
-            if slot.dim == 1 and _layer_name(slot) in counts:
+        for slot in slots:
+            if _layer_name(slot) in counts:
                 found = per_unit(counts[_layer_name(slot)], slot, group.size)
                 zeros, values = zeros + found[0], values + found[1]
         scores.append((1 - zeros / values.clamp(min=1)).tolist())
@@ -286,10 +291,11 @@ def _count_zeros(name: str, counts: dict[str, Tensor]) -> Callable[..., None]:
     """A hook that adds the zeros and the values of a layer's input, per column of its weight."""
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, nn.Conv2d | nn.Linear)
+        assert isinstance(layer, _ConvNd | nn.Linear)
         values = _channels_second(layer, inputs[0]).flatten(2)
         # a column of a grouped convolution's weight reads one channel of every group
-        columns = (values == 0).view(len(values), -1, layer.weight.shape[1], values.shape[2])
+        width = layer.weight.shape[0 if isinstance(layer, _ConvTransposeNd) else 1]
+        columns = (values == 0).view(len(values), -1, width, values.shape[2])
         zeros = columns.sum((0, 1, 3)).cpu()
         total = columns.numel() // columns.shape[2]
         counts[name] = counts.get(name, 0) + torch.stack([zeros, torch.full_like(zeros, total)])

@@ -21,7 +21,7 @@ from zoo.errors import ZooError, integer
 from zoo.groups import ChannelGroups, Group
 from zoo.pruning.data_scores import Batches
 from zoo.pruning.surgery import named_tensors
-from zoo.pruning.weight_scores import Scores, filter_slots
+from zoo.pruning.weight_scores import Scores, along
 from zoo.seeding import seeded
 
 __all__ = ["FilterAgent", "reinforce_scores"]
@@ -131,9 +131,10 @@ def _learn(
 def _filters(tensors: dict[str, Tensor], group: Group) -> Tensor:
     """All the weights that produce each unit, standardised, (size, weights of one unit)."""
     rows = []
-    for slot in filter_slots(group):
+    for slot in group.filter_slots:
         index = [list(slot.positions(unit)) for unit in range(group.size)]
-        rows.append(tensors[slot.tensor].detach().cpu().double()[torch.tensor(index)].flatten(1))
+        filters = along(tensors[slot.tensor].detach().cpu().double(), slot)
+        rows.append(filters[torch.tensor(index)].flatten(1))
     return _standardised(torch.cat(rows, 1))
 
 

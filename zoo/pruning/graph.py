@@ -83,7 +83,7 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
     units: dict[tuple, list[int]] = {}
     first_filter: dict[tuple, str] = {}
     unprunable: dict[str, str] = {}
-    for weight, row in program.trace.producers.items():
+    for (weight, _), row in program.trace.producers.items():
         for label in row.tolist():
             root = trace.find(label)
             if root in fixed:
@@ -103,13 +103,9 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
             unprunable[name] = "its channels are one unit"
             continue
         slots = _slots([members[root] for root in roots])
-        filters = tuple(
-            w for w in trace.producers if any(s.tensor == w and s.dim == 0 for s in slots)
-        )
-        if not filters:
-            unprunable[name] = "no filter computes its channels, only columns of a weight"
-            continue
-        groups.append(Group(name, len(roots), slots, filters))
+        own = {(slot.tensor, slot.dim) for slot in slots}
+        filters, dims = zip(*(home for home in trace.producers if home in own), strict=True)
+        groups.append(Group(name, len(roots), slots, filters, dims if any(dims) else ()))
     return ChannelGroups(
         groups=tuple(groups),
         shapes={name: value.shape for name, value in program.tensors.items() if ":" not in name},

@@ -45,7 +45,7 @@ class Trace:
         fixed: label -> why it cannot be cut.
         positions: weight -> output positions of one image, for MACs.
         fixed_macs: multiply-accumulates of one image between activations, which no plan changes.
-        producers: weight -> the labels of the channels it computes.
+        producers: weight and its dimension of outputs -> the labels of the channels it computes.
     """
 
     def __init__(self, batch: int = 1) -> None:
@@ -56,7 +56,7 @@ class Trace:
         self.fixed: dict[int, str] = {}
         self.positions: dict[str, int] = defaultdict(int)
         self.fixed_macs = 0
-        self.producers: dict[str, Labels] = {}
+        self.producers: dict[tuple[str, int], Labels] = {}
 
     def fresh(self, count: int, tensor: str = "", dim: int = 0) -> Labels:
         """`count` new labels, of one dimension of a stored tensor if it is named."""
@@ -107,11 +107,11 @@ class Trace:
 
         The weight may itself be computed from a stored one, as by weight standardisation.
         """
-        name, _ = self.home(labels)
-        if not name:
+        home = self.home(labels)
+        if home == ("", 0):
             self.fix(labels, "is produced by a weight that is computed, not stored")
-        elif name not in self.producers:
-            self.producers[name] = labels
+        else:
+            self.producers.setdefault(home, labels)
 
     def count(self, weight: Value, positions: int) -> None:
         """The operator multiplies every element of `weight` at this many positions of the batch."""

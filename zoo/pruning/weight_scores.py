@@ -6,6 +6,7 @@ Where several filters produce a channel, or several batch norms scale it, their 
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,8 +24,8 @@ from zoo.pruning.surgery import named_tensors
 
 __all__ = [
     "Scores",
+    "along",
     "bn_scale_scores",
-    "filter_slots",
     "fpgm_scores",
     "l1_scores",
     "l2_scores",
@@ -156,14 +157,9 @@ def per_unit(rows: Tensor, slot: Slot, size: int) -> Tensor:
     return rows[..., torch.tensor(positions, device=rows.device)].sum(-1)
 
 
-def filter_slots(group: Group) -> list[Slot]:
-    """The rows of the weights that produce the group's channels."""
-    return [slot for slot in group.slots if slot.dim == 0 and slot.tensor in group.filters]
-
-
 def sum_over_filters(groups: ChannelGroups, values: Mapping[str, Tensor]) -> Scores:
-    """Per unit, `values` (weight's name -> per element or filter) summed over its filters."""
-    return [_total(group, filter_slots(group), values) for group in groups.groups]
+    """Per unit, `values` (weight's name -> per element) summed over its filters."""
+    return [_total(group, group.filter_slots, values) for group in groups.groups]
 
 
 def sum_over_slots(groups: ChannelGroups, values: Mapping[str, Tensor]) -> Scores:
@@ -177,10 +173,15 @@ def sum_over_slots(groups: ChannelGroups, values: Mapping[str, Tensor]) -> Score
 def _total(group: Group, slots: Sequence[Slot], values: Mapping[str, Tensor]) -> list[float]:
     total = torch.zeros(group.size, dtype=torch.float64)
     for slot in slots:
-        rows = values[slot.tensor].detach().movedim(slot.dim, 0)
-        rows = rows.reshape(len(rows), -1).sum(1).cpu().double()
+        rows = along(values[slot.tensor].detach(), slot).sum(1).cpu().double()
         total += per_unit(rows, slot, group.size)
     return total.tolist()
+
+
+def along(tensor: Tensor, slot: Slot) -> Tensor:
+    """`tensor` as (positions of the slot's dimension, elements of one): rows are filters there."""
+    rows = tensor.movedim(slot.dim, 0)
+    return rows.reshape(len(rows), -1)
 
 
 def _of_filters(
@@ -188,6 +189,13 @@ def _of_filters(
 ) -> Scores:
     """`score`: (filters, elements of one) -> (filters,), of every weight that produces channels."""
     tensors = named_tensors(module)
-    weights = {name for group in groups.groups for name in group.filters}
-    rows = {name: score(tensors[name].detach().double().flatten(1)) for name in weights}
-    return sum_over_filters(groups, rows)
+
+    @functools.cache
+    def of_weight(slot: Slot) -> Tensor:
+        return score(along(tensors[slot.tensor].detach().double(), slot)).cpu()
+
+    scores = []
+    for group in groups.groups:
+        of_slots = [per_unit(of_weight(slot), slot, group.size) for slot in group.filter_slots]
+        scores.append(torch.stack(of_slots).sum(0).tolist())
+    return scores
