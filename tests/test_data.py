@@ -484,3 +484,33 @@ def test_some_classes_are_those_images_numbered_from_zero():
 def test_fewer_than_two_classes_are_refused(name):
     with pytest.raises(DataError, match="of 10 classes"):
         load_data(name, size=8)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:200]),
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(b"something else" * 100),
+        lambda file: np.save(file, np.zeros((3, 2), np.float32)),
+        lambda file: np.savez(file.open("wb"), np.zeros(3)),
+    ],
+)
+def test_a_damaged_cache_of_images_is_made_anew(damage, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ZOO_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            folder = tmp_path / "set" / split / label
+            folder.mkdir(parents=True)
+            for n in range(4):
+                Image.new("RGB", (9, 9), (n, n, n)).save(folder / f"{n}.png")
+    load = lambda: load_data(f"imagefolder:{tmp_path / 'set'}", size=8).train.images  # noqa: E731
+    before = load()
+    files = sorted((tmp_path / "cache" / "images").iterdir())
+    kept = [file.read_bytes() for file in files]
+    for file in files:
+        damage(file)
+    assert torch.equal(load(), before)
+    assert [file.read_bytes() for file in files] == kept
+    assert sorted((tmp_path / "cache" / "images").iterdir()) == files

@@ -127,14 +127,27 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages
     stamp = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
     stamp += f"\n{size}\n{_DECODED}"
     cached = cache_folder() / "images" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.npy"
-    if cache and cached.is_file():
-        images = np.load(cached, allow_pickle=False)
-    else:
+    images = _read_cached(cached, len(paths)) if cache else None
+    if images is None:
         images = decode_all(paths, size)
         if cache:
             with suppress(OSError), replacing(cached) as partial:
                 np.save(partial, images)
     return ImageSet(folder.name, torch.from_numpy(np.ascontiguousarray(images)), *told)
+
+
+def _read_cached(path: Path, count: int) -> np.ndarray | None:
+    """So many decoded images, or None where they are not there whole.
+
+    A file that was cut off or overwritten by something else is told by its length and header; other
+    values of the right number are not.
+    """
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4
+    return images if whole and len(images) == count else None
 
 
 def cache_folder() -> Path:

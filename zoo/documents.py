@@ -10,6 +10,7 @@ import difflib
 import functools
 import json
 import os
+import secrets
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -177,10 +178,11 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """A file beside `path` to write, which takes its place in the end, or on failure is removed.
 
-    Its name has the suffix of `path` and is this process's own. The folder is made.
+    Its name has the suffix of `path` and is drawn at random: processes of two containers that share
+    a folder may have the same number. The folder is made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    partial = path.with_name(f".{secrets.token_hex(8)}.{path.name}")
     try:
         yield partial
         os.replace(partial, path)
