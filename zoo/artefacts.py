@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from zoo.calls import example_of, input_shapes, like
+from zoo.calls import example_for
 from zoo.checkpoints import RECORD, read_safetensors
 from zoo.cost import cost_model
 from zoo.dense import Uninitialised
@@ -306,9 +306,8 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
             "it was pruned from as skeleton=."
         )
     if record.rewritten:
-        shapes = input_shapes(skeleton, record.image_size, record.plan.inputs)
-        zeros = example_of(shapes, shapes[0].shape[0], torch.zeros)
-        skeleton = rewritten(skeleton, like(next(skeleton.parameters()), zeros))
+        zeros = example_for(skeleton, record.image_size, record.plan.inputs, torch.zeros)
+        skeleton = rewritten(skeleton, zeros)
     _check(tensors, skeleton, record, folder)
     if record.architecture:  # no one else holds this skeleton
         resize(model := skeleton, tensors, record.plan.attributes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ __all__ = [
     "call",
     "checked_inputs",
     "described",
+    "example_for",
     "example_of",
     "image_channels",
     "input_shapes",
     "leaves",
-    "like",
     "mapped",
+    "named_leaves",
     "shapes_of",
     "tensors_of",
 ]
@@ -95,14 +96,27 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
 
 def leaves(output: Any) -> tuple[Tensor, ...]:
     """The tensors in what a network gives: nested tuples, lists, dicts and dataclasses of them."""
+    return tuple(tensor for _, tensor in named_leaves(output))
+
+
+def named_leaves(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """`leaves`, each with the keys and fields that it stands under.
+
+    One alone is `logits`; in tuples and lists they are counted.
+    """
     if isinstance(output, Tensor):
-        return (output,)
+        yield path or "logits", output
+        return
+    if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
+        output = vars(output)
+    elif hasattr(output, "_asdict"):
+        output = output._asdict()
     if isinstance(output, Mapping):
-        output = tuple(output.values())
-    elif dataclasses.is_dataclass(output):
-        output = tuple(vars(output).values())
-    parts = output if isinstance(output, tuple | list) else ()
-    return tuple(leaf for part in parts for leaf in leaves(part))
+        for key, part in output.items():
+            yield from named_leaves(part, f"{path}_{key}".lstrip("_"))
+    elif isinstance(output, tuple | list):
+        for number, part in enumerate(output):
+            yield from named_leaves(part, f"{path or 'output'}_{number}")
 
 
 def batch_of(inputs: Inputs) -> int:
@@ -163,14 +177,20 @@ def example_of(
     return made if len(made) > 1 else made[0]
 
 
-def like(tensor: Tensor, inputs: Inputs) -> Inputs:
-    """`inputs` on the device of a tensor of the network, and of its type where they are numbers."""
+def example_for(
+    module: nn.Module,
+    image_size: int,
+    inputs: tuple[InputShape, ...],
+    fill: Callable[[tuple[int, ...]], Tensor],
+    batch: int | None = None,
+) -> Inputs:
+    """What `module` takes, by `input_shapes` and `example_of`, on its device and of its type.
 
-    def moved(given: Tensor) -> Tensor:
-        dtype = tensor.dtype if given.is_floating_point() else given.dtype
-        return given.to(tensor.device, dtype)
-
-    return mapped(moved, inputs)
+    By default of the batch that `inputs` had.
+    """
+    shapes, own = input_shapes(module, image_size, inputs), next(module.parameters())
+    made = example_of(shapes, shapes[0].shape[0] if batch is None else batch, fill)
+    return mapped(lambda t: t.to(own.device, own.dtype if t.is_floating_point() else t.dtype), made)
 
 
 def image_channels(module: nn.Module) -> int:

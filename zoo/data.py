@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional
 
 from zoo.documents import replacing
-from zoo.errors import DataError, unknown
+from zoo.errors import DataError, first_line, unknown
 from zoo.images import (
     EXTENSIONS,
     UNREADABLE,
@@ -218,7 +218,7 @@ def _hub_set(reference: str, size: int) -> Splits:
     try:
         found = load_dataset(name, revision=revision or None)
     except Exception as error:  # the library's errors share no base class
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"hf:{reference} cannot be read from the Hub: {reason}") from error
     held = next((part for part in ("test", "validation", "valid", "val") if part in found), None)
     if "train" not in found or held is None:

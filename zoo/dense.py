@@ -178,10 +178,9 @@ def _under_a_prefix(
         )
     ((prefix, fit),) = fits.items()
     others = [name for name in shapes if not name.startswith(prefix)]
-    more = ", ..." if len(others) > 3 else ""
     warnings.warn(
         f"{checkpoint.source.reference}: the weights under {prefix!r} were taken, and "
-        f"{len(others)} others left out: {', '.join(others[:3])}{more}.",
+        f"{len(others)} others left out: {_some(others)}.",
         stacklevel=3,
     )
     return replace(fit, names={prefix + name: new for name, new in fit.names.items()})
@@ -207,8 +206,7 @@ def _nearest(
         except _Misfit as inner:
             if inner.count < misfit.count:
                 others = [name for name in shapes if not name.startswith(prefix)]
-                more = ", ..." if len(others) > 3 else ""
-                beside = f" Beside them: {', '.join(others[:3])}{more}." if others else ""
+                beside = f" Beside them: {_some(others)}." if others else ""
                 misfit = _Misfit(f"Of the weights under {prefix!r}: {inner}{beside}", inner.count)
     return misfit
 
@@ -295,8 +293,7 @@ def _fitted(
         return _Fit(module, {}, None, size, in_channels)
     for kind, names in wrong.items():
         if names:
-            more = ", ..." if len(names) > 3 else ""
-            problems.append(f"{len(names)} {kind}: {', '.join(names[:3])}{more}.")
+            problems.append(f"{len(names)} {kind}: {_some(names)}.")
     if problems:
         raise _Misfit(" ".join(problems), count, _image_channels(expected, shapes))
     return _Fit(module, {}, classes, size, in_channels)
@@ -323,6 +320,11 @@ def _classifier(known: Architecture) -> set[str]:
             _shapes(build_model(known.name, known.num_classes + more)) for more in (0, 1)
         )
     return {name for name, shape in shapes.items() if others[name] != shape}
+
+
+def _some(names: list[str]) -> str:
+    """The first three, and whether there are more."""
+    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
 
 
 def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:

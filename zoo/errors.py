@@ -15,6 +15,7 @@ __all__ = [
     "FactorError",
     "GraphError",
     "ZooError",
+    "first_line",
     "integer",
     "unknown",
 ]
@@ -50,6 +51,11 @@ class DivergenceError(ZooError):
 
 class ExportError(ZooError):
     """An ONNX file could not be written, or does not compute what the module computes."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def unknown(

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from zoo.calls import Inputs, call, described, example_of, input_shapes, like, tensors_of
+from zoo.calls import Inputs, call, described, example_for, tensors_of
 from zoo.cost import Conditions, Extent, LatencyTable, LayerTimes, cost_model, extents
 from zoo.data import cache_folder
 from zoo.documents import decode, encode, read_json, write_json
-from zoo.errors import DocumentError, ZooError
+from zoo.errors import DocumentError, ZooError, first_line
 from zoo.groups import ChannelGroups
 from zoo.pruning.plan import make_plan
 from zoo.pruning.surgery import apply, evaluating
@@ -70,8 +70,7 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
     # the size of a layer's own images is in its call; so networks share the times of like layers
     own = ("image_size", "inputs")
     where = {key: value for key, value in asdict(conditions).items() if key not in own}
-    shapes = input_shapes(module, groups.image_size, groups.inputs)
-    ones = like(first, example_of(shapes, conditions.batch, torch.ones))
+    ones = example_for(module, groups.image_size, groups.inputs, torch.ones, conditions.batch)
     calls = _calls(module, groups, ones)
     if not calls:
         raise ZooError(
@@ -225,7 +224,7 @@ def _calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> list[_Ca
         with evaluating(module), torch.inference_mode():
             call(module, inputs)
     except Exception as error:  # whatever the network raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise ZooError(
             f"Latency is measured on inputs of shape {described(inputs)}, which "
             f"{type(module).__name__} does not run on: {reason}"

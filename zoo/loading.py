@@ -17,7 +17,7 @@ from zoo.artefacts import MODEL, read_model, write_model
 from zoo.calls import Inputs, call, checked_inputs, described, leaves, mapped
 from zoo.checkpoints import RECORD
 from zoo.dense import load_dense
-from zoo.errors import GraphError, ZooError, integer, unknown
+from zoo.errors import GraphError, ZooError, first_line, integer, unknown
 from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
 from zoo.planning import Request, planned, request
@@ -374,7 +374,7 @@ def _classes(module: nn.Module, example_input: Inputs) -> int:
         with evaluating(module), torch.no_grad():
             output = call(module, inputs)
     except Exception as error:  # whatever the network raises
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         flat = isinstance(inputs, Tensor) and inputs.ndim == 3
         advice = " (One image is a batch of one: x[None].)" if flat else ""
         raise GraphError(

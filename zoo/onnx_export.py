@@ -31,7 +31,7 @@ from zoo.calls import (
 )
 from zoo.data import ImageSet
 from zoo.deployment import ExportOptions
-from zoo.errors import ExportError, unknown
+from zoo.errors import ExportError, first_line, unknown
 from zoo.groups import InputShape
 from zoo.onnx_metadata import Metadata
 from zoo.onnx_parity import (
@@ -437,7 +437,7 @@ def _runner(file: Path) -> Callable[[Inputs], Outputs]:
         try:
             return tuple(torch.from_numpy(array) for array in session.run(None, arrays))
         except Exception as error:  # its errors share no other base class
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ExportError(f"ONNX Runtime failed on {file.name}: {reason}") from error
 
     return run

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -30,7 +29,6 @@ __all__ = [
     "cpu_copy",
     "gather",
     "items",
-    "named_outputs",
     "outputs_of",
 ]
 
@@ -309,30 +307,3 @@ def _joined(parts: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
                 f"{tuple(part.shape)} for {size}: the batch has no dimension of its own in it."
             )
     return torch.stack(parts)
-
-
-def named_outputs(output: Any) -> dict[str, Tensor]:
-    """The tensors in what a network gives, by the keys and fields that they stand under.
-
-    One alone is `logits`; in tuples and lists they are counted.
-    """
-    if isinstance(output, Tensor):
-        return {"logits": output}
-    named: dict[str, Tensor] = {}
-
-    def collect(part: Any, path: str) -> None:
-        if isinstance(part, Tensor):
-            named[path or "output"] = part
-        elif isinstance(part, Mapping):
-            for key, item in part.items():
-                collect(item, f"{path}_{key}".lstrip("_"))
-        elif dataclasses.is_dataclass(part):
-            collect(vars(part), path)
-        elif hasattr(part, "_asdict"):
-            collect(part._asdict(), path)
-        elif isinstance(part, tuple | list):
-            for number, item in enumerate(part):
-                collect(item, f"{path or 'output'}_{number}")
-
-    collect(output, "")
-    return named

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zoo.calls import Inputs, batch_of, call, mapped, tensors_of
+from zoo.calls import Inputs, batch_of, call, leaves, mapped, named_leaves, tensors_of
 from zoo.errors import ExportError
-from zoo.onnx_parity import items, named_outputs
+from zoo.onnx_parity import items
 from zoo.quiet import quiet
 
 __all__ = ["PRECISIONS", "convert", "in_precision", "input_names"]
@@ -48,7 +48,7 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
         dims[0] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
         with quiet(), torch.no_grad():
-            outputs = named_outputs(call(network, item))
+            outputs = [name for name, _ in named_leaves(call(network, item))]
             traced = torch.export.export(
                 _Flat(network, pair), tensors_of(pair), dynamic_shapes=(tuple(dims),)
             )
@@ -57,7 +57,7 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
                 dynamo=True,
                 verbose=False,
                 input_names=input_names(item),
-                output_names=list(outputs),
+                output_names=outputs,
                 dynamic_shapes=(tuple(names),),
             )
     except Exception as error:  # tracing runs the user's module
@@ -94,7 +94,7 @@ class _Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         given = tensors if self.names is None else dict(zip(self.names, tensors, strict=True))
-        return tuple(named_outputs(call(self.network, given)).values())
+        return leaves(call(self.network, given))
 
 
 def in_precision(program: Any, precision: str, half_inputs: bool, calibration: Inputs) -> Any:

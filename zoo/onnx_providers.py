@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from zoo.data import cache_folder
-from zoo.errors import ExportError, unknown
+from zoo.errors import ExportError, first_line, unknown
 from zoo.quiet import quiet
 
 __all__ = ["CPU", "CUDA", "GPUS", "TENSORRT", "onnxruntime_module", "open_session"]
@@ -58,7 +58,7 @@ def open_session(
             return _opened(path, wanted, threads, cuda_graph)
         except Exception as error:  # its errors share no other base class
             failed = next((name for name in wanted if name not in likely), wanted[0])
-            reason = _first_line(error)
+            reason = first_line(error)
     try:
         session = _opened(path, [CPU], threads, False)
     except Exception as error:
@@ -93,7 +93,7 @@ def _choices(
 
 
 def _unloadable(path: Path, error: Exception) -> str:
-    reason = _first_line(error)
+    reason = first_line(error)
     version = onnxruntime_module().__version__
     newer = "opset" in reason.lower() or "IR version" in reason
     advice = (
@@ -102,10 +102,6 @@ def _unloadable(path: Path, error: Exception) -> str:
         else ""
     )
     return f"ONNX Runtime cannot load {path}: {reason}{advice}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _opened(path: Path, providers: Sequence[str], threads: int | None, cuda_graph: bool) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zoo.errors import ExportError, integer
+from zoo.errors import ExportError, first_line, integer
 from zoo.onnx_metadata import Metadata
 from zoo.onnx_providers import GPUS, onnxruntime_module, open_session
 from zoo.pictures import find_pictures, open_picture, to_array
@@ -214,7 +214,7 @@ class InferenceSession:
             array = images.to("cpu", self._dtype).contiguous().numpy()
             (logits,) = self._session.run([self._output], {self._input: array})
         except Exception as error:  # its errors share no other base class
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise ExportError(
                 f"{self.providers[0]} failed on {len(images)} images in {self.path.name}: {reason}"
             ) from error

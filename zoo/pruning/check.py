@@ -21,7 +21,7 @@ from torch._subclasses import FakeTensorMode
 
 from zoo.calls import Inputs, call, leaves, mapped
 from zoo.cost import Cost
-from zoo.errors import GraphError
+from zoo.errors import GraphError, first_line
 from zoo.groups import ChannelGroups
 from zoo.pruning.plan import Plan, attribute_values
 from zoo.pruning.program import Program
@@ -75,7 +75,7 @@ def _check_shapes(
                 result = call(pruned, mapped(mode.from_tensor, inputs))
             except Exception as error:
                 where = active[-1] if active else ""
-                message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                message = first_line(error)
                 calls = program.calls[: len(seen)]
                 before = ((made.path, row) for made in calls for row in made.value.labels)
                 return Failure(where, message, before=tuple(before))
@@ -137,7 +137,7 @@ def _training_error(network: nn.Module, inputs: Inputs) -> str | None:
     try:
         call(network.train(), inputs)
     except Exception as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 

@@ -252,7 +252,7 @@ def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
         ZooError: when there are no batches, or nothing is ever zero, as after SiLU or GELU.
     """
     columns = {
-        name: 0 if isinstance(layer, _ConvTransposeNd) else 1
+        name: _dim_of_inputs(layer)
         for name, layer in module.named_modules()
         if isinstance(layer, _ConvNd | nn.Linear)
     }
@@ -287,6 +287,11 @@ def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
     return scores
 
 
+def _dim_of_inputs(layer: _ConvNd | nn.Linear) -> int:
+    """Along which of its weight's dimensions a layer's inputs lie."""
+    return 0 if isinstance(layer, _ConvTransposeNd) else 1
+
+
 def _count_zeros(name: str, counts: dict[str, Tensor]) -> Callable[..., None]:
     """A hook that adds the zeros and the values of a layer's input, per column of its weight."""
 
@@ -294,7 +299,7 @@ def _count_zeros(name: str, counts: dict[str, Tensor]) -> Callable[..., None]:
         assert isinstance(layer, _ConvNd | nn.Linear)
         values = _channels_second(layer, inputs[0]).flatten(2)
         # a column of a grouped convolution's weight reads one channel of every group
-        width = layer.weight.shape[0 if isinstance(layer, _ConvTransposeNd) else 1]
+        width = layer.weight.shape[_dim_of_inputs(layer)]
         columns = (values == 0).view(len(values), -1, width, values.shape[2])
         zeros = columns.sum((0, 1, 3)).cpu()
         total = columns.numel() // columns.shape[2]

@@ -23,7 +23,7 @@ from zoo.pruning.check import first_failure
 from zoo.pruning.labels import Labels, Value, is_channels
 from zoo.pruning.program import Program, integers, interpret, locate, module_path
 from zoo.pruning.retrace import Failure
-from zoo.pruning.surgery import REPAIRS
+from zoo.pruning.surgery import is_repaired
 from zoo.quiet import ONE_AT_A_TIME
 
 __all__ = ["analyse", "channel_groups"]
@@ -164,7 +164,7 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
         for constant in program.constants
         if constant.literal
         and (_is_within(path, constant.path) or _is_within(constant.path, path))
-        and not _is_repaired(module.get_submodule(constant.path))
+        and not is_repaired(module.get_submodule(constant.path))
     ]
     find = program.trace.find
     fixed = {find(label) for label in program.trace.fixed}
@@ -202,11 +202,6 @@ def _rows_of_stated_widths(program: Program, path: str) -> Iterator[tuple[Labels
             for row in program.trace.producers.values():
                 if len(row) in stated:
                     yield row, locate(node)
-
-
-def _is_repaired(layer: nn.Module) -> bool:
-    """Whether the layer's integers follow from its tensors."""
-    return isinstance(layer, tuple(REPAIRS)) and any(True for _ in layer.parameters())
 
 
 def _is_within(path: str, module: str) -> bool:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 
-__all__ = ["FREE", "Labels", "Trace", "Value", "is_channels"]
+__all__ = ["FREE", "Labels", "Trace", "Value", "is_channels", "parts_of", "rows_of"]
 
 Labels = np.ndarray
 """int64, one label per position of one dimension."""
@@ -35,6 +36,18 @@ class Value:
 def is_channels(row: Labels | None) -> TypeGuard[Labels]:
     """Whether a dimension with this row has channels of its own in it."""
     return row is not None and len(row) > 0
+
+
+def parts_of(value: Any) -> tuple[Any, ...]:
+    """What an operator gives, one thing or several."""
+    return tuple(value) if isinstance(value, tuple | list) else (value,)
+
+
+def rows_of(value: Any) -> Iterator[Labels | None]:
+    """The rows of one abstract tensor, or of several."""
+    for part in parts_of(value):
+        if isinstance(part, Value):
+            yield from part.labels
 
 
 class Trace:

@@ -20,7 +20,7 @@ from zoo.calls import (
 )
 from zoo.errors import GraphError
 from zoo.groups import InputShape
-from zoo.pruning.labels import Labels, Trace, Value, is_channels
+from zoo.pruning.labels import Labels, Trace, Value, is_channels, rows_of
 from zoo.pruning.operators import RULES, pointwise
 from zoo.pruning.surgery import named_tensors
 from zoo.pruning.tracing import check_prunable, export
@@ -138,7 +138,7 @@ def interpret(module: nn.Module, inputs: Inputs) -> Program:
         elif node.op == "output":
             results: Any = fx.map_arg(node.args[0], values.__getitem__)
             outputs = tuple(value for value in results if isinstance(value, Value))
-            for row in (row for value in outputs for row in value.labels):
+            for row in rows_of(outputs):
                 trace.fix(row, "")
     if not outputs:
         raise GraphError(f"{type(module).__name__} returns no tensor.")
@@ -252,7 +252,7 @@ def _held(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) 
     for source in node.all_input_nodes:
         if node.target is operator.getitem:  # what it is a part of cannot be told from its parts
             _held(trace, source, values, reason)
-        for row in _rows(values.get(source)):
+        for row in rows_of(values.get(source)):
             if is_channels(row):
                 trace.fix(row, f"{reason}, at {locate(node)}")
     return _without_channels(trace, _shapes(node))
@@ -264,12 +264,6 @@ def _shapes(node: fx.Node) -> Any:
     if isinstance(value, list | tuple):
         return [tuple(map(int, part.shape)) if hasattr(part, "shape") else () for part in value]
     return _shape(node)
-
-
-def _rows(value: Any) -> Iterator[Labels | None]:
-    for part in value if isinstance(value, tuple | list) else [value]:
-        if isinstance(part, Value):
-            yield from part.labels
 
 
 def _without_channels(_: Trace, shapes: Any, *args: Any, **kwargs: Any) -> Any:

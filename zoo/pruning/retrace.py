@@ -17,9 +17,9 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from zoo.calls import Inputs, call
-from zoo.pruning.labels import Labels, Value, is_channels
+from zoo.pruning.labels import Labels, Value, is_channels, parts_of, rows_of
 from zoo.pruning.program import SHAPE_OPERATORS, Program, locate, module_path, operator_name
-from zoo.pruning.surgery import REPAIRS
+from zoo.pruning.surgery import is_repaired
 from zoo.pruning.tracing import export
 
 __all__ = [
@@ -88,23 +88,11 @@ def numbers_in(network: nn.Module, inputs: Inputs) -> list[tuple[str, list[float
     What layers with tensors to go by call is left out: surgery sets their numbers right.
     """
     recorder = _Recorder()
-    depth = 0
-
-    def enter(*_: Any) -> None:
-        nonlocal depth
-        depth += 1
-        recorder.muted = depth > 0
-
-    def leave(*_: Any) -> None:
-        nonlocal depth
-        depth -= 1
-        recorder.muted = depth > 0
-
     hooks = []
     for layer in network.modules():
-        if type(layer) in _REPAIRED and any(True for _ in layer.parameters()):
-            hooks.append(layer.register_forward_pre_hook(enter))
-            hooks.append(layer.register_forward_hook(leave))
+        if type(layer).__module__.startswith("torch.nn.") and is_repaired(layer):
+            hooks.append(layer.register_forward_pre_hook(recorder.mute))
+            hooks.append(layer.register_forward_hook(recorder.unmute))
     try:
         with torch.no_grad(), recorder:
             call(network, inputs)
@@ -114,22 +102,26 @@ def numbers_in(network: nn.Module, inputs: Inputs) -> list[tuple[str, list[float
     return recorder.calls
 
 
-_REPAIRED = (*REPAIRS, *(layer for kind in REPAIRS for layer in kind.__subclasses__()))
-_REPAIRED = tuple(layer for layer in _REPAIRED if layer.__module__.startswith("torch.nn."))
-
-
 class _Recorder(TorchFunctionMode):
+    """Notes the functions that are called, but for those that a muted layer calls."""
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[float]]] = []
-        self.muted = False
+        self._muted = 0  # layers that have not returned: one may call another
+
+    def mute(self, *_: Any) -> None:
+        self._muted += 1
+
+    def unmute(self, *_: Any) -> None:
+        self._muted -= 1
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         del types
         name = getattr(func, "__name__", str(func))
-        if not self.muted and name not in _READING:
+        if not self._muted and name not in _READING:
             self.calls.append((name, list(_numbers((args, kwargs or {})))))
         return func(*args, **(kwargs or {}))
 
@@ -174,7 +166,7 @@ def first_change(
             failure = _slice_failure(program, old, new, removed)
             if failure is not None:
                 return failure
-        pairs = zip(_parts(program.values[old]), _parts(new.meta.get("val")), strict=False)
+        pairs = zip(parts_of(program.values[old]), parts_of(new.meta.get("val")), strict=False)
         for value, got in pairs:
             if isinstance(value, Value) and isinstance(got, Tensor):
                 expected = predicted(program, value, removed)
@@ -189,10 +181,6 @@ def first_change(
 
 def _operators(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
     return (node for node in program.graph.nodes if node.op == "call_function")
-
-
-def _parts(value: Any) -> tuple[Any, ...]:
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def _told(node: fx.Node, dense: fx.Node) -> list[float]:
@@ -219,11 +207,12 @@ def _failure(program: Program, node: fx.Node, reason: str) -> Failure:
     fixed = {find(label) for label in program.trace.fixed}
     nodes = list(program.exported.graph.nodes)
     for earlier in reversed(nodes[: nodes.index(node) + 1]):
-        for value in _parts(program.values.get(earlier)):
-            for row in value.labels if isinstance(value, Value) and not value.name else ():
-                if is_channels(row) and not fixed.issuperset(map(find, row.tolist())):
-                    where = locate(node)
-                    return Failure(module_path(node), f"its width {reason}", row, where, reason)
+        if earlier.op != "call_function":
+            continue
+        for row in rows_of(program.values.get(earlier)):
+            if is_channels(row) and not fixed.issuperset(map(find, row.tolist())):
+                where = locate(node)
+                return Failure(module_path(node), f"its width {reason}", row, where, reason)
     return Failure(module_path(node), f"a width {reason}")
 
 

@@ -17,7 +17,15 @@ from zoo.errors import GraphError
 from zoo.groups import ChannelGroups
 from zoo.pruning.plan import Plan, kept_positions
 
-__all__ = ["apply", "evaluating", "named_tensors", "resize", "resized", "width_attributes"]
+__all__ = [
+    "apply",
+    "evaluating",
+    "is_repaired",
+    "named_tensors",
+    "resize",
+    "resized",
+    "width_attributes",
+]
 
 
 def apply(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
@@ -191,6 +199,11 @@ def _repair_group_norm(layer: nn.Module) -> None:
     assert isinstance(layer, nn.GroupNorm)
     if layer.weight is not None:
         layer.num_channels = layer.weight.shape[0]
+
+
+def is_repaired(layer: nn.Module) -> bool:
+    """Whether the layer's integers follow from its tensors."""
+    return isinstance(layer, tuple(REPAIRS)) and any(True for _ in layer.parameters())
 
 
 REPAIRS: dict[type[nn.Module], Callable[[nn.Module], None]] = {

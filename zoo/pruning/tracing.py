@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from zoo.calls import Inputs, arguments, batch_of, leaves
-from zoo.errors import GraphError
+from zoo.errors import GraphError, first_line
 from zoo.pruning.surgery import evaluating
 from zoo.quiet import quiet
 
@@ -71,9 +71,9 @@ def _exported(module: nn.Module, inputs: Inputs, **options: Any) -> torch.export
         with evaluating(module), quiet():
             return torch.export.export(module, args, kwargs, **options)
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise GraphError(
-            f"torch.export cannot trace {type(module).__name__}: {reason[0]}{_failing_line(error)}"
+            f"torch.export cannot trace {type(module).__name__}: {first_line(error)}"
+            f"{_failing_line(error)}"
         ) from error
 
 

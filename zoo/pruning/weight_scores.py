@@ -17,7 +17,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from zoo.calls import call, example_of, input_shapes, leaves, like
+from zoo.calls import call, example_for, leaves
 from zoo.errors import GraphError
 from zoo.groups import ChannelGroups, Group, Slot
 from zoo.pruning.surgery import named_tensors
@@ -108,8 +108,7 @@ def synflow_scores(module: nn.Module, groups: ChannelGroups) -> Scores:
             elif tensor.is_floating_point():
                 tensor.abs_()
     parameters = dict(linear.named_parameters())
-    shapes = input_shapes(linear, groups.image_size, groups.inputs)
-    ones = like(next(linear.parameters()), example_of(shapes, 1, torch.ones))
+    ones = example_for(linear, groups.image_size, groups.inputs, torch.ones, 1)
     with torch.enable_grad(), _Linear():
         outputs = leaves(call(linear, ones))
         flow = torch.stack([output.sum() for output in outputs if output.requires_grad]).sum()
