@@ -21,7 +21,7 @@ import zoo
 from zoo import registry
 from zoo.dense import Uninitialised
 from zoo.models import ARCHITECTURES, STORED, architecture, build_model
-from zoo.pruning import known_groups
+from zoo.pruning import dependencies, known_groups
 from zoo.pruning.dependencies import trace_key
 from zoo.pruning.fingerprint import fingerprint
 from zoo.pruning.graph import channel_groups
@@ -117,7 +117,7 @@ def test_a_live_network_is_traced_once(traces: list[str], net: nn.Module) -> Non
     assert plan == first.pruning.plan
     assert zoo.plan(randomised(again), X, cf=3).got > 2  # other weights, another factor
     assert len(traces) == 1
-    assert traced_groups(net, X) == channel_groups(net, X)
+    assert traced_groups(net, X) == (None, channel_groups(net, X))
 
 
 @pytest.mark.parametrize("kind", ["size", "batch", "input type", "weights' type", "width", "tied"])
@@ -161,7 +161,38 @@ def test_edited_code_is_traced_again(
     pruned = zoo.prune(edited, X, cf=2)
     assert len(traces) == 2
     assert pruned(X).shape == (1, 4)
-    assert traced_groups(edited, X) == channel_groups(edited, X)
+    assert traced_groups(edited, X) == (None, channel_groups(edited, X))
+
+
+@pytest.mark.parametrize("what", EDITS)
+def test_edited_code_of_an_installed_package_is_traced_again(
+    traces: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Installed code may refer to what nobody can describe: that alone is told by its class."""
+    monkeypatch.setattr(dependencies, "_installed", lambda name: name in ("net", "helper"))
+    lock = "\nimport threading\nLOCK = threading.Lock()\n"
+    source, helper = SOURCE + lock, HELPER.replace("return", "LOCK.locked()\n    return") + lock
+    for _ in range(2):
+        zoo.plan(imported(tmp_path, source, helper).Net(), X, cf=2)
+    assert len(traces) == 1
+    net = imported(tmp_path, source.replace(*EDITS[what]), helper.replace(*EDITS[what])).Net()
+    zoo.plan(net, X, cf=2)
+    assert len(traces) == 2
+    monkeypatch.setattr(dependencies, "_installed", lambda _name: False)
+    assert trace_key(net, X) is None
+
+
+def test_a_method_of_timm_that_is_patched_is_traced_again(
+    traces: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass of timm's classifier goes through `forward_head`."""
+    net = zoo.create_model("timm:resnet10t", 4)
+    images = torch.zeros(1, 3, 32, 32)
+    known = zoo.plan(net, images, cf=2)
+    head = type(net).forward_head
+    monkeypatch.setattr(type(net), "forward_head", lambda self, x: head(self, x + x))
+    assert zoo.plan(net, images, cf=2).kept.keys() == known.kept.keys()
+    assert len(traces) == 2
 
 
 def test_the_same_code_elsewhere_is_the_same(

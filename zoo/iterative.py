@@ -154,7 +154,7 @@ def _whole(
         return model, groups_of(arch, model, record.image_size, record.in_channels)
     if not arch and example_input is not None:
         model = prune(cast(nn.Module, weights), example_input, cf=1)
-        return model, traced_groups(model, example_input)
+        return model, traced_groups(model, example_input)[1]
     raise ZooError("Give arch= for a checkpoint, or example_input= for a live network.")
 
 

@@ -23,12 +23,14 @@ from zoo.models import architecture, build_model
 from zoo.planning import Request, planned, request
 from zoo.profile import Profile
 from zoo.pruning import surgery
-from zoo.pruning.graph import channel_groups
+from zoo.pruning.graph import analyse
 from zoo.pruning.known_groups import groups_of, traced_groups
 from zoo.pruning.plan import Plan, PruningRecord, Source
+from zoo.pruning.program import Program
 from zoo.pruning.rewriting import rewritten
 from zoo.pruning.surgery import evaluating, named_tensors
 from zoo.pruning.tracing import check_prunable
+from zoo.pruning.verification import verify as verified
 from zoo.seeding import seeded
 
 __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
@@ -216,6 +218,7 @@ def prune(
     keep: Mapping[str, float] | None = None,
     data: Dataset | DataLoader | None = None,
     rewrite: bool = False,
+    verify: bool = True,
 ) -> nn.Module:
     """A pruned copy of any live network that can be traced; `module` is left as it is.
 
@@ -234,14 +237,18 @@ def prune(
             as in `x.view(-1, 2048)`, follow the widths. The result has the parameters' names and
             none of the module's own code; it trains as it was traced, in eval mode, but for batch
             norm and dropout.
+        verify: run the pruned network beside the dense one with zeros, both with random numbers in
+            them, on two items of the input, before it is given away.
 
     Raises:
-        GraphError: when the network does not run on the input, cannot be traced, or has nothing
-            that can be cut.
+        GraphError: when the network does not run on the input, cannot be traced, has nothing that
+            can be cut, or does not pass `verify`.
         FactorError: when the factor is not the profile's, or out of the policy's reach.
     """
     asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
     live = _live(module, example_input, asked, data, rewrite)
+    if verify:
+        verified(live.module, live.groups, live.plan, live.inputs, live.program)
     source = Source("module")
     return _cut(live.module, live.groups, live.plan, "", live.classes, source, rewrite=rewrite)
 
@@ -276,10 +283,12 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
 
 @dataclass(frozen=True)
 class _Live:
-    """A live network, traced and planned for."""
+    """A live network, traced and planned for; `program` is None where its groups were known."""
 
     module: nn.Module
+    inputs: Inputs
     groups: ChannelGroups
+    program: Program | None
     plan: Plan
     classes: int
 
@@ -299,14 +308,14 @@ def _live(
     if rewrite and asked.metric == "latency":
         raise ZooError("With rewrite=True the metric is params or macs: latency is of layers.")
     network = rewritten(module, inputs) if rewrite else module
-    groups = channel_groups(network, inputs) if rewrite else traced_groups(network, inputs)
+    program, groups = (analyse if rewrite else traced_groups)(network, inputs)
     if not groups.groups:
         kept = "; ".join(f"{name!r} {reason}" for name, reason in groups.unprunable.items())
         raise GraphError(
             f"{type(module).__name__} has no channel group that can be pruned"
             f"{f': {kept}' if kept else ''}."
         )
-    return _Live(network, groups, planned(module, groups, asked, data), classes)
+    return _Live(network, inputs, groups, program, planned(module, groups, asked, data), classes)
 
 
 def _cut(

@@ -30,25 +30,42 @@ from zoo.pruning.program import Program, operator_name
 from zoo.pruning.surgery import named_tensors
 from zoo.pruning.tracing import GRADIENTS
 
-__all__ = ["masked_forward", "randomised", "violation"]
+__all__ = ["difference", "masked_forward", "random_tensors", "randomised", "violation"]
 
 
 def randomised(module: nn.Module, seed: int = 1) -> nn.Module:
-    """`module` itself, in double precision and eval mode, every parameter and buffer random.
+    """`module` itself, in double precision and eval mode, every parameter and buffer random."""
+    tensors = named_tensors(module)
+    with torch.no_grad():
+        for name, noise in random_tensors(module, seed).items():
+            tensors[name].copy_(noise)
+    return module.double().eval()
+
+
+def random_tensors(module: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Random numbers in place of every floating-point parameter and buffer, in single precision.
 
     Fresh networks hide errors: last scales are zero, layer scales tiny, all statistics alike.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in named_tensors(module).items():
-            if tensor.is_floating_point():
-                noise = torch.rand(tensor.shape, generator=generator) - 0.5
-                if name.endswith("running_var"):
-                    noise = noise.abs() + 0.5
-                elif tensor.ndim > 1:
-                    noise = noise * (12 / tensor[0].numel()) ** 0.5
-                tensor.copy_(noise)
-    return module.double().eval()
+    random = {}
+    for name, tensor in named_tensors(module).items():
+        if tensor.is_floating_point():
+            noise = torch.rand(min(tensor.numel(), PERIOD), generator=generator) - 0.5
+            if name.endswith("running_var"):
+                noise = noise.abs() + 0.5
+            elif tensor.ndim > 1:
+                noise *= (12 / tensor[0].numel()) ** 0.5
+            times = -(-tensor.numel() // PERIOD)
+            random[name] = noise.repeat(times)[: tensor.numel()].view(tensor.shape)
+    return random
+
+
+PERIOD = 1_048_573
+"""After how many numbers those of a large tensor are repeated: a prime, so no two rows are alike.
+
+Drawing all of them would take longer than tracing VGG does.
+"""
 
 
 def violation(
@@ -77,13 +94,13 @@ def violation(
     if not alike or not any(output.any() for output in outputs):
         return float("inf")
     pairs = zip((*got_outputs, *got_given), (*outputs, *given), strict=True)
-    worst = max(_difference(mine, theirs) for mine, theirs in pairs)
+    worst = max(difference(mine, theirs) for mine, theirs in pairs)
     kept = kept_positions(groups, plan.kept)
     largest = max((g.abs().max().item() for g in expected.values() if g.numel()), default=0.0)
     for name, gradient in expected.items():
         for dim, index in kept.get(name, {}).items():
             gradient = gradient.index_select(dim, torch.from_numpy(index))
-        worst = max(worst, _difference(got[name], gradient, 1e-6 * largest))
+        worst = max(worst, difference(got[name], gradient, 1e-6 * largest))
     return worst
 
 
@@ -110,8 +127,11 @@ def _weighed(output: Tensor) -> Tensor:
     return (output * weights.view_as(output)).sum()
 
 
-def _difference(got: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
-    """Relative to the largest value of `expected`, or to `smallest` where that is larger."""
+def difference(got: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
+    """The largest, relative to that of `expected`, or to `smallest` where that is larger.
+
+    Infinite for another shape, and where `got` is no number.
+    """
     if got.shape != expected.shape:
         return float("inf")
     got, expected = got.double(), expected.double()  # positions and masks too

@@ -1,7 +1,8 @@
 """All that the trace of a network depends on, as one key: equal keys, equal traces.
 
 Code is taken as it is compiled in memory, not from its source file, which may have been edited
-since. What an installed package holds is named instead; its version says the rest.
+since, and of whatever package it comes: installed ones are edited and reinstalled under the same
+version too. Python, torch, NumPy and the zoo alone are told by their versions.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from zoo.pruning.surgery import named_tensors
 
 __all__ = ["trace_key"]
 
-PACKAGES = ("prunezoo", "torch", "torchvision", "timm")
+PACKAGES = ("prunezoo", "torch", "torchvision", "timm", "numpy")
+TOLD_BY_VERSION = sys.stdlib_module_names | {"zoo", "torch", "numpy"}
 CONSTANTS = bool | int | float | complex | str | bytes | None | types.EllipsisType | enum.Enum
 CONSTANTS |= torch.dtype | torch.device | torch.layout | torch.memory_format
 CALLED = ("__call__", "__getattr__", "__getattribute__")
@@ -41,9 +43,9 @@ def trace_key(module: nn.Module, inputs: Inputs) -> str | None:
     """sha256 of all that tracing `module` with such an input depends on; None if that is unknown.
 
     That is its structure and attributes, the shape and type of every tensor and of the input, which
-    tensors are tied, versions, the rules of this package, and the code of the user's own classes
-    with all that it refers to. Hooks, parametrizations, a `forward` of one layer alone and objects
-    of unknown content leave it unknown.
+    tensors are tied, versions, the rules of this package, and the code of its classes with all that
+    it refers to. Hooks, parametrizations, a `forward` of one layer alone and objects of unknown
+    content leave it unknown; those in installed packages, which are many, are told by their class.
     """
     try:
         return digest(_dependencies(module, inputs))
@@ -98,12 +100,14 @@ def _ordinary() -> frozenset[str]:
     return frozenset((*nn.Module().__dict__, "pruning"))
 
 
+def _told_by_version(name: str) -> bool:
+    """Whether the module of this name is Python's, torch's, NumPy's or the zoo's."""
+    return name.partition(".")[0] in TOLD_BY_VERSION and name != "__main__"
+
+
 @functools.cache
 def _installed(name: str) -> bool:
-    """Whether the module of this name belongs to Python, an installed package or the zoo."""
-    top = name.partition(".")[0]
-    if top == "zoo" or top in sys.stdlib_module_names:
-        return name != "__main__"
+    """Whether the module of this name belongs to an installed package."""
     file = getattr(sys.modules.get(name), "__file__", None) or ""
     return any(Path(file).is_relative_to(sysconfig.get_path(key)) for key in ("purelib", "platlib"))
 
@@ -114,13 +118,22 @@ class _Description:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.seen: dict[int, tuple[int, Any]] = {}
+        self.waiting: list[tuple[str, Iterable[Any], bool]] = []
+        self.tolerant = False
 
     def add(self, value: Any) -> None:
-        """Describe `value`.
+        """Describe `value`, and then what it refers to.
 
         Raises:
-            _UnknownError: if it, or something it refers to, is of no known kind.
+            _UnknownError: if any of that is of no known kind.
         """
+        self._add(value)
+        while self.waiting:  # not by recursion: packages refer to one another without end
+            name, parts, self.tolerant = self.waiting.pop()
+            self._add_all(name, parts)
+        self.tolerant = False
+
+    def _add(self, value: Any) -> None:
         if isinstance(value, CONSTANTS):
             self.lines.append(f"{type(value).__name__} {value!r}")
         elif isinstance(value, tuple | frozenset):  # whether equal ones are one object is chance
@@ -136,7 +149,7 @@ class _Description:
         if isinstance(value, list):
             self._add_all("list", value)
         elif isinstance(value, set):
-            self.add(frozenset(value))
+            self._add(frozenset(value))
         elif isinstance(value, dict):
             self._add_all("dict", [item for pair in value.items() for item in pair])
         elif isinstance(value, functools.partial):
@@ -151,31 +164,34 @@ class _Description:
             self._add_named(value)
         elif dataclasses.is_dataclass(value):
             self._add_all("dataclass", (type(value), vars(value)))
+        elif self.tolerant:
+            self.lines.append(qualified_name(type(value)))
         else:
             raise _UnknownError
 
     def _add_all(self, kind: str, values: Iterable[Any]) -> None:
         self.lines.append(f"{kind} (")
         for value in values:
-            self.add(value)
+            self._add(value)
         self.lines.append(")")
 
     def _add_named(self, value: Any) -> None:
-        place = value.__module__ or "builtins"
-        if _installed(place):
-            package = sys.modules.get(place.partition(".")[0])
-            self.lines.append(f"{place}.{value.__qualname__} {getattr(package, '__version__', '')}")
-        elif isinstance(value, types.FunctionType):
-            self._add_all(qualified_name(value), _parts(value))
+        place, name = value.__module__ or "builtins", qualified_name(value)
+        self.lines.append(name)
+        if _told_by_version(place):
+            return
+        tolerant = self.tolerant or _installed(place)
+        if isinstance(value, types.FunctionType):
+            self.waiting.append((name, _parts(value), tolerant))
         elif isinstance(value, type):
             own = [
                 item
-                for name, member in vars(value).items()
-                if name in CALLED or not name.startswith("__")
-                for item in (name, member)
+                for key, member in vars(value).items()
+                if key in CALLED or not key.startswith("__")
+                for item in (key, member)
             ]
-            self._add_all(qualified_name(value), (*value.__mro__[1:], *own))
-        else:
+            self.waiting.append((name, (*value.__mro__[1:], *own), tolerant))
+        elif not tolerant:
             raise _UnknownError
 
 
@@ -192,7 +208,7 @@ def _parts(function: types.FunctionType) -> Iterator[Any]:
             value = space.get(name)
             if not isinstance(value, types.ModuleType):
                 yield value
-            elif not _installed(value.__name__) and all(vars(value) is not s for s in spaces):
+            elif not _told_by_version(value.__name__) and all(vars(value) is not s for s in spaces):
                 spaces.append(vars(value))
         names = {name for c in codes for name in c.co_names}  # any may be a module's attribute
 

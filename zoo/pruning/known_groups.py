@@ -16,7 +16,8 @@ from zoo.models import architecture, build_model
 from zoo.models.stem import RGB
 from zoo.pruning.dependencies import trace_key
 from zoo.pruning.fingerprint import fingerprint
-from zoo.pruning.graph import channel_groups
+from zoo.pruning.graph import analyse
+from zoo.pruning.program import Program
 from zoo.pruning.surgery import named_tensors
 from zoo.registry import stored_groups
 
@@ -33,7 +34,7 @@ def groups_of(
     stored = matching_groups(arch, module)
     if stored is None:
         example = next(module.parameters()).new_zeros(1, in_channels, image_size, image_size)
-        return traced_groups(module, example)
+        return traced_groups(module, example)[1]
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
     return stored.adapted(shapes, image_size)
 
@@ -53,20 +54,20 @@ def matching_groups(arch: str, module: nn.Module) -> ChannelGroups | None:
     return stored if stored is not None and stored.fingerprint == fingerprint(module) else None
 
 
-def traced_groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
-    """As `channel_groups`, read from the cache folder if they were traced before.
+def traced_groups(module: nn.Module, inputs: Inputs) -> tuple[Program | None, ChannelGroups]:
+    """As `analyse`, or the groups alone from the cache folder, if they were traced before.
 
     A file there that is damaged is made anew; where nothing can be written, nothing is kept.
     """
     key = trace_key(module, inputs)
-    if key is None:
-        return channel_groups(module, inputs)
     path = cache_folder() / "groups" / f"{key}.json"
-    found = _read(path)
-    if found is None:
-        found = channel_groups(module, inputs)
-        _write(path, found)
-    return found
+    found = _read(path) if key else None
+    if found is not None:
+        return None, found
+    program, groups = analyse(module, inputs)
+    if key:
+        _write(path, groups)
+    return program, groups
 
 
 def _read(path: Path) -> ChannelGroups | None:

@@ -12,17 +12,22 @@ from zoo.groups import ChannelGroups
 from zoo.pruning.plan import Plan, kept_positions
 from zoo.pruning.surgery import named_tensors
 
-__all__ = ["masked"]
+__all__ = ["mask", "masked"]
 
 
 def masked(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
     """A copy of `module`, of its size, with zeros in every position that `plan` removes."""
     result = copy.deepcopy(module)
-    tensors = named_tensors(result)
+    mask(result, groups, plan)
+    return result
+
+
+def mask(module: nn.Module, groups: ChannelGroups, plan: Plan) -> None:
+    """As `masked`, with `module` itself."""
+    tensors = named_tensors(module)
     with torch.no_grad():
         for name, dims in kept_positions(groups, plan.kept).items():
             for dim, index in dims.items() if name in tensors else ():
                 tensor = tensors[name]
                 gone = np.setdiff1d(np.arange(tensor.shape[dim]), index)
                 tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
-    return result

@@ -7,6 +7,7 @@ function of the right shape is what comes of it.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,7 +141,7 @@ def _numbers(value: Any) -> Iterator[float]:
         for part in value:
             yield from _numbers(part)
     elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value
+        yield value if value == value else math.nan  # one object, which lists find equal to itself
 
 
 # --- the trace ------------------------------------------------------------------------------------
