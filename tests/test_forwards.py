@@ -229,3 +229,32 @@ def test_what_training_adds_without_channels_is_kept(auxiliary: Build) -> None:
     outputs.sum().backward()
     assert outputs.shape == (2, 4)
     assert all(p.grad is not None for p in pruned.parameters())
+
+
+# --- nothing is left ------------------------------------------------------------------------------
+
+
+def halved(x: Tensor) -> Tensor:
+    first, second = torch.split(x, [4, 4], 1)
+    return torch.cat([first + second, first * second], 1)
+
+
+@pytest.mark.parametrize(
+    ("run", "reason"),
+    [
+        (lambda n, x: n.head(n.a(x).reshape(2, 512)), "its width 512 is a constant at node 'resh"),
+        (lambda n, x: n.head(halved(n.a(x)).flatten(1)), "its width 4 is a constant at node 'sp"),
+        (lambda n, x: n.head(n.a(x).softmax(1).flatten(1)), "'a' is normalised over by a softmax"),
+        (lambda n, x: n.head(n.a(x).roll(1, 1).flatten(1)), "'a' is rolled by a number of pos"),
+    ],
+    ids=["a flat view", "a split", "softmax", "roll"],
+)
+def test_where_all_stays_whole_the_reason_and_the_line_are_said(
+    run: Callable[[nn.Module, Tensor], Tensor], reason: str
+) -> None:
+    net = Net(run, a=conv(3, 8), head=nn.Linear(512, 4))
+    with pytest.raises(
+        GraphError, match=f"no channel group that can be pruned: .*{reason}"
+    ) as said:
+        zoo.prune(net, IMAGES, cf=2)
+    assert ", in forward" in str(said.value)

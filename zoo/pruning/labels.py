@@ -59,6 +59,7 @@ class Trace:
         positions: weight -> output positions of one image, for MACs.
         fixed_macs: multiply-accumulates of one image between activations, which no plan changes.
         producers: weight and its dimension of outputs -> the labels of the channels it computes.
+        where: node, module and line of the operator whose rule is at work, if one is.
     """
 
     def __init__(self, batch: int = 1) -> None:
@@ -70,6 +71,7 @@ class Trace:
         self.positions: dict[str, int] = defaultdict(int)
         self.fixed_macs = 0
         self.producers: dict[tuple[str, int], Labels] = {}
+        self.where = ""
 
     def fresh(self, count: int, tensor: str = "", dim: int = 0) -> Labels:
         """`count` new labels, of one dimension of a stored tensor if it is named."""
@@ -111,8 +113,9 @@ class Trace:
         return left
 
     def fix(self, labels: Labels | None, reason: str) -> None:
-        """These positions cannot be cut."""
+        """These positions cannot be cut, for a reason that lies at `where`; "" is by design."""
         if labels is not None:
+            reason = f"{reason}, at {self.where}" if reason and self.where else reason
             self.fixed.update(dict.fromkeys(labels.tolist(), reason))
 
     def produce(self, labels: Labels) -> None:

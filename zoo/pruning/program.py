@@ -128,7 +128,9 @@ def interpret(module: nn.Module, inputs: Inputs) -> Program:
                 tensors[name] = _stored(trace, name, _shape(node), name in kernels)
             values[node] = tensors[name]
         elif node.op == "call_function":
+            trace.where = locate(node)
             values[node] = _apply_rule(trace, node, values)
+            trace.where = ""
             constants += _constants(node, values)
             path, key = _module_of(node)
             if path in leaves and isinstance(values[node], Value):
@@ -254,7 +256,7 @@ def _held(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) 
             _held(trace, source, values, reason)
         for row in rows_of(values.get(source)):
             if is_channels(row):
-                trace.fix(row, f"{reason}, at {locate(node)}")
+                trace.fix(row, reason)
     return _without_channels(trace, _shapes(node))
 
 
