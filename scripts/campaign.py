@@ -1,198 +1,313 @@
-"""Search profiles, measure each beside its rivals on base networks and data no search saw, bundle.
+"""Carry on with the plan in campaign.toml, on any machine, for any while, from where it was left.
 
-    python scripts/campaign.py --search.arch resnet20-16 --search.cf 4 --search.size 16 \
-        --search.tasks s0.safetensors@cifar10 --search.data-dir DIR --search.out runs/params \
-        --exams s2.safetensors@cifar10 "b.safetensors@imagefolder:DIR[50:]" --bundle
+    python scripts/campaign.py status
+    python scripts/campaign.py run --budget 25m --data-dir DIR --out runs/campaign
+    python scripts/campaign.py merge runs/campaign
 
-Started again it goes on: what its ledgers hold is not measured again.
+`run` does the most valuable job that fits into what is left of its budget, then the next; a job
+that is stopped goes on when it is run again. `merge` brings results into the registry, from where
+they are known everywhere.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import tyro
+from tyro.conf import Positional, arg
 
-from zoo.cost import CostModel
-from zoo.data import load_data
-from zoo.errors import FactorError, ZooError
-from zoo.profile import Evidence, Profile
-from zoo.pruning.known_groups import reference_groups
-from zoo.pruning.policies import policy_solution
-from zoo.registry import folder_name, write_index
-from zoo.search.campaign import search_profile
-from zoo.search.certificate import Certificate, Pair, certify
-from zoo.search.env import EnvSettings
-from zoo.search.evaluation import Evaluator, FineTuning
-from zoo.search.evidence import evidence, examined
-from zoo.search.ledger import Ledger
-from zoo.search.settings import SearchConfig, cost_of, pool_for
-from zoo.search.tasks import Candidate, Task, load_tasks, say, task_data
+from zoo.documents import read_json, write_json
+from zoo.errors import ZooError
+from zoo.search.ledger import FILE, merge
+from zoo.search.schedule import (
+    Job,
+    Plan,
+    Took,
+    estimate,
+    jobs_of,
+    machine,
+    next_job,
+    read_took,
+    told,
+)
+from zoo.search.settings import parse_budget
+from zoo.search.stages import Workshop, perform
+from zoo.search.tasks import say
 
-REGISTRY = Path(__file__).resolve().parent.parent / "registry"
-Widths = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Campaign:
-    search: SearchConfig
-    """the search"""
-    exams: tuple[str, ...]
-    """CHECKPOINT@DATA of base networks that no search saw; random profiles meet the first"""
-    rivals: tuple[str, ...] = ("equal", "increasing", "decreasing", "greedy")
-    """policies measured beside the searched profile, where they reach its factor"""
-    rival_agents: tuple[str, ...] = ("cma-es",)
-    """agents that search on the same terms, for rivals"""
-    random: int = 200
-    """random profiles that it is ranked among; the best of them is a rival too"""
-    images: int = 10_000
-    """training images of every fine-tune"""
-    short_epochs: int = 1
-    """of the fine-tune that ranks"""
-    epochs: int = 20
-    """of the fine-tune that compares"""
-    lr: float = 0.05
-    """their peak learning rate"""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """of the channels kept and of the training"""
-    bundle: bool = False
-    """put the profiles into the registry"""
+HERE = Path(__file__).resolve().parent
+REGISTRY = HERE.parent / "registry"
+TOOK, SPENT = "took.jsonl", "spent.json"
+H100 = "NVIDIA H100 80GB HBM3"
+LARGEST = 5 * 2**20
+"""Bytes of a file that `merge` takes; larger base networks are trained again where needed."""
 
 
-def main(campaign: Campaign) -> None:
-    """Search, let other agents search on the same terms, examine the profile of every factor."""
-    config = dataclasses.replace(campaign.search, resume=True)
-    exams, cost = load_exams(campaign), cost_of(config, reference_groups(config.arch))
-    searched = search_profile(config)
-    rivals = [search_rivals(campaign, profile) for profile in searched]
-    pool = pool_for(config)
-    with Ledger(config.out / "evidence.jsonl") as ledger:
-        evaluator = Evaluator(ledger, pool)
-        for profile, others in zip(searched, rivals, strict=True):
-            examine(campaign, profile, others, exams, cost, evaluator)
-    pool.close()
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    plan: Path = HERE / "campaign.toml"
+    """the plan"""
+    out: Path = Path("runs/campaign")
+    """folder of the jobs' folders"""
+    registry: Path = REGISTRY
+    """where merged results are"""
+
+    @property
+    def merged(self) -> Path:
+        return self.registry / "campaign"
+
+    @property
+    def jobs(self) -> dict[str, Job]:
+        return jobs_of(Plan.read(self.plan))
+
+    @property
+    def took(self) -> list[Took]:
+        return read_took([self.merged / TOOK, self.out / TOOK])
 
 
-def load_exams(campaign: Campaign) -> list[Task]:
-    """The exams, each measured on the test split of its data."""
-    config, exams = campaign.search, []
-    load = partial(
-        load_tasks, config.arch, data=config.data, data_dir=config.data_dir, size=config.size
-    )
-    seen = {task.network for task in load((*config.tasks, *config.held_back))}
-    for reference in campaign.exams:
-        (task,) = load([reference])
-        if task.network in seen:
-            raise ZooError(f"The search sees {reference}: an exam needs another base network.")
-        name = task_data(reference, config.data)[1]
-        test = load_data(name, config.data_dir, size=config.size).test
-        exams.append(examined(task, test))
-    return exams
+@dataclass(frozen=True, kw_only=True)
+class Run(Shared):
+    """Do the most valuable jobs that fit into the budget."""
+
+    budget: str
+    """wall time, as 25m or 1h30m"""
+    data_dir: Path
+    """folder of the data sets"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    together: int | None = None
+    """jobs at a time: by default one per core, and eight on a CUDA device"""
+    only: tuple[str, ...] = ()
+    """jobs whose name begins so, and no others"""
 
 
-def search_rivals(campaign: Campaign, profile: Profile) -> dict[str, Widths]:
-    """What other agents find at the profile's factor, in as many episodes."""
-    config, made = campaign.search, profile.provenance
-    assert made is not None
-    found = {}
-    for name in campaign.rival_agents:
-        own = dataclasses.replace(
-            config, agent=name, cf=(profile.cf,), episodes=made.episodes, budget=None,
-            conditioned=False, out=config.out / name / profile.name, resume=True,
-            known=(*config.known, config.out), std=SearchConfig.std,
-            env=dataclasses.replace(
-                config.env, features=EnvSettings.features, observation=EnvSettings.observation
-            ),
-        )  # fmt: skip
-        (rival,) = search_profile(own)
-        found[name] = widths(rival)
-    return found
+@dataclass(frozen=True, kw_only=True)
+class Status(Shared):
+    """What is done, what is next, and what it would cost here and on an H100."""
 
 
-def examine(
-    campaign: Campaign,
-    profile: Profile,
-    rivals: dict[str, Widths],
-    exams: list[Task],
-    cost: CostModel,
-    evaluator: Evaluator,
-) -> None:
-    """Rank one profile among random ones, compare it with its rivals, print both and bundle it."""
-    own, random = ranked(campaign, profile, exams[0], cost, evaluator)
-    best = max(random, key=lambda item: random[item])
-    policies = {"searched": widths(profile), "random, best": best, **rivals}
-    policies |= {name: w for name in campaign.rivals if (w := solved(name, cost, profile))}
-    fidelity = FineTuning.of(campaign.epochs, campaign.images, campaign.lr)
-    rows: list[Evidence] = []
-    pairs: dict[str, dict[Pair, float]] = {name: {} for name in policies}
-    for exam in exams:
-        found = evidence(policies, exam, evaluator, fidelity, campaign.seeds, cost)
-        rows += found
-        for row in found[1:]:
-            measured = zip(row.seeds, row.accuracies, strict=True)
-            pairs[row.policy] |= {(exam.network, seed): value for seed, value in measured}
-    print(f"\n{profile.architecture} {profile.cf:g}x {profile.metric}")
-    for row in rows:
-        print(
-            f"{row.policy:<14}{cost.dense.params / row.params:6.2f}x params "
-            f"{cost.dense.macs / row.macs:6.2f}x MACs  {row.mean:.2%} ± {row.sd:.2%}  {row.data}"
-        )
-    candidate = pairs.pop("searched")
-    print_certificate(campaign, certify(candidate, pairs, own, list(random.values())))
-    if campaign.bundle:
-        bundled = dataclasses.replace(profile, evidence=tuple(rows))
-        bundled.write(REGISTRY / folder_name(profile.architecture) / f"{profile.name}.json")
-        write_index(REGISTRY)
+@dataclass(frozen=True, kw_only=True)
+class Merge(Shared):
+    """Bring the finished jobs of any number of folders into the registry."""
+
+    folders: Positional[tuple[Path, ...]]
+    """as --out of `run`"""
 
 
-def print_certificate(campaign: Campaign, certificate: Certificate) -> None:
-    rank = certificate.rank
-    print(
-        f"{rank.at_least_as_good} of {rank.profiles} random profiles are as good on the first exam "
-        f"after {campaign.short_epochs} epoch: {rank.probability:.1%} (95 % interval "
-        f"{rank.low:.1%} to {rank.high:.1%})"
-    )
-    for rival in certificate.comparisons:
-        print(
-            f"against {rival.rival:<14}{rival.difference:+.2%} ± {rival.sd:.2%} over {rival.pairs} "
-            f"pairs of {len(campaign.exams)} base networks, p {rival.p:.2g}, Holm "
-            f"{rival.adjusted:.2g}"
-        )
-    print("passes" if certificate.passes else "does not pass")
+@dataclass(frozen=True, kw_only=True)
+class One(Shared):
+    """Do one job, as `run` does it in a process of its own."""
+
+    job: Annotated[Positional[str], arg(metavar="JOB")]
+    """its name"""
+    data_dir: Path
+    """folder of the data sets"""
 
 
-def ranked(
-    campaign: Campaign, profile: Profile, exam: Task, cost: CostModel, evaluator: Evaluator
-) -> tuple[float, dict[Widths, float]]:
-    """The short fine-tune's accuracy of the profile, and of random ones at its factor."""
-    drawn = [
-        policy_solution("random", cost, profile.cf, profile.metric, seed).widths
-        for seed in range(campaign.random)
-    ]
-    every = [widths(profile), *drawn]
-    say(f"{len(drawn)} random profiles of {profile.name}, {campaign.short_epochs} epoch each")
-    candidates = [Candidate(exam, kept, campaign.seeds[0]) for kept in every]
-    sources = ["searched"] + ["random"] * len(drawn)
-    short = FineTuning.of(campaign.short_epochs, campaign.images, campaign.lr)
-    own, *random = evaluator(candidates, short, sources)
-    return own, dict(zip(drawn, random, strict=True))
+# --- run ------------------------------------------------------------------------------------------
 
 
-def widths(profile: Profile) -> Widths:
-    return tuple(profile.kept[group] for group in reference_groups(profile.architecture).names)
+@dataclass
+class _Running:
+    """A job in a process of its own; `before` are the seconds that earlier runs spent on it."""
+
+    job: Job
+    process: subprocess.Popen
+    started: float
+    estimated: float
+    before: float
 
 
-def solved(policy: str, cost: CostModel, profile: Profile) -> Widths | None:
-    """The policy's widths at the profile's factor, or None where it cannot reach it."""
+def run(options: Run) -> None:
+    """Start jobs while one fits, and stop what has not ended when the budget has."""
+    jobs = options.jobs
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    on = machine()
+    if options.device == "cuda" and on.startswith("cpu"):
+        raise ZooError("No CUDA device is to be seen.")
+    together = options.together or (os.cpu_count() or 1 if on.startswith("cpu") else 8)
+    deadline = time.monotonic() + parse_budget(options.budget)
+    passed_by = {n for n in jobs if options.only and not n.startswith(options.only)}
+    running: dict[str, _Running] = {}
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        return policy_solution(policy, cost, profile.cf, profile.metric).widths
-    except FactorError as error:
-        say(f"{policy}: {error}")
-        return None
+        while (left := deadline - time.monotonic()) > 0:
+            for name in [n for n, own in running.items() if own.process.poll() is not None]:
+                if not _finish(options, running.pop(name), on, together):
+                    passed_by.add(name)
+            rows = options.took
+            costs = {name: estimate(job, rows, on) for name, job in jobs.items()}
+            seconds = {name: _remaining(options.out / name, cost) for name, cost in costs.items()}
+            job = next_job(jobs, {r.job for r in rows}, passed_by | running.keys(), seconds, left)
+            if job is not None and len(running) < together:
+                say(f"{job.name}: about {seconds[job.name] / 60:.1f} min")
+                running[job.name] = _start(options, job, costs[job.name])
+            elif running:
+                time.sleep(min(1.0, left))
+            else:
+                break
+    finally:
+        for own in running.values():
+            own.process.terminate()
+        for own in running.values():
+            own.process.wait()
+            _note(options.out / own.job.name, own)
+    status(options)
+
+
+@dataclass
+class _Running:
+    """A job in a process of its own; `estimated` before its first run."""
+
+    job: Job
+    process: subprocess.Popen
+    started: float
+    estimated: float
+    spent: float
+
+
+def _start(options: Run, job: Job, estimated: float) -> _Running:
+    folder = options.out / job.name
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = _noted(folder)
+    command = [sys.executable, __file__, "one", job.name, "--data-dir", options.data_dir]
+    command += ["--plan", options.plan, "--out", options.out, "--registry", options.registry]
+    with (folder / "log.txt").open("a") as log:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+        )  # fmt: skip
+    estimated = earlier.get("estimated", estimated)
+    return _Running(job, process, time.monotonic(), estimated, earlier.get("spent", 0.0))
+
+
+def _finish(options: Run, own: _Running, on: str, together: int) -> bool:
+    """Keep what a job that ended took; false if it failed."""
+    folder, job = options.out / own.job.name, own.job
+    seconds = _note(folder, own)
+    if own.process.returncode:
+        say(f"{job.name} failed: see {folder / 'log.txt'}")
+        return False
+    row = Took(
+        job.name, job.stage, job.network.arch, job.work, seconds, own.estimated, on, together
+    )
+    with (options.out / TOOK).open("a") as stream:
+        stream.write(told(row))
+    say(f"{job.name}: done in {seconds / 60:.1f} min, {own.estimated / 60:.1f} were estimated")
+    return True
+
+
+def _note(folder: Path, own: _Running) -> float:
+    """The seconds that all runs of a job took until now, which are kept."""
+    seconds = own.spent + time.monotonic() - own.started
+    write_json(folder / SPENT, {"estimated": own.estimated, "spent": round(seconds, 1)})
+    return round(seconds, 1)
+
+
+def _noted(folder: Path) -> dict[str, float]:
+    return read_json(folder / SPENT) if (folder / SPENT).exists() else {}
+
+
+def _remaining(folder: Path, estimated: float) -> float:
+    """Of a job that was stopped, what is left; at least a tenth, for it may take longer."""
+    return max(estimated - _noted(folder).get("spent", 0.0), 0.1 * estimated)
+
+
+def one(options: One) -> None:
+    job = options.jobs[options.job]
+    data = Plan.read(options.plan).data
+    known = tuple((options.registry / "ledger").glob("campaign-*.parquet"))
+    perform(job, Workshop(options.out, options.data_dir, data, (options.merged,), known))
+
+
+# --- status ---------------------------------------------------------------------------------------
+
+
+def status(options: Shared) -> None:
+    """What is done and left of every network and stage, and what comes next."""
+    jobs, rows, here = options.jobs, options.took, machine()
+    done = {row.job for row in rows}
+    heads = ("network", "stage", "done", "of", f"hours left: {here}", H100)
+    lines: dict[tuple[str, str], list[Job]] = defaultdict(list)
+    for job in jobs.values():
+        lines[f"{job.network.arch} at {job.network.size}", job.stage].append(job)
+    print(f"{heads[0]:<24}{heads[1]:<10}{heads[2]:>5}{heads[3]:>5}  {heads[4]} | {heads[5]}")
+    total = [0.0, 0.0]
+    for (network, stage), own in lines.items():
+        left = [job for job in own if job.name not in done]
+        hours = [sum(estimate(job, rows, on) for job in left) / 3600 for on in (here, H100)]
+        total = [a + b for a, b in zip(total, hours, strict=True)]
+        print(
+            f"{network:<24}{stage:<10}{len(own) - len(left):>5}{len(own):>5}"
+            f"{hours[0]:>10.1f}{hours[1]:>10.2f}"
+        )
+    print(
+        f"{'all':<34}{len(done & jobs.keys()):>5}{len(jobs):>5}{total[0]:>10.1f}{total[1]:>10.2f}"
+    )
+    costs = {name: estimate(job, rows, here) for name, job in jobs.items()}
+    passed: set[str] = set()
+    for _ in range(5):
+        job = next_job(jobs, done, passed, costs, float("inf"))
+        if job is not None:
+            passed.add(job.name)
+            print(f"next: {job.name}, {costs[job.name] / 60:.0f} min here")
+    ratios = sorted(row.seconds / row.estimated for row in rows if row.machine == here)
+    if ratios:
+        middle = ratios[len(ratios) // 2]
+        print(f"Jobs took {middle:.2f} times what was estimated here (median of {len(ratios)}).")
+
+
+# --- merge ----------------------------------------------------------------------------------------
+
+
+def merge_all(options: Merge) -> None:
+    """Copy the results of finished jobs, and put every evaluation into the ledgers."""
+    jobs = options.jobs
+    known = {row.job for row in read_took([options.merged / TOOK])}
+    for folder in options.folders:
+        fresh = [r for r in read_took([folder / TOOK]) if r.job not in known and r.job in jobs]
+        for row in fresh:
+            for file in (folder / row.job).iterdir():
+                wanted = file.suffix in (".json", ".safetensors") and file.name != SPENT
+                if wanted and file.stat().st_size <= LARGEST:
+                    target = options.merged / row.job / file.name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, target)
+            with (options.merged / TOOK).open("a") as stream:
+                stream.write(told(row))
+        known |= {row.job for row in fresh}
+        say(f"{folder}: {len(fresh)} jobs")
+    ledgers: dict[str, list[Path]] = defaultdict(list)
+    for folder in options.folders:
+        for name, job in jobs.items():
+            if (file := folder / name / FILE).is_file():
+                ledgers[job.network.arch.replace(":", "--")].append(file)
+    for arch, files in ledgers.items():
+        target = options.registry / "ledger" / f"campaign-{arch}.parquet"
+        earlier = [target] if target.exists() else []
+        say(f"{target.name}: {merge([*earlier, *files], target)} evaluations")
+
+
+def main(options: Run | Status | Merge | One) -> None:
+    actions = {Run: run, Status: status, Merge: merge_all, One: one}
+    actions[type(options)](options)  # type: ignore[operator]
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Campaign, description=__doc__))
+    try:
+        main(
+            tyro.extras.subcommand_cli_from_dict(
+                {"run": Run, "status": Status, "merge": Merge, "one": One}, description=__doc__
+            )
+        )
+    except ZooError as error:
+        sys.exit(f"campaign: {error}")

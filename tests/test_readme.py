@@ -7,7 +7,7 @@ import runpy
 import shlex
 from pathlib import Path
 
-import campaign
+import examine
 import pytest
 import torch
 import tyro
@@ -75,6 +75,6 @@ def test_the_command_lines_are_ones_that_the_program_takes(
         if program == "zoo" and arguments != ["--help"]:
             assert main([command, *arguments]) == 0, capsys.readouterr()
         elif program == "python":
-            assert command == "scripts/campaign.py"
-            taken.append(tyro.cli(campaign.Campaign, args=arguments))
+            assert command == "scripts/examine.py"
+            taken.append(tyro.cli(examine.Examination, args=arguments))
     assert len(taken) == len(given) - 1 > 14

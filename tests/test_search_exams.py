@@ -1,4 +1,4 @@
-"""scripts/campaign.py: what it examines, against whom, and what goes into the registry."""
+"""scripts/examine.py: what it examines, against whom, and what goes into the registry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import shutil
 from pathlib import Path
 
-import campaign
+import examine
 import pytest
 from test_search_campaign import base_networks
 
@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> campaign.Campaign:
+def config(tmp_path_factory) -> examine.Examination:
     folder = tmp_path_factory.mktemp("exams")
     task, exam = base_networks(folder)
     search = SearchConfig(
@@ -29,7 +29,7 @@ def config(tmp_path_factory) -> campaign.Campaign:
         episodes=8, workers=1, calibration_images=64, val_images=None, candidates=2,
         finalists=1, final_seeds=1, finetune_images=64, std=0.2,
     )  # fmt: skip
-    return campaign.Campaign(
+    return examine.Examination(
         search, (exam,), rivals=("equal", "greedy"), rival_agents=("random",), random=3,
         images=128, epochs=1, seeds=(0, 1), bundle=True,
     )  # fmt: skip
@@ -39,13 +39,13 @@ def config(tmp_path_factory) -> campaign.Campaign:
 def registry(monkeypatch, tmp_path) -> Path:
     folder = tmp_path / "registry"
     folder.mkdir()
-    monkeypatch.setattr(campaign, "REGISTRY", folder)
+    monkeypatch.setattr(examine, "REGISTRY", folder)
     return folder
 
 
 @pytest.mark.slow
 def test_a_profile_is_bundled_with_the_figures_of_every_rival(config, registry, capsys):
-    campaign.main(config)
+    examine.main(config)
     told = capsys.readouterr().out
     profile = Profile.read(registry / "cnet" / "params-cf2.json")
     rows = {row.policy: row for row in profile.evidence}
@@ -67,7 +67,7 @@ def test_a_profile_is_bundled_with_the_figures_of_every_rival(config, registry, 
     registry.mkdir()
     with pytest.MonkeyPatch.context() as patch:  # again, from the ledgers alone
         patch.setattr("zoo.search.evaluation.cut", None)
-        campaign.main(config)
+        examine.main(config)
     assert Profile.read(registry / "cnet" / "params-cf2.json") == profile
     assert capsys.readouterr().out == told
 
@@ -80,7 +80,7 @@ def test_a_base_network_that_a_search_saw_is_no_exam(config, registry):
     )
     for own in (seen, judged):
         with pytest.raises(ZooError, match="an exam needs another base network"):
-            campaign.main(own)
+            examine.main(own)
     assert not list(registry.iterdir())
 
 
@@ -92,5 +92,5 @@ def test_an_interrupted_search_is_not_examined(config, registry, monkeypatch, tm
     monkeypatch.setattr("zoo.search.evaluation.FineTuning.measure", lambda *_: 0.5)
     search = dataclasses.replace(config.search, out=tmp_path / "run", agent="random", std=0.3)
     with pytest.raises(SearchInterrupted):
-        campaign.main(dataclasses.replace(config, search=search))
+        examine.main(dataclasses.replace(config, search=search))
     assert not list(registry.iterdir())

@@ -1,0 +1,296 @@
+"""A plan of long computations as jobs, and which of them to do next on a machine that has a while.
+
+A plan says what the zoo shall hold; its jobs need one another, are worth something, and cost what
+earlier jobs took.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tomllib
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from zoo.cost import cost_model
+from zoo.documents import decode, encode
+from zoo.errors import DocumentError
+from zoo.models import architecture
+from zoo.pruning.known_groups import reference_groups
+
+__all__ = [
+    "Job",
+    "Network",
+    "Plan",
+    "Took",
+    "estimate",
+    "jobs_of",
+    "machine",
+    "next_job",
+    "read_took",
+    "told",
+]
+
+Stage = Literal["base", "ledger", "search", "evidence"]
+
+WORTH: dict[Stage, float] = {"base": 1.0, "search": 0.9, "evidence": 0.8, "ledger": 0.7}
+"""Of a network's value, what each of its stages has."""
+
+BASE_IMAGES = 45_000
+"""Of a training split, roughly."""
+
+START = 6.0
+"""Seconds in which a job is imported and reads its data."""
+
+SECONDS_PER_WORK = {"cpu": 15.0, "cuda": 0.4}
+"""Of machines that did no job yet: one core, and one H100 with several jobs at a time."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """What the zoo shall hold of one architecture at one image size.
+
+    Attributes:
+        arch, size: a registered architecture, and the pixels per side that all of it is done at.
+        value: of having all of it, beside the other networks.
+        bases: data set of the plan -> base networks trained on it, by as many seeds.
+        epochs: of their training.
+        lr: its peak learning rate.
+        tasks, held_back: base networks, as `cifar10-0`, that searches see; none, and none is done.
+        exams: base networks that no search sees, for evidence.
+        ledger: base networks that random profiles are measured on.
+        random: of these profiles, how many for each metric and factor.
+        metrics, cf: of the profiles.
+        episodes: of a search.
+        policies: measured beside the searched profile.
+        seeds: of the channels and the training behind the evidence.
+        finetune_epochs, finetune_images: of that training.
+    """
+
+    arch: str
+    size: int
+    value: float
+    bases: dict[str, int]
+    epochs: int
+    lr: float = 0.1
+    tasks: tuple[str, ...] = ()
+    held_back: tuple[str, ...] = ()
+    exams: tuple[str, ...] = ()
+    ledger: tuple[str, ...] = ()
+    random: int = 100
+    metrics: tuple[str, ...] = ("params", "macs")
+    cf: tuple[float, ...] = (2.0, 4.0, 6.0)
+    episodes: int = 320
+    policies: tuple[str, ...] = ("equal", "increasing", "decreasing", "greedy")
+    seeds: tuple[int, ...] = (0, 1)
+    finetune_epochs: int = 10
+    finetune_images: int = 10_000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Networks, and the data sets that they name.
+
+    Attributes:
+        data: name -> the reference of `zoo.load_data`, in which `{dir}` is the folder of all data.
+        network: all of them, in any order.
+    """
+
+    data: dict[str, str]
+    network: tuple[Network, ...]
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """The plan in a TOML file.
+
+        Raises:
+            DocumentError: for a file that is missing or malformed, or names what it does not have.
+        """
+        try:
+            plan = decode(cls, tomllib.loads(path.read_text()), str(path))
+        except (OSError, tomllib.TOMLDecodeError) as error:
+            raise DocumentError(f"{path} is no plan: {error}") from None
+        for number, network in enumerate(plan.network):
+            if any((n.arch, n.size) == (network.arch, network.size) for n in plan.network[:number]):
+                raise DocumentError(f"{path} has {network.arch} at {network.size} pixels twice.")
+            for name in network.bases:
+                if name not in plan.data:
+                    raise DocumentError(
+                        f"{path}: {network.arch} names the data {name!r}: not there."
+                    )
+            known = set(_bases(network))
+            for name in (*network.tasks, *network.held_back, *network.exams, *network.ledger):
+                if name not in known:
+                    raise DocumentError(f"{path}: {network.arch} has no base network {name!r}.")
+            if seen := {*network.tasks, *network.held_back} & set(network.exams):
+                raise DocumentError(
+                    f"{path}: searches of {network.arch} see the exam {min(seen)!r}."
+                )
+        return plan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One computation that is done as a whole, or gone on with.
+
+    Attributes:
+        name: its folder, as `base/resnet20-16/16/cifar10-0`.
+        stage, network: what is done of what.
+        base: the base network that it makes or measures, as `cifar10-0`.
+        metric, cf: of the profiles that it finds or measures.
+        needs: names of jobs that come before.
+        work: 10^12 multiply-accumulates of the dense network, three for each of a training pass.
+        value: of the job, or of what needs it.
+    """
+
+    name: str
+    stage: Stage
+    network: Network
+    needs: tuple[str, ...]
+    work: float
+    value: float
+    base: str = ""
+    metric: str = ""
+    cf: float = 0.0
+
+
+def jobs_of(plan: Plan) -> dict[str, Job]:
+    """The jobs of a plan by name, each after those that it needs."""
+    return {job.name: job for network in plan.network for job in _jobs(network)}
+
+
+def _jobs(network: Network) -> Iterator[Job]:
+    place = f"{network.arch.replace(':', '--')}/{network.size}"
+
+    def bases(*names: str) -> tuple[str, ...]:
+        return tuple(f"base/{place}/{name}" for name in names)
+
+    def job(stage: Stage, part: str, needs: tuple[str, ...], images: float, **own: object) -> Job:
+        value = network.value * WORTH[stage]
+        name = f"{stage}/{place}/{part}"
+        return Job(name, stage, network, needs, images * _macs(network), value, **own)  # type: ignore[arg-type]
+
+    for base in _bases(network):
+        yield job("base", base, (), 3 * BASE_IMAGES * network.epochs, base=base)
+    for metric in network.metrics:
+        for cf in network.cf:
+            profile = f"{metric}-cf{cf:g}"
+            cut = 1 / cf**0.5  # what is left of the time of a network of 1 / cf
+            own = {"metric": metric, "cf": cf}
+            if network.tasks:
+                seen = bases(*network.tasks, *network.held_back)
+                images = network.episodes * cut * 3_000 + 20 * 3 * 10_000 * cut
+                yield job("search", profile, seen, images, **own)
+            for base in network.ledger:
+                images = network.random * cut * (3 * 10_000 + 7_000)
+                yield job("ledger", f"{profile}/{base}", bases(base), images, base=base, **own)
+            found = (f"search/{place}/{profile}",) if network.tasks else ()
+            for base in network.exams:
+                runs = len(network.seeds) * (len(network.policies) + 1)
+                images = runs * cut * 3 * network.finetune_epochs * network.finetune_images
+                needs = (*bases(base), *found)
+                yield job("evidence", f"{profile}/{base}", needs, images, base=base, **own)
+
+
+def _bases(network: Network) -> list[str]:
+    return [f"{data}-{seed}" for data, count in network.bases.items() for seed in range(count)]
+
+
+def _macs(network: Network) -> float:
+    """Of one image at the network's size, in 10^12."""
+    macs = cost_model(reference_groups(network.arch)).dense.macs
+    return macs * (network.size / architecture(network.arch).image_size) ** 2 / 1e12
+
+
+# --- what it costs --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Took:
+    """What one finished job took, beside what had been estimated.
+
+    Attributes:
+        job, stage, arch, work: of the job.
+        seconds: wall time, of all runs that it took; `estimated` before the first.
+        machine: that finished it, as `machine` says.
+        together: jobs that it ran at a time.
+    """
+
+    job: str
+    stage: str
+    arch: str
+    work: float
+    seconds: float
+    estimated: float
+    machine: str
+    together: int = 1
+
+
+def read_took(paths: Iterable[Path]) -> list[Took]:
+    """The rows of the files that there are; of one job, the first."""
+    rows: dict[str, Took] = {}
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            row = decode(Took, json.loads(line), str(path))
+            rows.setdefault(row.job, row)
+    return list(rows.values())
+
+
+def told(row: Took) -> str:
+    """The row as one line."""
+    return json.dumps(encode(row)) + "\n"
+
+
+def machine() -> str:
+    """What computes here: the name of the CUDA device, or the CPU's instruction set."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
+
+
+def estimate(job: Job, rows: Iterable[Took], on: str) -> float:
+    """Seconds of `job` on a machine: by what the jobs nearest to it took there for their work.
+
+    Nearest are those of the same stage and architecture, then of the architecture, of the stage, of
+    the machine; where it did none, a guess.
+    """
+    own = [row for row in rows if row.machine == on]
+    for alike in (
+        lambda row: (row.stage, row.arch) == (job.stage, job.network.arch),
+        lambda row: row.arch == job.network.arch,
+        lambda row: row.stage == job.stage,
+        lambda _: True,
+    ):
+        rates = [max(row.seconds - START, 0.0) / row.work for row in own if alike(row)]
+        if rates:
+            return START + job.work * statistics.median(rates)
+    return START + job.work * SECONDS_PER_WORK["cpu" if on.startswith("cpu") else "cuda"]
+
+
+def next_job(
+    jobs: Mapping[str, Job],
+    done: Collection[str],
+    running: Collection[str],
+    seconds: Mapping[str, float],
+    left: float,
+) -> Job | None:
+    """The most valuable job that is ready and takes no longer than `left` seconds.
+
+    A job is worth what the most valuable of those that wait for it is. Of equal ones the first of
+    the shorter comes first.
+    """
+    worth = {name: job.value for name, job in jobs.items()}
+    for job in reversed(list(jobs.values())):
+        for needed in job.needs:
+            worth[needed] = max(worth[needed], worth[job.name])
+    ready = [
+        job
+        for name, job in jobs.items()
+        if name not in done and name not in running and all(needed in done for needed in job.needs)
+    ]
+    affordable = [job for job in ready if seconds[job.name] <= left]
+    return max(affordable, key=lambda job: (worth[job.name], -seconds[job.name]), default=None)

@@ -1,0 +1,199 @@
+"""What each stage of a plan does: base networks, ledgers of random profiles, searches, evidence.
+
+A job writes into its own folder, and goes on where it was killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from zoo.artefacts import save_checkpoint
+from zoo.cost import CostModel, cost_model
+from zoo.data import Splits, load_data
+from zoo.documents import write_json
+from zoo.errors import FactorError, ZooError
+from zoo.loading import create_model
+from zoo.profile import Profile
+from zoo.pruning.known_groups import reference_groups
+from zoo.pruning.policies import policy_solution
+from zoo.recipes import Recipe
+from zoo.search.campaign import search_profile
+from zoo.search.env import EnvSettings
+from zoo.search.evaluation import Evaluator, FineTuning, Recalibration
+from zoo.search.evidence import evidence, examined
+from zoo.search.ledger import FILE, Ledger, read
+from zoo.search.schedule import Job
+from zoo.search.settings import SearchConfig
+from zoo.search.tasks import Candidate, Task, load_task
+from zoo.training import evaluate, finetune
+
+__all__ = ["BASE", "ROWS", "Workshop", "perform"]
+
+BASE = "base.safetensors"
+"""The file of a base network in its job's folder; its weights are of half precision."""
+ROWS = "evidence.json"
+"""The file of the evidence."""
+
+Widths = tuple[int, ...]
+
+SHORT = FineTuning.of(1, 10_000, 0.05)
+"""Of random profiles, beside a recalibration."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where jobs find what they need.
+
+    Attributes:
+        out: the folder of the jobs' folders.
+        data_dir: the folder of all data sets.
+        data: as in `Plan`.
+        merged: folders of results that came from elsewhere, laid out as `out` is.
+        known: ledgers, whose evaluations are not made again.
+    """
+
+    out: Path
+    data_dir: Path
+    data: Mapping[str, str]
+    merged: tuple[Path, ...] = ()
+    known: tuple[Path, ...] = ()
+
+    def reference(self, base: str) -> str:
+        """The data set of a base network, as `zoo.load_data` names it."""
+        name = base.rpartition("-")[0]
+        return self.data[name].format(dir=self.data_dir)
+
+    def splits(self, job: Job, base: str) -> Splits:
+        return load_data(self.reference(base), self.data_dir, size=job.network.size)
+
+    def found(self, job: str, file: str) -> Path:
+        """What a finished job made.
+
+        Raises:
+            ZooError: if no folder has it.
+        """
+        for folder in (self.out, *self.merged):
+            if (folder / job / file).is_file():
+                return folder / job / file
+        raise ZooError(f"{job} is done, but its {file} is not here: bring it, or do it again.")
+
+    def checkpoint(self, job: Job, base: str) -> Path:
+        """The file of a base network that the job needs."""
+        (name,) = (name for name in job.needs if name.endswith(f"/{base}"))
+        return self.found(name, BASE)
+
+    def ledger(self, job: Job) -> Ledger:
+        return Ledger(self.out / job.name / FILE, known=read(self.known))
+
+    def task(self, job: Job, base: str) -> Task:
+        return load_task(job.network.arch, str(self.checkpoint(job, base)), self.splits(job, base))
+
+
+def perform(job: Job, workshop: Workshop) -> None:
+    """Do one job whose needs are done.
+
+    Raises:
+        ZooError: for what `load_data`, `finetune` and the search raise.
+    """
+    _STAGES[job.stage](job, workshop)
+
+
+def _base(job: Job, workshop: Workshop) -> None:
+    """Train a dense network on the training split alone, to its last epoch."""
+    network, seed = job.network, int(job.base.rpartition("-")[2])
+    splits, folder = workshop.splits(job, job.base), workshop.out / job.name
+    model = create_model(network.arch, splits.num_classes, image_size=network.size, seed=seed)
+    recipe = Recipe(epochs=network.epochs, lr=network.lr)
+    result = finetune(
+        model, splits.train, None, teacher=None, recipe=recipe, seed=seed, progress=False,
+        checkpoint=folder / "training", resume=True,
+    )  # fmt: skip
+    if result.interrupted:
+        raise KeyboardInterrupt
+    model.half().float()  # what is measured is what is kept
+    metadata = {
+        "architecture": network.arch,
+        "num_classes": str(splits.num_classes),
+        "image_size": str(network.size),
+        "data": splits.train.name,
+        "split_digest": splits.digest,
+        "val_accuracy": f"{evaluate(model, splits.val).accuracy:.4f}",
+        "test_accuracy": f"{evaluate(model, splits.test).accuracy:.4f}",
+        "epochs": str(network.epochs),
+        "seed": str(seed),
+    }
+    save_checkpoint(model.half(), folder / BASE, metadata)
+
+
+def _ledger(job: Job, workshop: Workshop) -> None:
+    """Random profiles of one factor, after a recalibration and after a short fine-tune."""
+    task, cost = workshop.task(job, job.base), _cost(job)
+    drawn = [
+        policy_solution("random", cost, job.cf, job.metric, seed).widths
+        for seed in range(job.network.random)
+    ]
+    with workshop.ledger(job) as ledger:
+        evaluator = Evaluator(ledger)
+        for seed, kept in enumerate(drawn):  # one after the other: what a kill leaves is a sample
+            for fidelity in (Recalibration(), SHORT):
+                evaluator([Candidate(task, kept, seed)], fidelity, "random")
+
+
+def _search(job: Job, workshop: Workshop) -> None:
+    network = job.network
+
+    def references(bases: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(f"{workshop.checkpoint(job, b)}@{workshop.reference(b)}" for b in bases)
+
+    search_profile(
+        SearchConfig(
+            arch=network.arch,
+            tasks=references(network.tasks),
+            held_back=references(network.held_back),
+            out=workshop.out / job.name,
+            cf=(job.cf,),
+            env=EnvSettings(metric=job.metric),  # type: ignore[arg-type]
+            episodes=network.episodes,
+            resume=True,
+            data_dir=workshop.data_dir,
+            size=network.size,
+            workers=1,
+            known=workshop.known,
+        )
+    )
+
+
+def _evidence(job: Job, workshop: Workshop) -> None:
+    """Every policy on one exam, and what the search found, if there was one."""
+    network, cost = job.network, _cost(job)
+    exam = workshop.task(job, job.base)
+    exam = examined(exam, workshop.splits(job, job.base).test)  # type: ignore[arg-type]
+    policies: dict[str, Widths] = {}
+    for name in job.needs:
+        if name.startswith("search/"):
+            profile = Profile.read(workshop.found(name, f"{job.metric}-cf{job.cf:g}.json"))
+            groups = reference_groups(network.arch).names
+            policies["searched"] = tuple(profile.kept[group] for group in groups)
+    for policy in network.policies:
+        try:
+            policies[policy] = policy_solution(policy, cost, job.cf, job.metric).widths
+        except FactorError:  # out of its reach
+            continue
+    fidelity = FineTuning.of(network.finetune_epochs, network.finetune_images, 0.05)
+    with workshop.ledger(job) as ledger:
+        rows = evidence(policies, exam, Evaluator(ledger), fidelity, network.seeds, cost)
+    write_json(workshop.out / job.name / ROWS, rows)
+
+
+def _cost(job: Job) -> CostModel:
+    return cost_model(reference_groups(job.network.arch))
+
+
+_STAGES: dict[str, Callable[[Job, Workshop], None]] = {
+    "base": _base,
+    "ledger": _ledger,
+    "search": _search,
+    "evidence": _evidence,
+}
