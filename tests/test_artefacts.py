@@ -349,3 +349,16 @@ def test_missing_and_damaged_files_are_named(pruned, tmp_path, name):
     path.unlink()
     with pytest.raises(CheckpointError, match=f"{name} is missing"):
         read_model(tmp_path / "model")
+
+
+def test_equal_checkpoints_are_equal_files(tmp_path: pathlib.Path) -> None:
+    """Their digest names a base network, wherever it was trained again."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    metadata = {f"key {n}": f"é \\ \n {n}" for n in range(12)}
+    files = [tmp_path / name for name in ("a.safetensors", "b.safetensors")]
+    for file, items in zip(files, (metadata, dict(reversed(metadata.items()))), strict=True):
+        save_checkpoint(model, file, items)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with safe_open(files[0], framework="pt") as opened:
+        assert opened.metadata() == metadata
+        assert all(torch.equal(opened.get_tensor(n), t) for n, t in model.state_dict().items())

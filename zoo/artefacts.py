@@ -5,6 +5,7 @@ Everything is written beside its place first and moved there whole.
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,19 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
     }
     safetensors.torch.save_file(separate, path, dict(metadata))
     path.chmod(0o644)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Equal content, equal bytes: safetensors writes metadata in a random order (its issue 584)."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            stream.seek(8)
+            stream.write(text.ljust(length))
 
 
 @contextmanager

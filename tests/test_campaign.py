@@ -1,0 +1,150 @@
+"""scripts/campaign.py: killed at any time it goes on, and folders of several machines are one."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import campaign
+import pytest
+import torch
+
+from zoo.search.ledger import read
+from zoo.search.schedule import Plan, jobs_of, read_took
+from zoo.search.stages import BASE, ROWS, Workshop, perform
+
+pytest.importorskip("pyarrow")
+pytestmark = pytest.mark.slow
+
+PLAN = """
+[data]
+digits = "digits"
+
+[[network]]
+arch = "cnet"
+size = 8
+value = 1
+epochs = 6
+lr = 0.05
+bases = { digits = 2 }
+ledger = ["digits-0"]
+random = 2
+exams = ["digits-1"]
+metrics = ["params"]
+cf = [2]
+policies = ["equal", "increasing"]
+finetune_epochs = 1
+finetune_images = 128
+"""
+BASES = ["base/cnet/8/digits-0", "base/cnet/8/digits-1"]
+REST = ["evidence/cnet/8/params-cf2/digits-1", "ledger/cnet/8/params-cf2/digits-0"]
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "plan.toml"
+    path.write_text(PLAN)
+    return path
+
+
+def command(plan: Path, out: Path, *more: str) -> subprocess.Popen:
+    arguments = ["run", "--plan", plan, "--out", out, "--registry", out.parent / "registry"]
+    arguments += ["--data-dir", out.parent, "--together", "2", "--device", "cpu", *more]
+    script = Path(campaign.__file__)
+    return subprocess.Popen(
+        [sys.executable, str(script), *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def until(condition, seconds: float = 120.0) -> None:
+    ends = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+
+
+def test_a_campaign_that_was_killed_goes_on_and_ends_as_one_that_was_not(plan, tmp_path) -> None:
+    out = tmp_path / "out"
+    history = out / BASES[0] / "training" / "history.jsonl"
+    first = command(plan, out, "--budget", "5m")
+    until(lambda: history.exists() and len(history.read_text().splitlines()) >= 2)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=60)
+    assert not read_took([out / campaign.TOOK])
+    spent = json.loads((out / BASES[0] / campaign.SPENT).read_text())
+    assert spent["spent"] > 0
+
+    second = command(plan, out, "--budget", "5m")
+    told, _ = second.communicate(timeout=240)
+    assert second.returncode == 0, told
+    rows = {row.job: row for row in read_took([out / campaign.TOOK])}
+    assert sorted(rows) == sorted(BASES + REST)
+    assert rows[BASES[0]].seconds > spent["spent"]
+    assert rows[BASES[0]].estimated == spent["estimated"]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        straight = Workshop(tmp_path / "straight", tmp_path, {"digits": "digits"})
+        for job in jobs_of(Plan.read(plan)).values():
+            perform(job, straight)
+    finally:
+        torch.set_num_threads(threads)
+    for name in BASES:
+        mine, theirs = ((folder / name / BASE).read_bytes() for folder in (out, straight.out))
+        assert mine == theirs
+    evidence = [json.loads((f / REST[0] / ROWS).read_text()) for f in (out, straight.out)]
+    assert evidence[0] == evidence[1]
+    assert [row["policy"] for row in evidence[0]] == ["base", "equal", "increasing"]
+
+
+def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_path) -> None:
+    registry = tmp_path / "registry"
+    for name, own in (("one", BASES[:1]), ("two", BASES[1:])):
+        done = command(plan, tmp_path / name, "--budget", "3m", "--only", *own)
+        told, _ = done.communicate(timeout=200)
+        assert done.returncode == 0, told
+    options = campaign.Merge(
+        plan=plan, registry=registry, folders=(tmp_path / "one", tmp_path / "two", tmp_path / "one")
+    )
+    campaign.merge_all(options)
+    third = command(plan, tmp_path / "three", "--budget", "3m")
+    told, _ = third.communicate(timeout=200)
+    assert third.returncode == 0, told
+    assert {row.job for row in read_took([tmp_path / "three" / campaign.TOOK])} == set(REST)
+
+    campaign.merge_all(campaign.Merge(plan=plan, registry=registry, folders=(tmp_path / "three",)))
+    merged = read([registry / "ledger" / "campaign-cnet.parquet"])
+    assert len(merged) == 2 * 2 + 2 * 2 * 2  # profiles by fidelities; policies by seeds by both
+    assert {row.source for row in merged} == {"random", "equal", "increasing"}
+    assert (registry / "campaign" / REST[0] / ROWS).is_file()
+
+    before = (registry / "campaign" / campaign.TOOK).read_text()
+    campaign.merge_all(options)
+    assert (registry / "campaign" / campaign.TOOK).read_text() == before
+    assert read([registry / "ledger" / "campaign-cnet.parquet"]) == merged
+
+
+def test_a_job_that_fails_is_named(tmp_path) -> None:
+    broken = tmp_path / "plan.toml"
+    broken.write_text(PLAN.replace('digits = "digits"', 'digits = "imagefolder:{dir}/none"', 1))
+    done = command(broken, tmp_path / "out", "--budget", "1m", "--only", BASES[0])
+    told, _ = done.communicate(timeout=100)
+    assert f"{BASES[0]} failed: see" in told
+    assert "none has no train/ folder" in (tmp_path / "out" / BASES[0] / "log.txt").read_text()
+    assert done.returncode == 0
+
+
+def test_a_budget_is_kept(plan, tmp_path) -> None:
+    started = time.monotonic()
+    done = command(plan, tmp_path / "out", "--budget", "1s")
+    told, _ = done.communicate(timeout=60)
+    assert done.returncode == 0, told
+    assert "done" in told
+    assert not (tmp_path / "out" / campaign.TOOK).exists()
+    assert time.monotonic() - started < 60
