@@ -13,6 +13,10 @@ import campaign
 import pytest
 import torch
 
+from zoo.cost import cost_model
+from zoo.errors import ZooError
+from zoo.profile import Profile
+from zoo.registry import stored_groups
 from zoo.search.ledger import read
 from zoo.search.schedule import Plan, jobs_of, read_took
 from zoo.search.stages import BASE, ROWS, Workshop, perform
@@ -148,3 +152,26 @@ def test_a_budget_is_kept(plan, tmp_path) -> None:
     assert "done" in told
     assert not (tmp_path / "out" / campaign.TOOK).exists()
     assert time.monotonic() - started < 60
+
+
+def test_evidence_is_beside_what_the_search_found(tmp_path) -> None:
+    pytest.importorskip("stable_baselines3")
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.replace("ledger = [", 'episodes = 8\ntasks = ["digits-0"]\nledger = [', 1))
+    workshop = Workshop(tmp_path / "out", tmp_path, {"digits": "digits"})
+    jobs = jobs_of(Plan.read(path))
+    for name in (*BASES, "search/cnet/8/params-cf2", REST[0]):
+        perform(jobs[name], workshop)
+    profile = Profile.read(workshop.out / "search/cnet/8/params-cf2/params-cf2.json")
+    rows = json.loads((workshop.out / REST[0] / ROWS).read_text())
+    assert [row["policy"] for row in rows] == ["base", "searched", "equal", "increasing"]
+    groups = stored_groups("cnet")
+    assert groups
+    own = cost_model(groups)(tuple(profile.kept[name] for name in groups.names))
+    assert rows[1]["params"] == own.params
+
+
+def test_a_base_network_that_is_not_at_hand_is_named(plan, tmp_path) -> None:
+    job = jobs_of(Plan.read(plan))[REST[1]]
+    with pytest.raises(ZooError, match=r"base/cnet/8/digits-0 is done, but its base\.safetensors"):
+        perform(job, Workshop(tmp_path, tmp_path, {"digits": "digits"}))
