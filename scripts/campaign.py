@@ -297,6 +297,9 @@ def merge_all(options: Merge) -> None:
         say(f"{target.name}: {merge([*earlier, *files], target)} evaluations")
 
 
+STEPS = {"run": Run, "status": Status, "merge": Merge, "one": One}
+
+
 def main(options: Run | Status | Merge | One) -> None:
     actions = {Run: run, Status: status, Merge: merge_all, One: one}
     actions[type(options)](options)  # type: ignore[operator]
@@ -304,10 +307,6 @@ def main(options: Run | Status | Merge | One) -> None:
 
 if __name__ == "__main__":
     try:
-        main(
-            tyro.extras.subcommand_cli_from_dict(
-                {"run": Run, "status": Status, "merge": Merge, "one": One}, description=__doc__
-            )
-        )
+        main(tyro.extras.subcommand_cli_from_dict(STEPS, description=__doc__))
     except ZooError as error:
         sys.exit(f"campaign: {error}")

@@ -7,6 +7,7 @@ import runpy
 import shlex
 from pathlib import Path
 
+import campaign
 import examine
 import pytest
 import torch
@@ -61,6 +62,12 @@ def test_the_tables_are_the_registrys() -> None:
     assert details.count("| searched |") == len(summary.splitlines()) - 2
 
 
+SCRIPTS = {
+    "examine": lambda given: tyro.cli(examine.Examination, args=given),
+    "campaign": lambda given: tyro.extras.subcommand_cli_from_dict(campaign.STEPS, args=given),
+}
+
+
 def test_the_command_lines_are_ones_that_the_program_takes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -75,6 +82,6 @@ def test_the_command_lines_are_ones_that_the_program_takes(
         if program == "zoo" and arguments != ["--help"]:
             assert main([command, *arguments]) == 0, capsys.readouterr()
         elif program == "python":
-            assert command == "scripts/examine.py"
-            taken.append(tyro.cli(examine.Examination, args=arguments))
+            assert Path(command).parent == Path("scripts")
+            taken.append(SCRIPTS[Path(command).stem](arguments))
     assert len(taken) == len(given) - 1 > 14
