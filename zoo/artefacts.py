@@ -160,9 +160,7 @@ def _as_it_is(record: PruningRecord, tensors: Mapping[str, Tensor]) -> PruningRe
         return record
     record = replace(record, num_classes=classes, new_classifier=True)
     plan = record.plan
-    groups = groups_of(
-        record.architecture, skeleton_of(record), record.image_size, record.in_channels
-    )
+    groups = groups_of(record.architecture, skeleton_of(record), record.size, record.in_channels)
     costs, widths = cost_model(groups), [len(plan.kept[name]) for name in groups.names]
     dense = replace(costs.dense, latency=plan.dense.latency)
     pruned = replace(costs(widths), latency=plan.pruned.latency)
@@ -339,7 +337,7 @@ def skeleton_of(record: PruningRecord) -> nn.Module:
         return build_model(
             record.architecture,
             record.num_classes,
-            image_size=record.image_size,
+            image_size=record.size,
             in_channels=record.in_channels,
         )
 

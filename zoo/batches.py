@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from zoo.errors import DataError
 from zoo.images import AnyImages, ImageFiles, ImageSet, sent
+from zoo.sizes import sides
 
 __all__ = [
     "Augmentation",
@@ -38,7 +39,8 @@ class Augmentation:
     """What is done to training images.
 
     Attributes:
-        crop: random crops after reflecting one eighth of the side, and mirroring if the set allows.
+        crop: random crops after reflecting one eighth of each side, and mirroring if the set
+            allows.
         scale: below 1 the crops are instead of this share of the image to all of it, resized.
         rand_augment: magnitude of RandAugment's two operations per image, 1 to 30; 0 for none.
     """
@@ -124,8 +126,9 @@ class DeviceLoader:
             if self.augment.scale < 1:
                 moves = _boxes(count, self.augment.scale, generator)
             else:
-                span = 2 * _margin(self.data.image_size) + 1
-                moves = torch.randint(span, (2, count, 1), generator=generator).squeeze(2).T
+                spans = [2 * _margin(side) + 1 for side in sides(self.data.image_size)]
+                shifts = [torch.randint(n, (count, 1), generator=generator) for n in spans]
+                moves = torch.cat(shifts, dim=1)
             mirrored = torch.rand(count, 1, generator=generator) < 0.5
             moves = torch.cat([moves, mirrored & self.data.flip], dim=1)
         if self.augment.rand_augment:
@@ -193,9 +196,9 @@ def _by_workers(
         raise DataError(told.rpartition(f"{DataError.__name__}: ")[2]) from None
 
 
-def _margin(size: int) -> int:
-    """Pixels that a crop may move."""
-    return max(1, size // 8)
+def _margin(side: int) -> int:
+    """Pixels that a crop may move along a side."""
+    return max(1, side // 8)
 
 
 def _boxes(count: int, scale: float, generator: torch.Generator) -> Tensor:
@@ -208,20 +211,23 @@ def _boxes(count: int, scale: float, generator: torch.Generator) -> Tensor:
 
 
 def _moved(images: Tensor, moves: Tensor) -> Tensor:
-    """Crops of the reflected images (N, 3, S, S), or their mirror images, by `moves` (N, 3)."""
-    count, _, size, _ = images.shape
+    """Crops of the reflected images (N, 3, H, W), or their mirror images, by `moves` (N, 3)."""
+    count, _, height, width = images.shape
     down, right, mirrored = moves.split(1, dim=1)
-    steps = torch.arange(size, device=images.device) - _margin(size)
-    rows, columns = (_reflect(shift + steps, size) for shift in (down, right))
+    rows, columns = _shifted(down, height), _shifted(right, width)
     columns = torch.where(mirrored.bool(), columns.flip(1), columns)
     pick = torch.arange(count, device=images.device)[:, None, None]
     # Advanced indices around a slice put the sliced axis (channels) last.
     return images[pick, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def _reflect(positions: Tensor, size: int) -> Tensor:
-    """Positions beyond the edges of `size` pixels, mirrored back in without repeating the edge."""
-    return (size - 1) - (size - 1 - positions.abs()).abs()
+def _shifted(by: Tensor, side: int) -> Tensor:
+    """The pixels of a side that lie where it is moved `by` (N, 1), less the margin: (N, side).
+
+    Beyond its edges they are mirrored back in without repeating the edge.
+    """
+    positions = by + torch.arange(side, device=by.device) - _margin(side)
+    return (side - 1) - (side - 1 - positions.abs()).abs()
 
 
 def check_pair(item: Any) -> tuple[Any, Any]:

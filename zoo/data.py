@@ -8,6 +8,7 @@ and serves the final evidence alone.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ from zoo.images import (
     picture_files,
     readable,
 )
+from zoo.sizes import Size, checked_size, resolution, sides
 
 __all__ = ["DATASETS", "IN_MEMORY", "AnyImages", "ImageSet", "Splits", "load_data"]
 
@@ -65,7 +67,7 @@ class Splits:
         return len(self.train.classes)
 
 
-def _digits(root: Path | None, size: int) -> Splits:
+def _digits(root: Path | None, size: Size) -> Splits:
     del root
     try:
         from sklearn.datasets import load_digits
@@ -75,11 +77,11 @@ def _digits(root: Path | None, size: int) -> Splits:
         ) from None
     bunch = load_digits()
     grey = torch.from_numpy(np.asarray(bunch.images)).float()[:, None] / 16
-    images = functional.interpolate(grey, size=(size, size), mode="bilinear", align_corners=False)
+    images = functional.interpolate(grey, size=sides(size), mode="bilinear", align_corners=False)
     images = (images * 255).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
     labels = torch.from_numpy(np.asarray(bunch.target)).long()
     whole = ImageSet(
-        f"scikit-learn's handwritten digits (8x8, resized to {size}x{size})",
+        f"scikit-learn's handwritten digits (8x8, resized to {resolution(size)})",
         images.contiguous(),
         labels,
         tuple(str(digit) for digit in range(10)),
@@ -101,7 +103,7 @@ def _hold_out(data: AnyImages, share: float) -> tuple[AnyImages, AnyImages]:
     return data.subset((~held).nonzero().flatten()), data.subset(held.nonzero().flatten())
 
 
-def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages:
+def _folder_set(folder: Path, size: Size | None, cache: bool = True) -> AnyImages:
     """One ImageFolder tree, decoded once and, if not large, cached where that can be written."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
@@ -118,7 +120,7 @@ def _folder_set(folder: Path, size: int | None, cache: bool = True) -> AnyImages
             f"{folder} holds no <class>/<image> files ({', '.join(sorted(EXTENSIONS))})."
         )
     told = (torch.tensor(labels), tuple(classes), *IMAGENET)
-    if size is not None and 3 * size**2 * len(paths) > IN_MEMORY:
+    if size is not None and 3 * math.prod(sides(size)) * len(paths) > IN_MEMORY:
         return ImageFiles(folder.name, tuple(paths), size, *told)
     try:
         facts = [(path, path.stat()) for path in paths]
@@ -155,7 +157,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ZOO_CACHE", "~/.cache/prunezoo")).expanduser()
 
 
-def _image_folder(root: Path | None, size: int | None, name: str | None = None) -> Splits:
+def _image_folder(root: Path | None, size: Size | None, name: str | None = None) -> Splits:
     if root is None:
         raise DataError(f"{name or 'imagefolder'} needs the folder that holds train/ and val/.")
     for base in (root, root / (name or "").lower().replace("-", "")):
@@ -170,7 +172,7 @@ def _image_folder(root: Path | None, size: int | None, name: str | None = None) 
     if whole.classes != test.classes:
         raise DataError(f"{base}/train and {held} do not hold the same classes.")
     encoding = _encoding(base / "train", whole.classes)
-    title = f"{name or base.name}{encoding} at {whole.image_size}x{whole.image_size}"
+    title = f"{name or base.name}{encoding} at {resolution(whole.image_size)}"
     whole, test = replace(whole, name=title), replace(test, name=title)
     return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
 
@@ -191,15 +193,15 @@ def _encoding(train: Path, classes: Iterable[str]) -> str:
     return f" (JPEG q{round(100 - scale / 2 if scale <= 100 else 5000 / scale)})"
 
 
-def _cifar10(root: Path | None, size: int) -> Splits:
+def _cifar10(root: Path | None, size: Size) -> Splits:
     return _cifar("CIFAR-10", root, size, (0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 
 
-def _cifar100(root: Path | None, size: int) -> Splits:
+def _cifar100(root: Path | None, size: Size) -> Splits:
     return _cifar("CIFAR-100", root, size, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
-def _cifar(name: str, root: Path | None, size: int, mean: Channels, std: Channels) -> Splits:
+def _cifar(name: str, root: Path | None, size: Size, mean: Channels, std: Channels) -> Splits:
     splits = _image_folder(root, None if size == 32 else size, name)
     classes = int(name.removeprefix("CIFAR-"))
     if splits.num_classes != classes:
@@ -208,7 +210,7 @@ def _cifar(name: str, root: Path | None, size: int, mean: Channels, std: Channel
     return Splits(*(replace(part, mean=mean, std=std) for part in parts))
 
 
-def _hub_set(reference: str, size: int) -> Splits:
+def _hub_set(reference: str, size: Size) -> Splits:
     """An image classification data set of the Hub, by its own column types."""
     try:
         from datasets import load_dataset
@@ -227,16 +229,16 @@ def _hub_set(reference: str, size: int) -> Splits:
     return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
 
 
-def _hub_split(name: str, rows: Any, size: int) -> ImageSet:
+def _hub_split(name: str, rows: Any, size: Size) -> ImageSet:
     columns: dict[str, str] = {}
     for column, feature in rows.features.items():
         columns.setdefault(type(feature).__name__, column)
     if not {"Image", "ClassLabel"} <= set(columns):
         raise DataError(f"{name} has no column of images, or none of class labels: {rows.features}")
-    if 3 * size**2 * len(rows) > IN_MEMORY:
+    if 3 * math.prod(sides(size)) * len(rows) > IN_MEMORY:
         raise DataError(
-            f"{name} has {len(rows):,} images, more than fit in memory at {size}x{size}: choose a "
-            "smaller size, or save it as folders of images."
+            f"{name} has {len(rows):,} images, more than fit in memory at {resolution(size)}: "
+            "choose a smaller size, or save it as folders of images."
         )
     try:
         images = decode_all(rows[columns["Image"]], size)
@@ -244,7 +246,7 @@ def _hub_split(name: str, rows: Any, size: int) -> ImageSet:
         raise DataError(f"{name} holds an image that cannot be read: {error}.") from None
     label = columns["ClassLabel"]
     return ImageSet(
-        f"{name} at {size}x{size}",
+        f"{name} at {resolution(size)}",
         torch.from_numpy(np.ascontiguousarray(images)),
         torch.tensor(list(rows[label])),
         tuple(rows.features[label].names),
@@ -267,8 +269,8 @@ _CLASSES = re.compile(r"\[(\d*):(\d*)\]$")
 DATASETS = {"digits": _digits, "cifar10": _cifar10, "cifar100": _cifar100}
 
 
-def load_data(name: str, root: str | Path | None = None, *, size: int = 32) -> Splits:
-    """The train, validation and test splits of a data set, as square images of `size` pixels.
+def load_data(name: str, root: str | Path | None = None, *, size: Size = 32) -> Splits:
+    """The train, validation and test splits of a data set, as images of `size` pixels.
 
     Args:
         name: `digits` (needs no files), `cifar10` and `cifar100` (`root` holds train/ and val/
@@ -277,7 +279,8 @@ def load_data(name: str, root: str | Path | None = None, *, size: int = 32) -> S
             `imagefolder:PATH[:50]` or `cifar10[5:]`. A folder's images are decoded into memory
             up to `IN_MEMORY` bytes per split, and beyond that as they are asked for.
         root: folder of the files.
-        size: pixels per side; other sizes are resampled by area.
+        size: pixels per side, or (height, width); other sizes are resampled by area, whatever the
+            proportions.
 
     Pictures of every mode become RGB of 8 bits as `zoo.images.to_rgb` says.
 
@@ -285,6 +288,7 @@ def load_data(name: str, root: str | Path | None = None, *, size: int = 32) -> S
         DataError: for an unknown name, missing or unreadable files, pictures whose black and white
             are not known, or a choice of fewer than two classes.
     """
+    size = checked_size("size", size)
     chosen = _CLASSES.search(name)
     if chosen:
         splits = load_data(name[: chosen.start()], root, size=size)

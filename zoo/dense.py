@@ -19,6 +19,7 @@ from zoo.errors import CheckpointError, ZooError, integer
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
 from zoo.models.adapters import adapted_names
 from zoo.models.stem import RGB
+from zoo.sizes import Size, parsed_size, spelled
 
 __all__ = ["Dense", "Uninitialised", "load_dense"]
 
@@ -30,7 +31,7 @@ class Dense:
     """A dense network with the weights of a checkpoint, in eval mode on the CPU.
 
     Attributes:
-        image_size: in pixels per side.
+        image_size: in pixels per side, or (height, width).
         in_channels: of the images.
         new_classifier: whether its classifier is not the checkpoint's, which has none or one of
             other classes.
@@ -39,7 +40,7 @@ class Dense:
     module: nn.Module
     checkpoint: Checkpoint
     num_classes: int
-    image_size: int
+    image_size: Size
     in_channels: int
     new_classifier: bool
 
@@ -48,7 +49,7 @@ def load_dense(
     arch: str,
     weights: str | Path | Mapping[str, Any] | nn.Module,
     *,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     num_classes: int | None = None,
     seed: int = 0,
     ema: bool = True,
@@ -64,8 +65,9 @@ def load_dense(
     Args:
         arch: an architecture's name.
         weights: as for `read_checkpoint`.
-        image_size: in pixels. Taken from the classifier where that depends on it; otherwise this,
-            or the checkpoint's own metadata, or the architecture's reference.
+        image_size: in pixels per side, or (height, width). Taken from the classifier where that
+            depends on it; otherwise this, or the checkpoint's own metadata, or the architecture's
+            reference.
         num_classes: a checkpoint without a classifier, or with one of other classes, gets a new one
             of so many; by default the checkpoint's own.
         seed: of a new classifier, which is that of `build_model` with this seed.
@@ -81,12 +83,11 @@ def load_dense(
     known = architecture(arch)
     if num_classes is not None:
         num_classes = integer("num_classes", num_classes, 1)
+    if image_size is not None:
+        image_size = known.checked_size(image_size)
     checkpoint = read_checkpoint(weights, ema=ema)
-    stated = checkpoint.metadata.get("image_size")
-    if stated is not None and not stated.isdecimal():
-        raise CheckpointError(f"The checkpoint's metadata give the image size as {stated!r}.")
+    preferred = image_size or _stated_size(checkpoint)
     try:
-        preferred = image_size or (int(stated) if stated else None)
         try:
             fit = _adapted(known, checkpoint.shapes, preferred)
         except _Misfit as misfit:
@@ -106,8 +107,8 @@ def load_dense(
         ) from None
     if image_size and image_size != fit.size:
         raise CheckpointError(
-            f"The classifier in {checkpoint.source.reference} is for images of {fit.size} pixels, "
-            f"not {image_size}."
+            f"The classifier in {checkpoint.source.reference} is for images of "
+            f"{spelled(fit.size)} pixels, not {spelled(image_size)}."
         )
     module, classes = fit.module, num_classes or fit.classes
     assert classes is not None
@@ -121,6 +122,19 @@ def load_dense(
     state = {own: checkpoint.state[name] for name, own in taken.items()}
     module.load_state_dict(state, strict=False)
     return Dense(module.eval(), checkpoint, classes, fit.size, fit.in_channels, new)
+
+
+def _stated_size(checkpoint: Checkpoint) -> Size | None:
+    """What the checkpoint's metadata give the image size as, if they do."""
+    stated = checkpoint.metadata.get("image_size")
+    if stated is None:
+        return None
+    try:
+        return parsed_size("image_size", stated)
+    except ZooError:
+        raise CheckpointError(
+            f"The checkpoint's metadata give the image size as {stated!r}."
+        ) from None
 
 
 class _Misfit(CheckpointError):
@@ -145,12 +159,12 @@ class _Fit:
     module: nn.Module
     names: Mapping[str, str]
     classes: int | None
-    size: int
+    size: Size
     in_channels: int = RGB
 
 
 def _under_a_prefix(
-    known: Architecture, checkpoint: Checkpoint, image_size: int | None
+    known: Architecture, checkpoint: Checkpoint, image_size: Size | None
 ) -> _Fit | None:
     """As `_adapted`, of the tensors under the only prefix of their names under which they fit.
 
@@ -197,7 +211,7 @@ def _parts(shapes: _Shapes, least: int) -> dict[str, _Shapes]:
 
 
 def _nearest(
-    misfit: _Misfit, known: Architecture, shapes: _Shapes, image_size: int | None
+    misfit: _Misfit, known: Architecture, shapes: _Shapes, image_size: Size | None
 ) -> _Misfit:
     """`misfit`, or that of the tensors under a prefix that most have, if these come nearer."""
     for prefix, own in _parts(shapes, len(shapes) // 2 + 1).items():
@@ -211,7 +225,7 @@ def _nearest(
     return misfit
 
 
-def _adapted(known: Architecture, shapes: _Shapes, image_size: int | None) -> _Fit:
+def _adapted(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _Fit:
     """As `_fitting`, with each stored name's name in the network, by the first adapter that fits.
 
     Raises:
@@ -230,7 +244,7 @@ def _adapted(known: Architecture, shapes: _Shapes, image_size: int | None) -> _F
     raise min(misfits, key=lambda misfit: misfit.count)
 
 
-def _fitting(known: Architecture, shapes: _Shapes, image_size: int | None) -> _Fit:
+def _fitting(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _Fit:
     """The network for tensors of these `shapes`, under their own names.
 
     Raises:
@@ -252,13 +266,13 @@ def _fitting(known: Architecture, shapes: _Shapes, image_size: int | None) -> _F
 def _fitted(
     known: Architecture,
     shapes: _Shapes,
-    image_size: int | None,
+    image_size: Size | None,
     in_channels: int,
 ) -> _Fit:
     """As `_fitting`, of a network for images of `in_channels`."""
     problems = []
     classes: int | None = None
-    size = image_size or known.image_size
+    size: Size = image_size or known.image_size
     try:
         classes, size = known.infer(shapes)
     except CheckpointError as error:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from zoo.errors import GraphError
+from zoo.sizes import Size, sides
 
 __all__ = ["ChannelGroups", "Group", "InputShape", "Slot"]
 
@@ -129,11 +130,15 @@ class ChannelGroups:
         return self.attributes[tensor] if tensor in self.attributes else self.shapes[tensor][dim]
 
     def adapted(
-        self, shapes: Mapping[str, tuple[int, ...]], image_size: int | None = None
+        self,
+        shapes: Mapping[str, tuple[int, ...]],
+        image_size: Size | None = None,
+        in_channels: int = 3,
     ) -> ChannelGroups:
         """The same groups for a network with other tensor `shapes` or another image size.
 
         The number of classes and, where a map is flattened, the positions per channel may differ.
+        Those of a network of square images; `in_channels` are told of others.
 
         Raises:
             GraphError: if a tensor is missing or its shape cannot belong to these groups.
@@ -142,13 +147,34 @@ class ChannelGroups:
         if missing:
             raise GraphError(f"The network lacks the tensor {missing[0]!r} that its groups name.")
         groups = tuple(self._adapt_group(group, shapes) for group in self.groups)
-        size = image_size or self.image_size
+        height, width = sides(image_size or self.image_size)
         positions = {
-            name: count if len(self.shapes[name]) < 4 else _rescale(count, size, self.image_size)
+            name: count
+            if len(self.shapes[name]) < 4
+            else _rescale(count, height, width, self.image_size)
             for name, count in self.positions.items()
         }
-        own = {name: tuple(shapes[name]) for name in self.shapes}
-        return replace(self, groups=groups, shapes=own, positions=positions, image_size=size)
+        oblong = InputShape((1, in_channels, height, width))
+        return replace(
+            self,
+            groups=groups,
+            shapes={name: tuple(shapes[name]) for name in self.shapes},
+            positions=positions,
+            image_size=width,
+            inputs=() if height == width else (oblong,),
+        )
+
+    def scale_to(self, image_size: Size) -> bool:
+        """Whether `adapted` counts positions exactly: all maps of convolutions have whole sides.
+
+        Elsewhere some networks round up, and some down.
+        """
+        maps = {n for name, n in self.positions.items() if len(self.shapes[name]) >= 4 and n > 1}
+        return all(
+            math.isqrt(count) ** 2 == count and math.isqrt(count) * side % self.image_size == 0
+            for count in maps
+            for side in sides(image_size)
+        )
 
     def _adapt_group(self, group: Group, shapes: Mapping[str, tuple[int, ...]]) -> Group:
         slots = []
@@ -168,9 +194,14 @@ class ChannelGroups:
         return replace(group, slots=tuple(slots))
 
 
-def _rescale(count: int, size: int, reference: int) -> int:
-    """Output positions at another image size; exact where every stride rounds up."""
+def _rescale(count: int, height: int, width: int, reference: int) -> int:
+    """Output positions at another image size; exact where every stride rounds up.
+
+    One position is that of a map pooled to it, as in squeeze and excitation, at any size.
+    """
+    if count == 1:
+        return 1
     side = math.isqrt(count)
     if side * side != count:
-        return math.ceil(count * size * size / reference / reference)
-    return math.ceil(side * size / reference) ** 2
+        return math.ceil(count * height * width / reference / reference)
+    return math.ceil(side * height / reference) * math.ceil(side * width / reference)

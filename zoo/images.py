@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from zoo.errors import DataError
+from zoo.sizes import Size, checked_size, sides
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,7 +68,7 @@ class _Images(Dataset):
         return self.normalise(self.gather(torch.tensor([index])))[0], int(self.labels[index])
 
     def gather(self, indices: Tensor, boxes: Tensor | None = None) -> Tensor:
-        """The pixels of the images at `indices` (N,): uint8, (N, 3, S, S).
+        """The pixels of the images at `indices` (N,): uint8, (N, 3, H, W).
 
         Args:
             boxes: (N, 4), what is taken of each image and resized bilinearly: left, top, right and
@@ -76,13 +77,13 @@ class _Images(Dataset):
         raise NotImplementedError
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images (N, 3, S, S) as normalised float32."""
+        """uint8 images (N, 3, H, W) as normalised float32."""
         mean, std = (_per_channel(values, images.device) for values in (self.mean, self.std))
         return (images.float() / 255 - mean) / std
 
 
 def _zoomed(images: Tensor, boxes: Tensor) -> Tensor:
-    """`boxes` (N, 4) of uint8 images (N, 3, S, S), each as large as the image was."""
+    """`boxes` (N, 4) of uint8 images (N, 3, H, W), each as large as the image was."""
     left, top, right, bottom = (2 * boxes - 1).unbind(1)  # -1 and 1 are the outer edges
     none = torch.zeros_like(left)
     across = torch.stack([(right - left) / 2, none, (right + left) / 2], dim=1)
@@ -101,7 +102,7 @@ class ImageSet(_Images):
     """Images in memory, all of one size.
 
     Attributes:
-        images: uint8, (N, 3, S, S).
+        images: uint8, (N, 3, H, W).
     """
 
     name: str
@@ -113,9 +114,9 @@ class ImageSet(_Images):
     flip: bool = True
 
     @property
-    def image_size(self) -> int:
-        """Pixels per side."""
-        return self.images.shape[-1]
+    def image_size(self) -> Size:
+        """Pixels per side, or (height, width)."""
+        return checked_size("image_size", self.images.shape[2:])
 
     def gather(self, indices: Tensor, boxes: Tensor | None = None) -> Tensor:
         images = self.images[indices.to(self.images.device)]
@@ -139,12 +140,12 @@ class ImageFiles(_Images):
 
     Attributes:
         paths: of the files.
-        image_size: pixels per side that they are resampled to, by area.
+        image_size: pixels per side, or (height, width), that they are resampled to, by area.
     """
 
     name: str
     paths: tuple[Path, ...]
-    image_size: int
+    image_size: Size
     labels: Tensor
     classes: tuple[str, ...]
     mean: tuple[float, float, float]
@@ -283,11 +284,12 @@ def _scaled(picture: Image, name: str) -> Image:
 
 
 def decode(
-    source: Path | Image, size: int | None, box: Sequence[float] | None = None
+    source: Path | Image, size: Size | None, box: Sequence[float] | None = None
 ) -> np.ndarray:
-    """One image as uint8 (S, S, 3), or (H, W, 3) without a size.
+    """One image as uint8 (H, W, 3).
 
     Args:
+        size: of the result; by default the image's own.
         box: what is taken of it, as `gather` has it; all, resampled by area, without.
 
     Raises:
@@ -296,17 +298,18 @@ def decode(
     from PIL import Image
 
     pixels = open_picture(source) if isinstance(source, Path) else to_rgb(source)
+    wanted = pixels.size if size is None else sides(size)[::-1]
     if size is not None and box is not None:
         (left, top, right, bottom), (width, height) = box, pixels.size
         corners = left * width, top * height, right * width, bottom * height
-        pixels = pixels.resize((size, size), Image.Resampling.BILINEAR, corners)
-    elif size is not None and pixels.size != (size, size):
-        pixels = pixels.resize((size, size), Image.Resampling.BOX)
+        pixels = pixels.resize(wanted, Image.Resampling.BILINEAR, corners)
+    elif pixels.size != wanted:
+        pixels = pixels.resize(wanted, Image.Resampling.BOX)
     return np.asarray(pixels)
 
 
-def decode_all(images: Iterable[Path | Image], size: int | None) -> np.ndarray:
-    """Images as uint8 (N, 3, S, S), decoded in threads.
+def decode_all(images: Iterable[Path | Image], size: Size | None) -> np.ndarray:
+    """Images as uint8 (N, 3, H, W), decoded in threads.
 
     Raises:
         DataError: if one cannot be read, or they differ in size and none is given.

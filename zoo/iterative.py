@@ -151,7 +151,7 @@ def _whole(
     if arch and example_input is None:
         model = load(arch, 1, weights, profile="equal")
         record = cast(PruningRecord, model.pruning)
-        return model, groups_of(arch, model, record.image_size, record.in_channels)
+        return model, groups_of(arch, model, record.size, record.in_channels)
     if not arch and example_input is not None:
         model = prune(cast(nn.Module, weights), example_input, cf=1)
         return model, traced_groups(model, example_input)[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +18,7 @@ from zoo.data import AnyImages, load_data
 from zoo.errors import DataError
 from zoo.pruning.plan import record_of
 from zoo.recipes import Recipe
+from zoo.sizes import sides
 
 __all__ = ["Data", "found", "measured_batches", "training_batches"]
 
@@ -40,7 +42,7 @@ def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
         if ":" in name:  # imagefolder:PATH and hf:ORG/NAME@REVISION say it themselves
             name, folder = data, ""
         record = record_of(model)
-        size = 32 if record is None else record.image_size
+        size = 32 if record is None else record.size
         return getattr(load_data(name, Path(folder) if folder else None, size=size), split)
     if not isinstance(data, Dataset | DataLoader):
         raise DataError(
@@ -105,7 +107,8 @@ def measured_batches(
 ) -> Any:
     """Batches of `data` in order, of a size that fits most memories; batches as they are."""
     if isinstance(data, AnyImages):
-        return DeviceLoader(data, batch_size or _at_once(data.image_size**2), device=device)
+        pixels = math.prod(sides(data.image_size))
+        return DeviceLoader(data, batch_size or _at_once(pixels), device=device)
     if isinstance(data, IterableDataset):
         return DataLoader(data, batch_size or EVALUATED_AT_ONCE, collate_fn=collated)
     if isinstance(data, Dataset):

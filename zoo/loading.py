@@ -17,7 +17,7 @@ from zoo.artefacts import MODEL, read_model, write_model
 from zoo.calls import Inputs, call, checked_inputs, described, leaves, mapped
 from zoo.checkpoints import RECORD
 from zoo.dense import load_dense
-from zoo.errors import GraphError, ZooError, first_line, integer, unknown
+from zoo.errors import GraphError, ZooError, first_line, unknown
 from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
 from zoo.planning import Request, planned, request
@@ -32,6 +32,7 @@ from zoo.pruning.surgery import evaluating, named_tensors
 from zoo.pruning.tracing import check_prunable
 from zoo.pruning.verification import verify as verified
 from zoo.seeding import seeded
+from zoo.sizes import Size
 
 __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
 
@@ -48,7 +49,7 @@ def create_model(
     num_classes: int,
     *,
     pretrained: Weights | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     seed: int = 0,
     ema: bool = True,
 ) -> nn.Module:
@@ -59,7 +60,8 @@ def create_model(
         num_classes: outputs of the classifier.
         pretrained: a checkpoint, as `load` takes them; where it has no classifier, or one of other
             classes, only that is random.
-        image_size: pixels; only architectures that flatten a map (cnet) depend on it.
+        image_size: pixels per side, or (height, width); only architectures that flatten a map
+            (cnet) depend on it, and take none but squares.
         seed: of the random weights.
         ema: as in `load`.
 
@@ -91,7 +93,7 @@ def load(
     keep: Mapping[str, float] | None = None,
     refit: bool = False,
     data: Dataset | DataLoader | None = None,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     num_classes: int | None = None,
     ema: bool = True,
 ) -> nn.Module:
@@ -120,7 +122,8 @@ def load(
         keep: module name or prefix -> keep ratio that its channel groups are pinned to, likewise.
         refit: rescale the profile's ratios by one common factor to meet `cf` for this network.
         data: labelled images for criteria that need them.
-        image_size: pixels that MACs are counted at; by default the checkpoint's or the reference's.
+        image_size: pixels per side, or (height, width), that MACs are counted at and latency is
+            measured at; by default the checkpoint's or the reference's.
         num_classes: outputs of a new classifier, with random weights, where the checkpoint has none
             or one of other classes; `module.pruning.new_classifier` records it.
         ema: of a checkpoint that has averaged weights beside the others, take the average, as timm
@@ -136,9 +139,9 @@ def load(
         CheckpointError: for a checkpoint that is unsafe, broken, or of another architecture; or
             without a classifier where `num_classes` is not given.
     """
-    architecture(arch)
+    known = architecture(arch)
     if image_size is not None:
-        image_size = integer("image_size", image_size, 1)
+        image_size = known.checked_size(image_size)
     if init not in get_args(Init):
         raise unknown("init", init, get_args(Init))
     if (init == "rewound") != (rewind is not None):

@@ -90,7 +90,7 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
             f"not say which channels it lost. zoo.prune takes align= instead."
         )
     skeleton = skeleton_of(record)
-    groups = groups_of(record.architecture, skeleton, record.image_size, record.in_channels)
+    groups = groups_of(record.architecture, skeleton, record.size, record.in_channels)
     own = record.plan.kept
     if set(own) != set(groups.names) or any(own[g.name][-1] >= g.size for g in groups.groups):
         raise ZooError(

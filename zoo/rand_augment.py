@@ -34,7 +34,7 @@ OPERATIONS: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
     "ShearX": (0.3, lambda images, by: _sheared(images, right=by)),
     "ShearY": (0.3, lambda images, by: _sheared(images, down=by)),
     "TranslateX": (_FARTHEST, lambda images, by: _shifted(images, right=by * images.shape[-1])),
-    "TranslateY": (_FARTHEST, lambda images, by: _shifted(images, down=by * images.shape[-1])),
+    "TranslateY": (_FARTHEST, lambda images, by: _shifted(images, down=by * images.shape[-2])),
     "Rotate": (30, functional.rotate),
     "Brightness": (0.9, lambda images, by: functional.adjust_brightness(images, 1 + by)),
     "Color": (0.9, lambda images, by: functional.adjust_saturation(images, 1 + by)),
@@ -55,7 +55,7 @@ PER_IMAGE = 2
 
 
 def rand_augmented(images: Tensor, magnitude: int, draws: Tensor) -> Tensor:
-    """Uint8 images (N, 3, S, S), each changed by the operations that it drew, one after the other.
+    """Uint8 images (N, 3, H, W), each changed by the operations that it drew, one after the other.
 
     Args:
         magnitude: from 0 to 30.

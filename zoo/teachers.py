@@ -77,7 +77,7 @@ def source_network(model: nn.Module) -> nn.Module:
     dense = load_dense(
         record.architecture,
         source.reference,
-        image_size=record.image_size,
+        image_size=record.size,
         ema=source.averaged is not False,
     )
     if dense.checkpoint.source.sha256 != source.sha256:

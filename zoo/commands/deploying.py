@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import Metric, read_network
+from zoo.commands.shared import SIZE, Metric, read_network
 from zoo.deployment import BenchmarkOptions, ExportOptions
 from zoo.errors import ZooError
+from zoo.sizes import Size, sides, spelled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,8 +42,9 @@ class ExportCommand(ExportOptions):
     """data set whose validation images the outputs are compared on; noise without; int8 needs it"""
     data_dir: Path | None = None
     """folder of the data set's files"""
-    size: int | None = None
-    """pixels per side; by default what the network was pruned for, or the checkpoint's"""
+    size: Annotated[Size | None, SIZE] = None
+    """pixels per side, or height and width as 96x320; by default what the network was pruned for,
+    or the checkpoint's"""
     precision: str = "fp32"
     """of weights and arithmetic: fp32, fp16, int8, or int8-symmetric for TensorRT"""
     arch: str | None = None
@@ -58,7 +60,7 @@ def export(command: ExportCommand) -> None:
     images = None
     if command.data is not None:
         images = zoo.load_data(command.data, command.data_dir, size=network.size).val
-    example = torch.zeros(1, image_channels(network.module), network.size, network.size)
+    example = torch.zeros(1, image_channels(network.module), *sides(network.size))
     result = zoo.export(
         network.module,
         command.out,
@@ -107,7 +109,7 @@ def benchmark(command: BenchmarkCommand) -> None:
     dense = build_model(
         record.architecture,
         record.num_classes,
-        image_size=record.image_size,
+        image_size=record.size,
         in_channels=record.in_channels,
     )
     print_tables([benchmark_table(zoo.benchmark(dense, pruned, options=command))])
@@ -134,8 +136,8 @@ class CompareCommand(BenchmarkOptions):
     """data set whose test images the accuracies are of"""
     data_dir: Path | None = None
     """folder of the data set's files"""
-    size: int | None = None
-    """pixels per side; by default what the networks are for"""
+    size: Annotated[Size | None, SIZE] = None
+    """pixels per side, or height and width as 96x320; by default what the networks are for"""
 
 
 def compare(command: CompareCommand) -> None:
@@ -153,8 +155,9 @@ def compare(command: CompareCommand) -> None:
         sizes = {network.size for network in found.values()}
         if len(sizes) > 1:
             raise ZooError(
-                f"These networks are for images of {', '.join(map(str, sorted(sizes)))} pixels per "
-                f"side; name one size for all with --size."
+                f"These networks are for images of "
+                f"{', '.join(map(spelled, sorted(sizes, key=sides)))} pixels per side; name one "
+                f"size for all with --size."
             )
         (size,) = sizes
     else:
@@ -163,13 +166,13 @@ def compare(command: CompareCommand) -> None:
     if command.data is not None:
         test = zoo.load_data(command.data, command.data_dir, size=size).test
     channels = image_channels(next(iter(networks.values())))
-    example = torch.zeros(1, channels, size, size)
+    example = torch.zeros(1, channels, *sides(size))
     rows = zoo.compare(networks, data=test, example_input=example, options=command)
     print_tables([comparison_table(rows)])
     print(machine(command.threads))
 
 
-def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], int]:
+def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], Size]:
     """One network as it is (`dense`) and as the profiles prune it, and its image size."""
     from zoo.dense import load_dense
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import INTERRUPTED, Metric, read_network
+from zoo.commands.shared import INTERRUPTED, SIZE, Metric, read_network
 from zoo.errors import ZooError
+from zoo.sizes import Size, spelled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -65,8 +66,8 @@ class TrainCommand(_Training):
     """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
     out: Path
     """checkpoint to write, a .safetensors file"""
-    size: int = 32
-    """pixels per side that the images are resized to"""
+    size: Annotated[Size, SIZE] = 32
+    """pixels per side, or height and width as 96x320, that the images are resized to"""
 
 
 def train(command: TrainCommand) -> int | None:
@@ -88,7 +89,7 @@ def train(command: TrainCommand) -> int | None:
     metadata = {
         "architecture": command.arch,
         "num_classes": str(splits.num_classes),
-        "image_size": str(command.size),
+        "image_size": spelled(command.size),
         "data": splits.train.name,
         "split_digest": splits.digest,
         "val_accuracy": f"{result.accuracy:.4f}",
@@ -138,8 +139,9 @@ class PruneCommand:
     """data set whose training images the criterion sees, named as for zoo train"""
     data_dir: Path | None = None
     """folder of the data set's files"""
-    size: int | None = None
-    """pixels per side; by default the checkpoint's, or the architecture's reference"""
+    size: Annotated[Size | None, SIZE] = None
+    """pixels per side, or height and width as 96x320; by default the checkpoint's, or the
+    architecture's reference"""
     classes: int | None = None
     """outputs; a checkpoint without a classifier, or with other classes, gets a new classifier"""
     ema: bool = True
@@ -188,8 +190,8 @@ class FinetuneCommand(_Training):
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """pruned network, as `zoo prune` writes it"""
-    size: int | None = None
-    """pixels per side; by default what the network was pruned for"""
+    size: Annotated[Size | None, SIZE] = None
+    """pixels per side, or height and width as 96x320; by default what the network was pruned for"""
     teacher: str = "auto"
     """dense checkpoint to distil from; source for the one that the network was pruned from, auto
     for that where it can be read, or none"""
@@ -204,7 +206,7 @@ def finetune(command: FinetuneCommand) -> int | None:
     recipe = _recipe(command)
     model = zoo.load_pruned(command.folder)
     record: Any = model.pruning
-    size = command.size or record.image_size
+    size = command.size or record.size
     out = command.out or command.folder
     check_place(out)
     _check_writable(out)
@@ -230,8 +232,9 @@ class EvaluateCommand:
     """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
     data_dir: Path | None = None
     """folder of the data set's files"""
-    size: int | None = None
-    """pixels per side; by default what the network was pruned for, or the checkpoint's"""
+    size: Annotated[Size | None, SIZE] = None
+    """pixels per side, or height and width as 96x320; by default what the network was pruned for,
+    or the checkpoint's"""
     split: Literal["train", "val", "test"] = "test"
     """which split to measure on"""
     arch: str | None = None

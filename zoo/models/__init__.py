@@ -19,6 +19,7 @@ from zoo.models.resnet import ResNet, Shortcut, small_stem_resnet
 from zoo.models.stem import RGB, take_channels
 from zoo.models.vgg import VGG
 from zoo.seeding import seeded
+from zoo.sizes import Size, checked_size, resolution
 
 __all__ = ["ARCHITECTURES", "STORED", "Architecture", "architecture", "build_model"]
 
@@ -52,6 +53,20 @@ class Architecture:
     auxiliary: tuple[str, ...] = ()
     classifier_dims: int = 2
     build_for: Callable[[int, int], nn.Module] | None = None
+
+    def checked_size(self, image_size: object) -> Size:
+        """`image_size` as these networks take it.
+
+        Raises:
+            ZooError: if it is no size, or is oblong where a flattened map has to be square.
+        """
+        size = checked_size("image_size", image_size)
+        if self.flatten_stride and not isinstance(size, int):
+            raise ZooError(
+                f"{self.name} takes square images alone, because its classifier sees a flattened "
+                f"map; got {resolution(size)}."
+            )
+        return size
 
     def infer(self, shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
         """(num_classes, image_size) of the checkpoint whose tensors have these `shapes`.
@@ -290,7 +305,7 @@ def build_model(
     arch: str,
     num_classes: int,
     *,
-    image_size: int | None = None,
+    image_size: Size | None = None,
     in_channels: int = RGB,
     seed: int = 0,
 ) -> nn.Module:
@@ -299,7 +314,8 @@ def build_model(
     Args:
         arch: a name of `ARCHITECTURES`, `torchvision:<name>` or `timm:<name>`.
         num_classes: outputs of the classifier.
-        image_size: pixels; only architectures that flatten a map (cnet) depend on it.
+        image_size: pixels per side, or (height, width); only architectures that flatten a map
+            (cnet) depend on it, and take none but squares.
         in_channels: of the images.
         seed: of the initial weights; the caller's random state is left alone.
 
@@ -309,7 +325,8 @@ def build_model(
     """
     classes = integer("num_classes", num_classes, 1)
     known = architecture(arch)
-    size = known.image_size if image_size is None else integer("image_size", image_size, 1)
+    asked = known.image_size if image_size is None else known.checked_size(image_size)
+    size = asked if isinstance(asked, int) else known.image_size
     if known.flatten_stride and (size < known.flatten_stride or size % known.flatten_stride):
         raise ZooError(f"{arch} needs an image size divisible by {known.flatten_stride}: {size}.")
     with seeded(seed):

@@ -20,23 +20,25 @@ from zoo.pruning.graph import analyse
 from zoo.pruning.program import Program
 from zoo.pruning.surgery import named_tensors
 from zoo.registry import stored_groups
+from zoo.sizes import Size, sides
 
 __all__ = ["groups_of", "matching_groups", "reference_groups", "traced_groups"]
 
 
 def groups_of(
-    arch: str, module: nn.Module, image_size: int, in_channels: int = RGB
+    arch: str, module: nn.Module, image_size: Size, in_channels: int = RGB
 ) -> ChannelGroups:
     """The groups of `module`, of architecture `arch`: stored ones, where they hold for it.
 
-    Those are of colour images; for `in_channels` of others the network is traced.
+    Those are of colour images; for `in_channels` of others, and at a size that they do not scale
+    to, the network is traced.
     """
     stored = matching_groups(arch, module)
-    if stored is None:
-        example = next(module.parameters()).new_zeros(1, in_channels, image_size, image_size)
+    if stored is None or not stored.scale_to(image_size):
+        example = next(module.parameters()).new_zeros(1, in_channels, *sides(image_size))
         return traced_groups(module, example)[1]
     shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(module).items()}
-    return stored.adapted(shapes, image_size)
+    return stored.adapted(shapes, image_size, in_channels)
 
 
 def reference_groups(arch: str) -> ChannelGroups:

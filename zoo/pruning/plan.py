@@ -10,6 +10,7 @@ import numpy as np
 from zoo.cost import Conditions, Cost, LatencyTable, cost_model
 from zoo.errors import GraphError, unknown
 from zoo.groups import ChannelGroups, InputShape
+from zoo.sizes import Size, checked_size, resolution
 
 __all__ = [
     "Plan",
@@ -59,7 +60,7 @@ class Plan:
     @property
     def input_size(self) -> str:
         """Of one item, to read: 32x32, or the shapes of all inputs."""
-        return ", ".join(map(str, self.inputs)) or f"{self.image_size}x{self.image_size}"
+        return ", ".join(map(str, self.inputs)) or resolution(self.image_size)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -109,6 +110,14 @@ class PruningRecord:
     rewritten: bool = False
     new_classifier: bool = False
     in_channels: int = 3
+
+    @property
+    def size(self) -> Size:
+        """Of the images: pixels per side, or (height, width), as `zoo.load` takes it."""
+        shapes = [of.shape for of in self.plan.inputs]
+        if len(shapes) == 1 and len(shapes[0]) == 4:
+            return checked_size("image_size", shapes[0][2:])
+        return self.image_size
 
 
 def record_of(module: object) -> PruningRecord | None:

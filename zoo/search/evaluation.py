@@ -214,7 +214,7 @@ def _key(candidate: Candidate, fidelity: Fidelity) -> Key:
         network=task.network,
         split=task.data_digest,
         classes=len(task.val.classes),
-        image_size=task.val.image_size,
+        image_size=task.val.images.shape[-1],
         widths=tuple(int(width) for width in candidate.widths),
         criterion=CRITERION,
         seed=candidate.seed,
