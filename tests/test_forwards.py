@@ -215,6 +215,22 @@ def test_a_head_that_only_training_has_is_named(auxiliary: Build) -> None:
 
 
 @pytest.mark.parametrize(
+    "net",
+    [
+        lambda: trained(
+            lambda n, x: (x * n.mask).mean((1, 2, 3))[:, None], mask=nn.Buffer(torch.ones(8, 1, 1))
+        ),
+        lambda: trained(lambda _, x: (x * torch.ones(8, 1, 1)).mean((1, 2, 3))[:, None]),
+        lambda: trained(lambda _, x: x.view(4, 8, 8, 8).mean((1, 2, 3))[:, None]),
+    ],
+    ids=["a buffer", "a constant mask", "a constant view"],
+)
+def test_what_only_training_does_without_parameters_is_seen_too(net: Build) -> None:
+    with pytest.raises(GraphError, match="In eval mode all is well, but surgery would break"):
+        zoo.prune(net(), IMAGES, cf=2)
+
+
+@pytest.mark.parametrize(
     "auxiliary",
     [
         lambda: trained(lambda n, x: n.aux(x.mean((1, 2, 3))[:, None]), aux=nn.Linear(1, 4)),

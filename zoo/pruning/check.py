@@ -51,7 +51,7 @@ def first_failure(
         inputs: as it was traced with.
 
     Raises:
-        GraphError: if a part that has no share in eval mode would break in training mode.
+        GraphError: if what training mode does besides would break.
     """
     failure = _check_shapes(module, groups, program, inputs, _trial_plan(groups))
     if failure is None:
@@ -104,26 +104,33 @@ def _check_shapes(
 def _check_training(
     module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> None:
-    """Refuse what only training runs, and surgery would break, as an auxiliary classifier."""
+    """Refuse what only training does, and surgery would break, as an auxiliary classifier.
+
+    Parameters that are idle in eval mode must be seen at work; else it is enough that nothing is
+    seen to break.
+    """
     idle = [name for name, _ in module.named_parameters() if name in program.idle]
-    if not idle:
-        return
+    unseen = (
+        f"{idle[0]!r} has no part in eval mode, and" if idle else "In eval mode all is well, but"
+    )
     with _faked(module) as (mode, fake):
         pair = mapped(lambda tensor: torch.cat([mode.from_tensor(tensor)] * 2), inputs)
         sizes = (mapped(partial(_enlarged, times), pair) for times in (1, 2, 4))
         given = next((larger for larger in sizes if _training_error(fake, larger) is None), None)
+        if given is None and not idle:
+            return
         if given is None:
             raise GraphError(
-                f"{idle[0]!r} has no part in eval mode, and whether surgery would break it in "
-                f"training mode cannot be seen, for the network cannot be trained on such inputs: "
-                f"{_training_error(fake, pair)}. Give an example input of the size that it is "
-                f"trained on, or remove what only training uses first."
+                f"{unseen} whether surgery would break it in training mode cannot be seen, for the "
+                f"network cannot be trained on such inputs: {_training_error(fake, pair)}. Give an "
+                f"example input of the size that it is trained on, or remove what only training "
+                f"uses first."
             )
         broken = _training_error(apply(fake, groups, _trial_plan(groups)), given)
         if broken is not None:
             raise GraphError(
-                f"{idle[0]!r} has no part in eval mode, and surgery would break the network in "
-                f"training mode: {broken}. Remove what only training uses first."
+                f"{unseen} surgery would break the network in training mode: {broken}. Remove what "
+                f"only training uses first."
             )
 
 
