@@ -5,8 +5,9 @@
     python scripts/campaign.py merge runs/campaign
 
 `run` does the most valuable job that fits into what is left of its budget, then the next; a job
-that is stopped goes on when it is run again. `merge` brings results into the registry, from where
-they are known everywhere.
+that is stopped goes on when it is run again. `merge` brings results into the repository, from where
+they are known everywhere: base networks and figures into campaign-results/, evaluations into
+registry/ledger/.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from zoo.search.stages import Workshop, perform
 from zoo.search.tasks import say
 
 HERE = Path(__file__).resolve().parent
-REGISTRY = HERE.parent / "registry"
 TOOK, SPENT = "took.jsonl", "spent.json"
 H100 = "NVIDIA H100 80GB HBM3"
 LARGEST = 5 * 2**20
@@ -57,12 +57,10 @@ class Shared:
     """the plan"""
     out: Path = Path("runs/campaign")
     """folder of the jobs' folders"""
-    registry: Path = REGISTRY
+    merged: Path = HERE / "campaign-results"
     """where merged results are"""
-
-    @property
-    def merged(self) -> Path:
-        return self.registry / "campaign"
+    ledgers: Path = HERE.parent / "registry" / "ledger"
+    """where merged evaluations are"""
 
     @property
     def jobs(self) -> dict[str, Job]:
@@ -96,7 +94,7 @@ class Status(Shared):
 
 @dataclass(frozen=True, kw_only=True)
 class Merge(Shared):
-    """Bring the finished jobs of any number of folders into the registry."""
+    """Bring the finished jobs of any number of folders into the repository."""
 
     folders: Positional[tuple[Path, ...]]
     """as --out of `run`"""
@@ -180,7 +178,8 @@ def _start(options: Run, job: Job, estimated: float) -> _Running:
     folder.mkdir(parents=True, exist_ok=True)
     earlier = _noted(folder)
     command = [sys.executable, __file__, "one", job.name, "--data-dir", options.data_dir]
-    command += ["--plan", options.plan, "--out", options.out, "--registry", options.registry]
+    command += ["--plan", options.plan, "--out", options.out]
+    command += ["--merged", options.merged, "--ledgers", options.ledgers]
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -225,7 +224,7 @@ def _remaining(folder: Path, estimated: float) -> float:
 def one(options: One) -> None:
     job = options.jobs[options.job]
     data = Plan.read(options.plan).data
-    known = tuple((options.registry / "ledger").glob("campaign-*.parquet"))
+    known = tuple(options.ledgers.glob("campaign-*.parquet"))
     perform(job, Workshop(options.out, options.data_dir, data, (options.merged,), known))
 
 
@@ -292,7 +291,7 @@ def merge_all(options: Merge) -> None:
             if (file := folder / name / FILE).is_file():
                 ledgers[job.network.arch.replace(":", "--")].append(file)
     for arch, files in ledgers.items():
-        target = options.registry / "ledger" / f"campaign-{arch}.parquet"
+        target = options.ledgers / f"campaign-{arch}.parquet"
         earlier = [target] if target.exists() else []
         say(f"{target.name}: {merge([*earlier, *files], target)} evaluations")
 

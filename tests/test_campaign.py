@@ -56,7 +56,8 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(plan: Path, out: Path, *more: str) -> subprocess.Popen:
-    arguments = ["run", "--plan", plan, "--out", out, "--registry", out.parent / "registry"]
+    arguments = ["run", "--plan", plan, "--out", out, "--merged", out.parent / "merged"]
+    arguments += ["--ledgers", out.parent / "ledgers"]
     arguments += ["--data-dir", out.parent, "--together", "2", "--device", "cpu", *more]
     script = Path(campaign.__file__)
     return subprocess.Popen(
@@ -108,13 +109,13 @@ def test_a_campaign_that_was_killed_goes_on_and_ends_as_one_that_was_not(plan, t
 
 
 def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_path) -> None:
-    registry = tmp_path / "registry"
+    places = {"merged": tmp_path / "merged", "ledgers": tmp_path / "ledgers"}
     for name, own in (("one", BASES[:1]), ("two", BASES[1:])):
         done = command(plan, tmp_path / name, "--budget", "3m", "--only", *own)
         told, _ = done.communicate(timeout=200)
         assert done.returncode == 0, told
     options = campaign.Merge(
-        plan=plan, registry=registry, folders=(tmp_path / "one", tmp_path / "two", tmp_path / "one")
+        plan=plan, folders=(tmp_path / "one", tmp_path / "two", tmp_path / "one"), **places
     )
     campaign.merge_all(options)
     third = command(plan, tmp_path / "three", "--budget", "3m")
@@ -122,16 +123,16 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
     assert third.returncode == 0, told
     assert {row.job for row in read_took([tmp_path / "three" / campaign.TOOK])} == set(REST)
 
-    campaign.merge_all(campaign.Merge(plan=plan, registry=registry, folders=(tmp_path / "three",)))
-    merged = read([registry / "ledger" / "campaign-cnet.parquet"])
+    campaign.merge_all(campaign.Merge(plan=plan, folders=(tmp_path / "three",), **places))
+    merged = read([places["ledgers"] / "campaign-cnet.parquet"])
     assert len(merged) == 2 * 2 + 2 * 2 * 2  # profiles by fidelities; policies by seeds by both
     assert {row.source for row in merged} == {"random", "equal", "increasing"}
-    assert (registry / "campaign" / REST[0] / ROWS).is_file()
+    assert (places["merged"] / REST[0] / ROWS).is_file()
 
-    before = (registry / "campaign" / campaign.TOOK).read_text()
+    before = (places["merged"] / campaign.TOOK).read_text()
     campaign.merge_all(options)
-    assert (registry / "campaign" / campaign.TOOK).read_text() == before
-    assert read([registry / "ledger" / "campaign-cnet.parquet"]) == merged
+    assert (places["merged"] / campaign.TOOK).read_text() == before
+    assert read([places["ledgers"] / "campaign-cnet.parquet"]) == merged
 
 
 def test_a_job_that_fails_is_named(tmp_path) -> None:
