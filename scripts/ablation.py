@@ -21,11 +21,11 @@ import torch
 import tyro
 
 import zoo
-from zoo.data import Splits
-from zoo.dense import load_dense
-from zoo.latency import device_name
-from zoo.savepoints import discard
+from zoo.data.datasets import Splits
+from zoo.planning.latency import device_name
 from zoo.search.tasks import sample
+from zoo.storage.dense import load_dense
+from zoo.training.savepoints import discard
 
 PLAIN = zoo.Recipe()
 ALL = replace(PLAIN, ema=0.99, label_smoothing=0.1, cutmix=1.0, rand_augment=5)

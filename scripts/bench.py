@@ -27,12 +27,12 @@ from rival import cut
 from torch import nn
 
 import zoo
-from zoo.groups import ChannelGroups
-from zoo.planning import planned, request
-from zoo.pruning import surgery
-from zoo.pruning.known_groups import groups_of
-from zoo.pruning.plan import Plan
-from zoo.pruning.surgery import named_tensors
+from zoo.planning.request import planned, request
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan
+from zoo.surgery import surgery
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.known_groups import groups_of
 
 ARCH, CF = "torchvision:resnet50", 2.0
 

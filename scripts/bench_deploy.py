@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 import zoo
-from zoo.calls import image_channels
-from zoo.measurement import BenchmarkRow, Latency, Measurement, machine
+from zoo.deployment.measurement import BenchmarkRow, Latency, Measurement, machine
+from zoo.deployment.padding import padded
 from zoo.models import architecture
-from zoo.padding import padded
+from zoo.tracing.calls import image_channels
 
 HEAD = ["network", "params", "MACs", "provider", "precision", "MB", "peak MB"]
 CONDITIONS = ("machine", "profile", "options")

@@ -17,15 +17,15 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from zoo.cost import cost_model
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
 from zoo.models import build_model
-from zoo.pruning.known_groups import reference_groups
-from zoo.pruning.policies import policy_solution
-from zoo.pruning.surgery import named_tensors
-from zoo.search.evaluation import FineTuning, Recalibration
+from zoo.planning.policies import policy_solution
+from zoo.search.fidelities import FineTuning, Recalibration
 from zoo.search.tasks import Candidate, Task, cut, device, sample
 from zoo.search.workers import Pool, pool_of
+from zoo.spec.cost import cost_model
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.known_groups import reference_groups
 
 ARCH, SIZE, CF = "resnet20-16", 16, 4.0
 

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 import zoo
-from zoo.data import ImageSet
-from zoo.latency import device_name
+from zoo.data.datasets import ImageSet
 from zoo.models import build_model
-from zoo.training import TrainResult
+from zoo.planning.latency import device_name
+from zoo.training.finetuning import TrainResult
 
 HEAVY = ("conv", "batch_norm")
 """What the operators of convolution and batch norm have in their names, backward passes too."""

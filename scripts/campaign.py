@@ -26,7 +26,7 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional, arg
 
-from zoo.documents import read_json, write_json
+from zoo.common.documents import read_json, write_json
 from zoo.errors import ZooError
 from zoo.search.ledger import FILE, merge
 from zoo.search.schedule import (

@@ -3,7 +3,7 @@
     python scripts/coverage.py --out runs/coverage
 
 Each member is traced, planned (`equal`, random channels), cut, held to the contract of surgery
-(`zoo.pruning.contract`, in double precision, everything random), audited, exported and run with
+(`zoo.tracing.contract`, in double precision, everything random), audited, exported and run with
 ONNX Runtime; beside it stands Torch-Pruning's own pruner on the same network. Results are kept one
 file per member, so that a second call goes on; then the table is written. All of it takes an hour
 on one core.
@@ -32,12 +32,12 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.errors import ExportError, ZooError
-from zoo.groups import ChannelGroups
 from zoo.models import build_model
-from zoo.pruning.audit import audit
-from zoo.pruning.contract import randomised, violation
-from zoo.pruning.graph import analyse
-from zoo.pruning.verification import verify
+from zoo.spec.groups import ChannelGroups
+from zoo.tracing.audit import audit
+from zoo.tracing.contract import randomised, violation
+from zoo.tracing.graph import analyse
+from zoo.tracing.verification import verify
 
 Result = TypeVar("Result")
 

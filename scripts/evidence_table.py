@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import tyro
 
-from zoo.profile import Evidence, Profile
-from zoo.registry import get_profile, list_profiles
+from zoo.registry.store import get_profile, list_profiles
+from zoo.spec.profile import Evidence, Profile
 
 
 def table() -> str:

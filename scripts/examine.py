@@ -16,21 +16,22 @@ from pathlib import Path
 
 import tyro
 
-from zoo.cost import CostModel
-from zoo.data import load_data
+from zoo.data.datasets import load_data
 from zoo.errors import FactorError, ZooError
-from zoo.profile import Evidence, Profile
-from zoo.pruning.known_groups import reference_groups
-from zoo.pruning.policies import policy_solution
-from zoo.registry import folder_name, write_index
+from zoo.planning.policies import policy_solution
+from zoo.registry.store import folder_name, write_index
 from zoo.search.campaign import search_profile
 from zoo.search.certificate import Certificate, Pair, certify
 from zoo.search.env import EnvSettings
-from zoo.search.evaluation import Evaluator, FineTuning
+from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined
+from zoo.search.fidelities import FineTuning
 from zoo.search.ledger import Ledger
 from zoo.search.settings import SearchConfig, cost_of, pool_for
 from zoo.search.tasks import Candidate, Task, load_tasks, say, task_data
+from zoo.spec.cost import CostModel
+from zoo.spec.profile import Evidence, Profile
+from zoo.tracing.known_groups import reference_groups
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
 Widths = tuple[int, ...]

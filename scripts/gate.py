@@ -22,17 +22,18 @@ from pathlib import Path
 import torch
 import tyro
 
-from zoo.artefacts import save_checkpoint
-from zoo.cost import cost_model
-from zoo.pruning.known_groups import reference_groups
-from zoo.pruning.policies import policy_solution
-from zoo.recipes import Recipe
-from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration
+from zoo.planning.policies import policy_solution
+from zoo.search.evaluation import Evaluator
+from zoo.search.fidelities import Fidelity, FineTuning, Recalibration
 from zoo.search.gate import ENOUGH, Agreement, agreement
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import train_under_masks
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say, task_data
 from zoo.search.workers import pool_of
+from zoo.spec.cost import cost_model
+from zoo.storage.artefacts import save_checkpoint
+from zoo.tracing.known_groups import reference_groups
+from zoo.training.recipes import Recipe
 
 LR = 0.05
 """Peak learning rate of every training."""

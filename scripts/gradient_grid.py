@@ -72,7 +72,7 @@ class Grid:
     strides: tuple[int, ...] = (1, 2)
     """pixels"""
     raw: bool = False
-    """switch `zoo.strides` off: torch as it comes"""
+    """switch `zoo.common.strides` off: torch as it comes"""
     out: Path | None = None
     """file of JSON lines, one per convolution and setting"""
 
@@ -134,13 +134,13 @@ def child() -> None:
     """The errors of the convolutions on standard input, as a JSON list."""
     import torch
 
-    import zoo.strides
+    import zoo.common.strides
 
     words, kind = json.load(sys.stdin)
     setting = Setting(**words)
     torch.set_num_threads(setting.threads)
     if setting.raw:
-        zoo.strides._BLOCK = 0
+        zoo.common.strides._BLOCK = 0
     print(json.dumps([largest_error(Convolution(**one), setting.precision) for one in kind]))
 
 
@@ -166,8 +166,8 @@ def largest_error(convolution: Convolution, precision: str) -> float:
 
 
 def _engine_step(probe: nn.Module, images: Tensor, labels: Tensor, precision: str) -> None:
-    from zoo.engine import Engine, make_accelerator
-    from zoo.recipes import Recipe
+    from zoo.training.engine import Engine, make_accelerator
+    from zoo.training.recipes import Recipe
 
     recipe = Recipe(epochs=1, lr=0.0, clip_norm=None, precision=precision)  # type: ignore[arg-type]
     accelerator = make_accelerator(recipe, cpu=True)

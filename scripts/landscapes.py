@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tyro
 
-from zoo.plots import reward_landscape, save
+from zoo.common.plots import reward_landscape, save
 from zoo.search.reward import REWARDS, landscape
 
 

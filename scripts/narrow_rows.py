@@ -4,7 +4,7 @@ python scripts/narrow_rows.py
 
 Counts the fine-tuned rows of resnet20-16 with fewer than 8 channels in front of a strided 1x1
 convolution, then trains some of their networks for 20 steps as such a machine did: one thread,
-oneDNN limited to AVX2, `zoo.strides` switched off.
+oneDNN limited to AVX2, `zoo.common.strides` switched off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SAMPLE = 16
 
 def main() -> None:
     """Print how many rows there are, and how many of the sample's processes die."""
-    from zoo.registry import stored_groups
+    from zoo.registry.store import stored_groups
 
     groups = stored_groups("resnet20-16")
     assert groups is not None
@@ -58,15 +58,15 @@ def train(widths: list[int]) -> None:
     import torch
 
     import zoo
-    import zoo.strides
-    from zoo.data import ImageSet
+    import zoo.common.strides
+    from zoo.criteria.scores import channel_scores
+    from zoo.data.datasets import ImageSet
     from zoo.models import build_model
-    from zoo.pruning import surgery
-    from zoo.pruning.criteria import channel_scores
-    from zoo.pruning.plan import make_plan
-    from zoo.registry import stored_groups
+    from zoo.registry.store import stored_groups
+    from zoo.spec.plan import make_plan
+    from zoo.surgery import surgery
 
-    zoo.strides._BLOCK = 0
+    zoo.common.strides._BLOCK = 0
     torch.set_num_threads(1)
     dense, groups = build_model("resnet20-16", 10), stored_groups("resnet20-16")
     assert groups is not None

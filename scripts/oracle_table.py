@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 import tyro
 
-from zoo.data import load_data
-from zoo.dense import load_dense
+from zoo.criteria.ranking import oracle, spearman
+from zoo.criteria.scores import CRITERIA, channel_scores, labelled_batches
+from zoo.data.datasets import load_data
 from zoo.errors import ZooError
-from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
-from zoo.pruning.known_groups import groups_of
-from zoo.pruning.ranking import oracle, spearman
+from zoo.storage.dense import load_dense
+from zoo.tracing.known_groups import groups_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ import torch
 import tyro
 
 import zoo
-from zoo.artefacts import save_checkpoint
-from zoo.data import Splits
-from zoo.documents import write_json
-from zoo.pruning.plan import PruningRecord
+from zoo.common.documents import write_json
+from zoo.data.datasets import Splits
+from zoo.spec.plan import PruningRecord
+from zoo.storage.artefacts import save_checkpoint
 
 ARCH, CF = "resnet20-16", 4
 BATCH_SIZES = (1, 8, 64)

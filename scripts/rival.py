@@ -21,9 +21,9 @@ import torch_pruning
 import tyro
 from torch import Tensor, nn
 
-from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
-from zoo.pruning.plan import Plan
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan
 
 __all__ = ["Outcome", "apart", "cut", "halve"]
 

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 import zoo
-from zoo.pictures import open_picture
+from zoo.deployment.pictures import open_picture
 
 session = zoo.InferenceSession(os.environ["MODEL"])
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 from zoo.models import ARCHITECTURES, STORED, architecture, build_model
-from zoo.pruning.fingerprint import fingerprint
-from zoo.pruning.graph import channel_groups
-from zoo.registry import store_groups, write_index
+from zoo.registry.store import store_groups, write_index
+from zoo.tracing.fingerprint import fingerprint
+from zoo.tracing.graph import channel_groups
 
 REGISTRY = Path(__file__).resolve().parent.parent / "registry"
 

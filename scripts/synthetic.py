@@ -22,14 +22,14 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import NonlinearConstraint, minimize
 
-from zoo.cost import CostModel, cost_model
-from zoo.data import ImageSet
-from zoo.groups import ChannelGroups
-from zoo.pruning.known_groups import reference_groups
+from zoo.data.datasets import ImageSet
+from zoo.planning.solver import FLOOR
 from zoo.search.env import PruningEnv
 from zoo.search.tasks import Candidate, Task
 from zoo.search.vector_env import PruningVectorEnv
-from zoo.solver import FLOOR
+from zoo.spec.cost import CostModel, cost_model
+from zoo.spec.groups import ChannelGroups
+from zoo.tracing.known_groups import reference_groups
 
 __all__ = ["Synthetic"]
 

@@ -13,7 +13,7 @@ from helpers import randomised
 from PIL import Image
 from torch import nn
 
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
 from zoo.models import build_model
 
 # Shared machines stall now and then: only the values count, never the time. No example database:

@@ -8,16 +8,16 @@ import functools
 import torch
 from torch import nn
 
-from zoo.cost import cost_model
+from zoo.criteria.scores import channel_scores
 from zoo.errors import FactorError
-from zoo.groups import ChannelGroups
 from zoo.models import build_model
-from zoo.pruning import contract
-from zoo.pruning.criteria import channel_scores
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.plan import Plan, make_plan
-from zoo.pruning.policies import policy_solution
-from zoo.pruning.surgery import named_tensors
+from zoo.planning.policies import policy_solution
+from zoo.spec.cost import cost_model
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan, make_plan
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing import contract
+from zoo.tracing.graph import channel_groups
 
 __all__ = ["planned", "randomised", "same_state", "traced"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.data import ImageSet, Splits
+from zoo.data.datasets import ImageSet, Splits
 
 __all__ = ["SAMPLE", "halves", "logits", "trained"]
 

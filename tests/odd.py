@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.calls import Inputs, call, leaves, mapped
-from zoo.groups import ChannelGroups
-from zoo.profile import Profile, Reference
-from zoo.pruning.contract import randomised, violation
-from zoo.pruning.graph import analyse
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.profile import Profile, Reference
+from zoo.tracing.calls import Inputs, call, leaves, mapped
+from zoo.tracing.contract import randomised, violation
+from zoo.tracing.graph import analyse
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

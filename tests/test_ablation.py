@@ -12,9 +12,9 @@ import ablation
 import torch
 
 import zoo
-from zoo.artefacts import save_checkpoint
-from zoo.latency import device_name
 from zoo.models import build_model
+from zoo.planning.latency import device_name
+from zoo.storage.artefacts import save_checkpoint
 
 METADATA = {"architecture": "cnet", "num_classes": "10", "image_size": "8"}
 

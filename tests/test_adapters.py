@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import zoo
-from zoo.dense import load_dense
 from zoo.errors import CheckpointError, GraphError
 from zoo.models import build_model
 from zoo.models.adapters import adapted_names
+from zoo.storage.dense import load_dense
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)).double()
 

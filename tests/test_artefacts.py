@@ -17,16 +17,16 @@ from helpers import randomised, same_state
 from safetensors import safe_open
 from torch import nn
 
-from zoo import artefacts
-from zoo.artefacts import read_model, save_checkpoint, write_model
 from zoo.errors import CheckpointError, DocumentError, ZooError
-from zoo.groups import ChannelGroups
-from zoo.pruning import surgery
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.plan import PruningRecord, Source, make_plan
-from zoo.pruning.surgery import named_tensors
-from zoo.registry import stored_groups
-from zoo.savepoints import HISTORY
+from zoo.registry.store import stored_groups
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import PruningRecord, Source, make_plan
+from zoo.storage import artefacts
+from zoo.storage.artefacts import read_model, save_checkpoint, write_model
+from zoo.storage.checkpoints import HISTORY
+from zoo.surgery import surgery
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.graph import channel_groups
 
 
 def cut(dense: nn.Module, groups: ChannelGroups, arch: str, keep: float = 0.5) -> nn.Module:
@@ -91,7 +91,7 @@ import torch.export
 def forbidden(*_, **__): raise AssertionError("neither tracing nor the network is needed")
 torch.export.export = socket.socket.connect = forbidden
 torch.set_num_threads(1)
-from zoo.artefacts import read_model
+from zoo.storage.artefacts import read_model
 model = read_model(sys.argv[1] + "/model")
 io = torch.load(sys.argv[1] + "/io.pt", weights_only=True)
 with torch.no_grad():

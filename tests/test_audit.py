@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import zoo
 from zoo.models import build_model
-from zoo.pruning.audit import audit
-from zoo.pruning.contract import randomised
+from zoo.tracing.audit import audit
+from zoo.tracing.contract import randomised
 
 FAST = (
     "timm:test_resnet",

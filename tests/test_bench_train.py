@@ -6,7 +6,7 @@ import pytest
 import torch
 from bench_train import Train, bench_train
 
-from zoo.latency import device_name
+from zoo.planning.latency import device_name
 
 
 def test_both_sides_and_a_whole_training_are_timed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import zoo
-from zoo.calls import leaves
 from zoo.errors import DataError, GraphError
-from zoo.latency import latency_table
-from zoo.pruning.contract import randomised, violation
-from zoo.pruning.graph import analyse, channel_groups
+from zoo.planning.latency import latency_table
+from zoo.tracing.calls import leaves
+from zoo.tracing.contract import randomised, violation
+from zoo.tracing.graph import analyse, channel_groups
 
 Pair = namedtuple("Pair", "maps logits")
 

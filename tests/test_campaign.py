@@ -13,13 +13,13 @@ import campaign
 import pytest
 import torch
 
-from zoo.cost import cost_model
 from zoo.errors import ZooError
-from zoo.profile import Profile
-from zoo.registry import stored_groups
+from zoo.registry.store import stored_groups
 from zoo.search.ledger import read
 from zoo.search.schedule import Plan, jobs_of, read_took
 from zoo.search.stages import BASE, ROWS, Workshop, perform
+from zoo.spec.cost import cost_model
+from zoo.spec.profile import Profile
 
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.slow

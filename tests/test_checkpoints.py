@@ -14,12 +14,12 @@ import torch
 from helpers import same_state
 from torch import nn
 
-import zoo.checkpoints as checkpoints
-from zoo.artefacts import save_checkpoint
-from zoo.checkpoints import read_checkpoint
-from zoo.dense import load_dense
+import zoo.storage.checkpoints as checkpoints
 from zoo.errors import CheckpointError
-from zoo.pruning.plan import Source
+from zoo.spec.plan import Source
+from zoo.storage.artefacts import save_checkpoint
+from zoo.storage.checkpoints import read_checkpoint
+from zoo.storage.dense import load_dense
 
 
 def test_every_kind_of_weights_gives_the_same_network(dense, tmp_path):

@@ -14,14 +14,15 @@ from helpers import same_state
 from safetensors import safe_open
 
 import zoo
-from zoo import cli, training
-from zoo.artefacts import save_checkpoint
+from zoo import cli
 from zoo.cli import COMMANDS, main
-from zoo.engine import Engine
+from zoo.criteria.scores import CRITERIA
 from zoo.models import ARCHITECTURES, STORED, build_model
-from zoo.profile import Evidence, Profile, Reference
-from zoo.pruning.criteria import CRITERIA
 from zoo.search.ledger import Key, Ledger, Row
+from zoo.spec.profile import Evidence, Profile, Reference
+from zoo.storage.artefacts import save_checkpoint
+from zoo.training import finetuning as training
+from zoo.training.engine import Engine
 
 TINY = ["--data", "digits", "--size", "8", "--epochs", "2", "--lr", "0.05"]
 

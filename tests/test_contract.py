@@ -8,10 +8,11 @@ from helpers import planned
 from torch import nn
 
 from zoo.models import build_model
-from zoo.pruning import contract, surgery
-from zoo.pruning.contract import masked_forward, randomised, violation
-from zoo.pruning.graph import analyse
-from zoo.pruning.masking import masked
+from zoo.surgery import surgery
+from zoo.surgery.masking import masked
+from zoo.tracing import contract
+from zoo.tracing.contract import masked_forward, randomised, violation
+from zoo.tracing.graph import analyse
 
 BOUND = 1e-9
 

@@ -9,14 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from zoo import solver
-from zoo.cost import CostModel, CostTerm, Extent, LayerTimes, TimedLayer, cost_model
 from zoo.errors import FactorError, GraphError, ZooError
-from zoo.groups import ChannelGroups, Group, Slot
-from zoo.pruning import policies
-from zoo.pruning.policies import POLICIES, policy_solution
-from zoo.registry import stored_groups
-from zoo.solver import Limits, round_widths, scale_curve, solve
+from zoo.planning import policies, solver
+from zoo.planning.policies import POLICIES, policy_solution
+from zoo.planning.solver import Limits, round_widths, scale_curve, solve
+from zoo.registry.store import stored_groups
+from zoo.spec.cost import CostModel, CostTerm, Extent, LayerTimes, TimedLayer, cost_model
+from zoo.spec.groups import ChannelGroups, Group, Slot
 
 SIZE = 8
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import zoo
+from zoo.criteria.filter_agent import FilterAgent, reinforce_scores
+from zoo.criteria.scores import CRITERIA, Criterion, channel_scores
 from zoo.errors import GraphError, ZooError
-from zoo.groups import ChannelGroups, Group, Slot
 from zoo.models import build_model
-from zoo.pruning.criteria import CRITERIA, Criterion, channel_scores
-from zoo.pruning.filter_agent import FilterAgent, reinforce_scores
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.surgery import named_tensors
+from zoo.spec.groups import ChannelGroups, Group, Slot
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.graph import channel_groups
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from zoo.batches import Augmentation, DeviceLoader, _boxes
-from zoo.data import ImageSet, load_data
+from zoo.data.batches import Augmentation, DeviceLoader, _boxes
+from zoo.data.datasets import ImageSet, load_data
+from zoo.data.images import ImageFiles
 from zoo.errors import DataError
-from zoo.images import ImageFiles
 
 
 def numbered(count: int, size: int = 8, flip: bool = True) -> ImageSet:
@@ -99,7 +99,7 @@ def test_hidden_files_and_folders_are_no_classes_and_no_images(image_tree):
 
 def test_a_decoded_folder_is_read_again_only_when_its_files_change(image_tree, monkeypatch):
     load_data(f"imagefolder:{image_tree}", size=8)
-    monkeypatch.setattr("zoo.data.decode_all", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("zoo.data.datasets.decode_all", lambda *_: pytest.fail("decoded again"))
     load_data(f"imagefolder:{image_tree}", size=8)
     monkeypatch.undo()
     path = image_tree / "train" / "cat" / "00.png"
@@ -347,7 +347,7 @@ def test_processes_and_batches_share_a_step_without_changing_it(augment):
 
 def test_files_that_do_not_fit_in_memory_give_the_same_batches(image_tree, monkeypatch):
     resident = load_data(f"imagefolder:{image_tree}", size=8)
-    monkeypatch.setattr("zoo.data.IN_MEMORY", 3 * 8 * 8 * 19)
+    monkeypatch.setattr("zoo.data.datasets.IN_MEMORY", 3 * 8 * 8 * 19)
     lazy = load_data(f"imagefolder:{image_tree}", size=8)  # 20 training images, 6 for the test
     assert isinstance(lazy.train, ImageFiles)
     assert not isinstance(lazy.test, ImageFiles)
@@ -370,7 +370,7 @@ def test_files_that_do_not_fit_in_memory_give_the_same_batches(image_tree, monke
 
 
 def test_a_corrupt_file_is_named_by_the_worker_that_meets_it(image_tree, monkeypatch):
-    monkeypatch.setattr("zoo.data.IN_MEMORY", 0)
+    monkeypatch.setattr("zoo.data.datasets.IN_MEMORY", 0)
     (image_tree / "train" / "dog" / "03.png").write_bytes(b"not an image")
     loader = DeviceLoader(load_data(f"imagefolder:{image_tree}", size=8).train, 4)
     with pytest.raises(DataError, match=r"^\S+dog/03\.png cannot be read as an image: [^\n]*$"):

@@ -8,11 +8,11 @@ import torch
 import torchvision
 from helpers import randomised, same_state
 
-from zoo.artefacts import save_checkpoint
-from zoo.dense import Uninitialised, load_dense
 from zoo.errors import CheckpointError
 from zoo.models import build_model
-from zoo.pruning.surgery import named_tensors
+from zoo.storage.artefacts import save_checkpoint
+from zoo.storage.dense import Uninitialised, load_dense
+from zoo.surgery.surgery import named_tensors
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from test_training import same, weights
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
-from zoo.data import load_data
+from zoo.data.datasets import load_data
 from zoo.models import build_model
-from zoo.recipes import Recipe
-from zoo.savepoints import HISTORY
-from zoo.training import finetune
+from zoo.storage.checkpoints import HISTORY
+from zoo.training.finetuning import finetune
+from zoo.training.recipes import Recipe
 
 RECIPE = Recipe(epochs=3, batch_size=20, lr=0.05, ema=0.5)
 

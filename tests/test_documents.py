@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from zoo.documents import (
+from zoo.common.documents import (
     SCHEMA_VERSION,
     decode,
     decode_document,

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import zoo
+from zoo.criteria.filter_agent import FilterAgent, reinforce_scores
 from zoo.errors import DataError, ZooError
-from zoo.groups import ChannelGroups
-from zoo.pruning.filter_agent import FilterAgent, reinforce_scores
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.surgery import named_tensors
+from zoo.spec.groups import ChannelGroups
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.graph import channel_groups
 
 SHORT = FilterAgent(updates=6, samples=3)
 

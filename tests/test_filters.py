@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import zoo
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.weight_scores import fpgm_scores, l1_scores, l2_scores
+from zoo.criteria.weight_scores import fpgm_scores, l1_scores, l2_scores
+from zoo.tracing.graph import channel_groups
 
 STRONG = (1, 2, 5, 7)
 """Of eight channels, those whose filters are planted to matter."""

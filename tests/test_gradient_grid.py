@@ -10,7 +10,7 @@ from gradient_grid import Grid, is_wrong, run_grid
 from torch import nn
 from torch.nn import functional
 
-from zoo.strides import UnitStrides
+from zoo.common.strides import UnitStrides
 
 NARROW = Grid(
     isas=("AVX2", "none"),

@@ -11,7 +11,7 @@ import huggingface_hub
 import pytest
 
 from zoo.errors import ZooError
-from zoo.hub import download, list_files, parse_hub_reference
+from zoo.registry.hub import download, list_files, parse_hub_reference
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,10 @@ def test_a_malformed_reference_is_refused_with_the_right_form(reference):
 
 def test_an_unreachable_hub_is_one_clear_error(tmp_path):
     code = """
-import time, zoo.hub, zoo.errors
+import time, zoo.errors
+from zoo.registry import hub
 time.sleep = lambda seconds: None  # the Hub client waits between its attempts
-for ask in (lambda: zoo.hub.download("org/repo", "m.pt"), lambda: zoo.hub.list_files("org/repo")):
+for ask in (lambda: hub.download("org/repo", "m.pt"), lambda: hub.list_files("org/repo")):
     try:
         ask()
     except zoo.errors.ZooError as error:
@@ -113,5 +114,5 @@ def test_files_are_listed_sorted_and_downloads_are_paths(monkeypatch, tmp_path):
 
 
 def test_importing_the_module_does_not_import_the_hub_client():
-    code = "import sys, zoo.hub; assert 'huggingface_hub' not in sys.modules"
+    code = "import sys, zoo.registry.hub; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -13,14 +13,14 @@ from helpers import randomised
 from torch import Tensor, nn
 
 import zoo
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
 from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.iterative import IterativeResult, Schedule, prune_iteratively
 from zoo.models import build_model
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.plan import Source, kept_positions
-from zoo.pruning.surgery import apply, named_tensors
-from zoo.recipes import Recipe
+from zoo.spec.plan import Source, kept_positions
+from zoo.surgery.surgery import apply, named_tensors
+from zoo.tracing.graph import channel_groups
+from zoo.training.recipes import Recipe
 
 ONCE = Recipe(epochs=1, batch_size=32, lr=0.01, precision="fp32")
 STILL = replace(ONCE, lr=0.0, weight_decay=0.0)
@@ -129,7 +129,7 @@ def test_an_interrupted_training_is_the_last_step(
     def interrupt(*_args: object, **_options: object) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zoo.engine.Engine.train", interrupt)
+    monkeypatch.setattr("zoo.training.engine.Engine.train", interrupt)
     result = pruned(toy_images, Schedule(cf=4, steps=3, recipe=ONCE))
     (step,) = result.steps
     assert step.training.interrupted

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import zoo
-import zoo.latency
-from zoo.cost import LayerTimes, cost_model
+import zoo.planning.latency
 from zoo.errors import FactorError, ZooError
-from zoo.latency import latency_table
 from zoo.models import build_model
-from zoo.pruning.graph import channel_groups
-from zoo.registry import stored_groups
+from zoo.planning.latency import latency_table
+from zoo.registry.store import stored_groups
+from zoo.spec.cost import LayerTimes, cost_model
+from zoo.tracing.graph import channel_groups
 
 IMAGES = torch.zeros(1, 3, 16, 16)
 
@@ -71,7 +71,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         calls.append(sum(seen))
         return calls[-1]
 
-    monkeypatch.setattr(zoo.latency, "milliseconds", count)
+    monkeypatch.setattr(zoo.planning.latency, "milliseconds", count)
     return calls
 
 
@@ -126,7 +126,9 @@ def test_like_layers_are_measured_once_and_other_conditions_apart(clock, monkeyp
 
 def test_noise_never_makes_a_wider_layer_the_faster(monkeypatch):
     noise = itertools.cycle([3.0, 1.0, 7.0, 2.0, 5.0])
-    monkeypatch.setattr(zoo.latency, "milliseconds", lambda runs, *_: [next(noise) for _ in runs])
+    monkeypatch.setattr(
+        zoo.planning.latency, "milliseconds", lambda runs, *_: [next(noise) for _ in runs]
+    )
     groups, table = of(Grouped().eval())
     for layer in table.layers:
         for row in (*layer.ms, *zip(*layer.ms, strict=True)):
@@ -139,9 +141,11 @@ def test_noise_never_makes_a_wider_layer_the_faster(monkeypatch):
 
 def test_the_table_agrees_with_the_whole_network_dense_and_at_half_of_its_widths(monkeypatch):
     """A network twice as slow as its layers, and with a constant: both are found."""
-    monkeypatch.setattr(zoo.latency, "_measured", lambda calls, _: [c.shape[0] for c in calls])
+    monkeypatch.setattr(
+        zoo.planning.latency, "_measured", lambda calls, _: [c.shape[0] for c in calls]
+    )
     whole = [100.0, 70.0]
-    monkeypatch.setattr(zoo.latency, "milliseconds", lambda *_: whole)
+    monkeypatch.setattr(zoo.planning.latency, "milliseconds", lambda *_: whole)
     groups, table = of(Grouped().eval())
     model = cost_model(groups, table)
     assert model.dense.latency == pytest.approx(100)
@@ -150,7 +154,7 @@ def test_the_table_agrees_with_the_whole_network_dense_and_at_half_of_its_widths
 
 
 def test_a_network_that_smaller_widths_do_not_speed_up_has_no_latency_factor(monkeypatch):
-    monkeypatch.setattr(zoo.latency, "milliseconds", lambda runs, *_: [1.0] * len(runs))
+    monkeypatch.setattr(zoo.planning.latency, "milliseconds", lambda runs, *_: [1.0] * len(runs))
     with pytest.raises(FactorError, match=r"latency factor of 2 cannot be reached.*1 to 1\."):
         zoo.plan(Grouped().eval(), IMAGES, cf=2, metric="latency")
 

@@ -12,12 +12,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import zoo
-from zoo import loaders
-from zoo.batches import check_labels
-from zoo.data import load_data
+from zoo.data.batches import check_labels
+from zoo.data.datasets import load_data
 from zoo.errors import DataError
 from zoo.models import build_model
-from zoo.training import evaluate, finetune
+from zoo.training.finetuning import evaluate, finetune, loaders
 
 
 @pytest.mark.parametrize("kind", ["image set", "dataset", "loader"])
@@ -36,7 +35,7 @@ def test_every_kind_of_data_trains(toy_images, kind):
 def test_files_train_and_evaluate_as_the_same_images_in_memory_do(image_tree, monkeypatch):
     results = []
     for limit in (2**31, 0):
-        monkeypatch.setattr("zoo.data.IN_MEMORY", limit)
+        monkeypatch.setattr("zoo.data.datasets.IN_MEMORY", limit)
         splits = load_data(f"imagefolder:{image_tree}", size=8)
         model = network(classes=2)
         result = finetune(model, splits.train, splits.val, recipe=replace(QUICK, batch_size=6))
@@ -46,7 +45,7 @@ def test_files_train_and_evaluate_as_the_same_images_in_memory_do(image_tree, mo
 
 
 def test_a_name_stands_for_its_splits(monkeypatch, toy_images):
-    from zoo.data import Splits
+    from zoo.data.datasets import Splits
 
     asked = []
 

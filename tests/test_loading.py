@@ -20,19 +20,19 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-import zoo.registry as registry
-from zoo.cost import cost_model
-from zoo.data import ImageSet
+import zoo.registry.store as registry
+from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError, GraphError
 from zoo.models import ARCHITECTURES, build_model
-from zoo.profile import Profile, Reference
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.masking import masked
-from zoo.pruning.policies import policy_solution
-from zoo.pruning.surgery import named_tensors
-from zoo.recipes import Recipe
-from zoo.registry import stored_groups
-from zoo.training import finetune
+from zoo.planning.policies import policy_solution
+from zoo.registry.store import stored_groups
+from zoo.spec.cost import cost_model
+from zoo.spec.profile import Profile, Reference
+from zoo.surgery.masking import masked
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.graph import channel_groups
+from zoo.training.finetuning import finetune
+from zoo.training.recipes import Recipe
 
 
 def profile_of(arch: str, cf: float = 4.0, metric: str = "params") -> Profile:

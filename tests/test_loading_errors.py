@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import zoo
 from zoo.errors import CheckpointError, DataError, DocumentError, FactorError, GraphError, ZooError
 from zoo.models import ARCHITECTURES, Architecture, build_model
-from zoo.profile import Profile, Reference
-from zoo.registry import stored_groups
+from zoo.registry.store import stored_groups
+from zoo.spec.profile import Profile, Reference
 
 IMAGES = torch.zeros(1, 3, 16, 16)
 

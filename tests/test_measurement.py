@@ -14,10 +14,9 @@ from torch import nn
 
 import zoo
 from zoo.commands import deploying
+from zoo.commands.rendering import benchmark_table, comparison_table, print_tables
 from zoo.commands.shared import Network
-from zoo.deployment import BenchmarkOptions
-from zoo.errors import ExportError, ZooError
-from zoo.measurement import (
+from zoo.deployment.measurement import (
     BenchmarkRow,
     ComparisonRow,
     Latency,
@@ -26,7 +25,8 @@ from zoo.measurement import (
     compare,
     time_calls,
 )
-from zoo.rendering import benchmark_table, comparison_table, print_tables
+from zoo.deployment.options import BenchmarkOptions
+from zoo.errors import ExportError, ZooError
 
 QUICK = BenchmarkOptions(batch_sizes=(1, 4), repeats=3, warmup=1, memory=False, threads=1)
 
@@ -49,7 +49,7 @@ def test_calls_end_when_their_time_is_up_but_not_before_three(
 ) -> None:
     calls: list[str] = []
     hours = itertools.count(step=3600)
-    monkeypatch.setattr("zoo.measurement.time.perf_counter", lambda: float(next(hours)))
+    monkeypatch.setattr("zoo.deployment.measurement.time.perf_counter", lambda: float(next(hours)))
     (latency,) = time_calls(notes("a", calls), warmup=5, repeats=9, seconds=1)
     assert latency.repeats == 3
     assert len(calls) == 4

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.dense import Uninitialised
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import ARCHITECTURES, architecture, build_model
 from zoo.models.resnet import PaddedShortcut
+from zoo.storage.dense import Uninitialised
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -16,22 +16,22 @@ from torch.utils.data import TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.artefacts import save_checkpoint
-from zoo.batches import Augmentation, DeviceLoader
 from zoo.cli import main
-from zoo.deployment import BenchmarkOptions
+from zoo.common.sizes import Size, checked_size, parsed_size, spelled
+from zoo.data.batches import Augmentation, DeviceLoader
+from zoo.data.images import ImageFiles, ImageSet
+from zoo.data.rand_augment import OPERATIONS, rand_augmented
+from zoo.deployment.options import BenchmarkOptions
+from zoo.deployment.padding import padded
+from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError, ZooError
-from zoo.groups import InputShape
-from zoo.images import ImageFiles, ImageSet
 from zoo.models import build_model
-from zoo.padding import padded
-from zoo.pruning.contract import randomised
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.known_groups import groups_of
-from zoo.pruning.plan import PruningRecord
-from zoo.rand_augment import OPERATIONS, rand_augmented
-from zoo.runtime import InferenceSession
-from zoo.sizes import Size, checked_size, parsed_size, spelled
+from zoo.spec.groups import InputShape
+from zoo.spec.plan import PruningRecord
+from zoo.storage.artefacts import save_checkpoint
+from zoo.tracing.contract import randomised
+from zoo.tracing.graph import channel_groups
+from zoo.tracing.known_groups import groups_of
 
 SIZE = (96, 320)
 CPU = "CPUExecutionProvider"
@@ -257,7 +257,7 @@ def test_sizes_of_one_area_are_cached_apart(streets):
 def test_files_give_the_batches_that_memory_gives(streets, monkeypatch, scale):
     name, size = f"imagefolder:{streets}", (12, 40)  # boxes of files are those of memory's
     resident = zoo.load_data(name, size=size).train
-    monkeypatch.setattr("zoo.data.IN_MEMORY", 3 * 12 * 40 * 20 - 1)
+    monkeypatch.setattr("zoo.data.datasets.IN_MEMORY", 3 * 12 * 40 * 20 - 1)
     lazy = zoo.load_data(name, size=size).train
     assert isinstance(lazy, ImageFiles)
     assert (lazy.name, lazy.image_size) == (resident.name, size)

@@ -15,12 +15,12 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.cost import cost_model
 from zoo.errors import FactorError, GraphError, ZooError
-from zoo.profile import Profile, Reference
-from zoo.pruning.contract import randomised, violation
-from zoo.pruning.graph import analyse, channel_groups
-from zoo.pruning.surgery import named_tensors
+from zoo.spec.cost import cost_model
+from zoo.spec.profile import Profile, Reference
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.contract import randomised, violation
+from zoo.tracing.graph import analyse, channel_groups
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

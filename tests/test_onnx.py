@@ -17,17 +17,17 @@ from onnxscript import ir
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import zoo.onnx_export
-import zoo.runtime
+import zoo.deployment.export
+import zoo.deployment.runtime
 from zoo import ExportOptions
-from zoo.cost import Cost
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
+from zoo.deployment.export import export
+from zoo.deployment.parity import TOLERANCES, Comparison, compare_outputs, gather
+from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError
 from zoo.models import build_model
-from zoo.onnx_export import export
-from zoo.onnx_parity import TOLERANCES, Comparison, compare_outputs, gather
-from zoo.pruning.plan import Plan, PruningRecord, Source
-from zoo.runtime import InferenceSession
+from zoo.spec.cost import Cost
+from zoo.spec.plan import Plan, PruningRecord, Source
 
 CPU = ["CPUExecutionProvider"]
 
@@ -147,7 +147,7 @@ def test_a_file_that_computes_something_else_never_appears(
     path = tmp_path / "small.onnx"
     if old is not None:
         path.write_bytes(old)
-    right = zoo.onnx_export._runner
+    right = zoo.deployment.export._runner
 
     def perturbed(file: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Another value in the first image of every batch."""
@@ -159,7 +159,7 @@ def test_a_file_that_computes_something_else_never_appears(
 
         return run
 
-    monkeypatch.setattr(zoo.onnx_export, "_runner", perturbed)
+    monkeypatch.setattr(zoo.deployment.export, "_runner", perturbed)
     with pytest.raises(ExportError, match="differ by"):
         export(small, path, inputs=noise(10))
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([old] if old else [])
@@ -356,7 +356,7 @@ def test_an_unwritable_path_is_an_error_before_any_work(
     def never(*_: object) -> None:
         raise AssertionError("the export had started")
 
-    monkeypatch.setattr(zoo.onnx_export, "_sample", never)
+    monkeypatch.setattr(zoo.deployment.export, "_sample", never)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "model.onnx", tmp_path, tmp_path / ("x" * 300)):
         with pytest.raises(ExportError, match=r"cannot be written|is a folder"):
@@ -383,8 +383,8 @@ def test_exporting_and_running_print_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
         "from zoo.models import build_model\n"
-        "from zoo.onnx_export import export\n"
-        "from zoo.runtime import InferenceSession\n"
+        "from zoo.deployment.export import export\n"
+        "from zoo.deployment.runtime import InferenceSession\n"
         "assert 'onnxruntime' not in sys.modules and 'onnx' not in sys.modules\n"
         "images = torch.zeros(2, 3, 16, 16)\n"
         "export(build_model('cnet', 4, image_size=16), sys.argv[1], example_input=images)\n"

@@ -12,8 +12,8 @@ from test_calls import CALLS, STRUCTURES, two_heads
 from torch import Tensor, nn
 
 import zoo
-from zoo.calls import Inputs, call, leaves, mapped, tensors_of
 from zoo.errors import ExportError, ZooError
+from zoo.tracing.calls import Inputs, call, leaves, mapped, tensors_of
 
 
 def run(path: Path, inputs: Inputs) -> list[Tensor]:

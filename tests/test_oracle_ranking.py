@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from zoo.criteria.ranking import Oracle, oracle, spearman
+from zoo.criteria.scores import channel_scores
 from zoo.errors import ZooError
 from zoo.models import build_model
-from zoo.pruning.criteria import channel_scores
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.masking import masked
-from zoo.pruning.plan import make_plan
-from zoo.pruning.ranking import Oracle, oracle, spearman
+from zoo.spec.plan import make_plan
+from zoo.surgery.masking import masked
+from zoo.tracing.graph import channel_groups
 
 
 def network() -> nn.Module:

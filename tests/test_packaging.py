@@ -52,7 +52,7 @@ def test_the_wheel_holds_the_package_and_its_registry_and_nothing_else(wheel):
     assert inside == files
     sources = {p.relative_to(ROOT) for p in (ROOT / "zoo").rglob("*.py")}
     assert {Path(name) for name in names if name.endswith(".py")} == sources
-    assert {f"zoo/recipes/{name}.toml" for name in zoo.RECIPES} <= set(names)
+    assert {f"zoo/training/recipes/{name}.toml" for name in zoo.RECIPES} <= set(names)
 
 
 def test_an_installed_wheel_lists_its_profiles_from_another_folder(installed, tmp_path):
@@ -71,7 +71,7 @@ def test_an_installed_wheel_lists_its_profiles_from_another_folder(installed, tm
 
 def test_an_installed_wheel_knows_the_groups_of_its_architectures(installed, tmp_path):
     code = (
-        "from zoo.registry import stored_groups\n"
+        "from zoo.registry.store import stored_groups\n"
         "names = ('cnet', 'resnet20-16', 'resnet20-64')\n"
         "print([len(stored_groups(name).groups) for name in names])"
     )

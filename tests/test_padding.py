@@ -14,14 +14,13 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo import padding
-from zoo.deployment import ExportOptions
+from zoo.deployment.export import export
+from zoo.deployment.options import ExportOptions, padding
+from zoo.deployment.padding import padded
+from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ZooError
-from zoo.groups import Group, Slot
-from zoo.onnx_export import export
-from zoo.padding import padded
-from zoo.pruning.contract import randomised
-from zoo.runtime import InferenceSession
+from zoo.spec.groups import Group, Slot
+from zoo.tracing.contract import randomised
 
 CPU = "CPUExecutionProvider"
 

@@ -16,15 +16,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from zoo import data, images
-from zoo.data import load_data
-from zoo.deployment import ExportOptions
+from zoo.data import datasets as data
+from zoo.data.datasets import images, load_data
+from zoo.data.images import ImageFiles, open_picture, to_rgb
+from zoo.deployment.export import export
+from zoo.deployment.metadata import Metadata
+from zoo.deployment.options import ExportOptions
+from zoo.deployment.pictures import to_array
+from zoo.deployment.runtime import InferenceSession
 from zoo.errors import DataError
-from zoo.images import ImageFiles, open_picture, to_rgb
-from zoo.onnx_export import export
-from zoo.onnx_metadata import Metadata
-from zoo.pictures import to_array
-from zoo.runtime import InferenceSession
 
 GREY = [[0, 64], [128, 255]]
 """The 8 bits of the 2x2 pictures of one channel."""

@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import zoo
-from zoo.cost import cost_model
 from zoo.errors import FactorError, ZooError
 from zoo.models import build_model
-from zoo.pruning.policies import policy_solution
-from zoo.registry import stored_groups
-from zoo.solver import Limits
+from zoo.planning.policies import policy_solution
+from zoo.planning.solver import Limits
+from zoo.registry.store import stored_groups
+from zoo.spec.cost import cost_model
 
 IMAGES = torch.zeros(1, 3, 32, 32)
 

@@ -11,9 +11,9 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 import zoo
-from zoo import plots
+from zoo.common import plots
 from zoo.errors import ZooError
-from zoo.training import EpochRecord
+from zoo.training.finetuning import EpochRecord
 
 SERIES = {
     "random": [(2.5, 0.4), (3.5, 0.3), (4.1, 0.25)],
@@ -195,7 +195,7 @@ def test_plotting_leaves_no_figure_open():
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(zoo, "plots", plots, raising=False)
-    monkeypatch.delitem(sys.modules, "zoo.plots")
+    monkeypatch.delitem(sys.modules, "zoo.common.plots")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ZooError, match=r"pip install 'prunezoo\[plots\]'"):
-        importlib.import_module("zoo.plots")
+        importlib.import_module("zoo.common.plots")

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from zoo.errors import DocumentError
-from zoo.profile import Evidence, Profile, Provenance, Reference
+from zoo.spec.profile import Evidence, Profile, Provenance, Reference
 
 
 def make_profile(**changes) -> Profile:

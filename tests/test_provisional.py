@@ -9,13 +9,13 @@ import pytest
 import torch
 
 import zoo
-import zoo.registry as registry
+import zoo.registry.store as registry
 from zoo.cli import main
 from zoo.errors import FactorError
 from zoo.models import ARCHITECTURES, TWINS, architecture, build_model
-from zoo.profile import Profile, Reference
-from zoo.pruning.graph import channel_groups
-from zoo.registry import find_profile, write_index
+from zoo.registry.store import find_profile, write_index
+from zoo.spec.profile import Profile, Reference
+from zoo.tracing.graph import channel_groups
 
 TWIN = "bundled:resnet18-cifar/params-cf4"
 

@@ -12,19 +12,19 @@ from helpers import planned, traced
 from torch import nn
 
 import zoo
-from zoo.cost import cost_model
+from zoo.criteria.scores import random_scores, taylor_features
 from zoo.errors import FactorError, ZooError
-from zoo.groups import ChannelGroups
 from zoo.models import build_model
-from zoo.pruning import surgery
-from zoo.pruning.contract import randomised
-from zoo.pruning.criteria import random_scores, taylor_features
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.masking import masked
-from zoo.pruning.plan import Plan, kept_positions, make_plan
-from zoo.pruning.policies import POLICIES, policy_solution
-from zoo.pruning.surgery import named_tensors
-from zoo.registry import stored_groups
+from zoo.planning.policies import POLICIES, policy_solution
+from zoo.registry.store import stored_groups
+from zoo.spec.cost import cost_model
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan, kept_positions, make_plan
+from zoo.surgery import surgery
+from zoo.surgery.masking import masked
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.contract import randomised
+from zoo.tracing.graph import channel_groups
 
 OWN = ("cnet", "resnet20-16", "resnet20-64")
 OTHERS = (
@@ -41,7 +41,7 @@ OTHERS = (
 def assert_contract(module: nn.Module, groups: ChannelGroups, plan: Plan, x: torch.Tensor) -> None:
     """Masked dense and pruned agree to 1e-9 in outputs and in every gradient that remains.
 
-    As `zoo.pruning.contract.violation`, but the dense side is the module, not its traced program,
+    As `zoo.tracing.contract.violation`, but the dense side is the module, not its traced program,
     and plans that leave too little for a gradient to flow are allowed.
     """
     pruned, zeroed = surgery.apply(module, groups, plan), masked(module, groups, plan)

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 
-from zoo.quiet import quiet
+from zoo.common.quiet import quiet
 
 
 def test_threads_leave_the_streams_the_log_and_the_filters_as_they_were() -> None:

@@ -15,7 +15,7 @@ import tyro
 
 import zoo
 from zoo.cli import COMMANDS, main
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
 from zoo.models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,15 +12,15 @@ from test_training import QUICK, network, same, weights
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from zoo.batches import Augmentation, DeviceLoader
 from zoo.cli import main
-from zoo.engine import Engine, make_accelerator
+from zoo.data.batches import Augmentation, DeviceLoader
+from zoo.data.rand_augment import KINDS, rand_augmented
 from zoo.errors import DataError, DocumentError, ZooError
-from zoo.rand_augment import KINDS, rand_augmented
-from zoo.recipes import RECIPES, Recipe, read_recipe
-from zoo.search import evaluation
-from zoo.search.evaluation import FineTuning
-from zoo.training import finetune
+from zoo.search import fidelities
+from zoo.search.fidelities import FineTuning
+from zoo.training.engine import Engine, make_accelerator
+from zoo.training.finetuning import finetune
+from zoo.training.recipes import RECIPES, Recipe, read_recipe
 
 EVERYTHING = Recipe(
     epochs=3, batch_size=32, optimizer="adamw", lr=1, momentum=0.5, weight_decay=0.1, warmup=0.5,
@@ -102,7 +102,7 @@ def test_a_ledger_answers_for_no_other_default_and_no_other_training_code(monkey
     assert Recipe().warmup != changed().warmup
     names.add(FineTuning(changed(epochs=1)).name)
     assert FineTuning(changed(epochs=1, warmup=0.2)).name == explicit
-    monkeypatch.setattr(evaluation, "TRAINING", evaluation.TRAINING + 1)
+    monkeypatch.setattr(fidelities, "TRAINING", fidelities.TRAINING + 1)
     names.add(FineTuning(Recipe(epochs=1)).name)
     assert len(names) == 4
 

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 import zoo
-import zoo.registry as registry
-from zoo.cost import cost_model
+import zoo.registry.store as registry
 from zoo.errors import DocumentError, FactorError, ZooError
-from zoo.groups import ChannelGroups
 from zoo.models import ARCHITECTURES
-from zoo.profile import Profile, Reference
-from zoo.registry import ProfileEntry, find_profile, stored_groups, write_index
-from zoo.solver import round_widths
+from zoo.planning.solver import round_widths
+from zoo.registry.store import ProfileEntry, find_profile, stored_groups, write_index
+from zoo.spec.cost import cost_model
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.profile import Profile, Reference
 
 BUNDLED = zoo.list_profiles()
 FOLDER = registry.registry_folder()

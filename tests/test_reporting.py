@@ -13,8 +13,8 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from zoo.cli import main
 from zoo.errors import ZooError
-from zoo.reporting import progress_bar
-from zoo.training import finetune
+from zoo.training.finetuning import finetune
+from zoo.training.reporting import progress_bar
 
 
 class Noting(tracking.GeneralTracker):

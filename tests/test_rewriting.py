@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import zoo
-from zoo.calls import Inputs, call, leaves, mapped
 from zoo.errors import GraphError, ZooError
 from zoo.models import build_model
-from zoo.pruning.contract import randomised, violation
-from zoo.pruning.graph import analyse, channel_groups
-from zoo.pruning.masking import masked
-from zoo.pruning.rewriting import rewritten
+from zoo.surgery.masking import masked
+from zoo.tracing.calls import Inputs, call, leaves, mapped
+from zoo.tracing.contract import randomised, violation
+from zoo.tracing.graph import analyse, channel_groups
+from zoo.tracing.rewriting import rewritten
 
 
 def constant(run: Callable[..., Tensor], **parts: object) -> Build:

@@ -21,11 +21,11 @@ from learnt import halves, trained
 from PIL import Image
 from torch import Tensor, nn
 
-from zoo import onnx_providers
-from zoo.deployment import ExportOptions
+from zoo.deployment import providers as onnx_providers
+from zoo.deployment.export import export
+from zoo.deployment.options import ExportOptions
+from zoo.deployment.runtime import InferenceSession
 from zoo.errors import DataError, ExportError, ZooError
-from zoo.onnx_export import export
-from zoo.runtime import InferenceSession
 
 CPU = "CPUExecutionProvider"
 
@@ -364,7 +364,7 @@ def test_tensorrts_engines_are_kept_by_the_weights(
 
     path = tmp_path / "m.onnx"
     for external in (1 << 30, 1000):
-        monkeypatch.setattr("zoo.onnx_export.EXTERNAL_BYTES", external)
+        monkeypatch.setattr("zoo.deployment.export.EXTERNAL_BYTES", external)
         export(model, path, inputs=splits.val)
         first = engines(path)
         assert Path(first).is_dir()

@@ -28,10 +28,10 @@ from torch.utils.data import (
 )
 
 from zoo.cli import main
-from zoo.engine import Engine
 from zoo.errors import ZooError
-from zoo.savepoints import HISTORY, SAVEPOINT
-from zoo.training import finetune
+from zoo.storage.checkpoints import HISTORY, SAVEPOINT
+from zoo.training.engine import Engine
+from zoo.training.finetuning import finetune
 
 EPOCHS = 16
 TRAIN = ["--arch", "cnet", "--data", "digits", "--size", "8", "--lr", "0.05"]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.cost import cost_model
 from zoo.errors import ZooError
-from zoo.pruning.known_groups import reference_groups
+from zoo.planning.solver import FLOOR, round_widths, scale_curve, solve
 from zoo.search.agents import AGENTS, agent
-from zoo.solver import FLOOR, round_widths, scale_curve, solve
+from zoo.spec.cost import cost_model
+from zoo.tracing.known_groups import reference_groups
 
 pytest.importorskip("gymnasium")
 pytest.importorskip("stable_baselines3")

@@ -13,25 +13,26 @@ from types import SimpleNamespace
 
 import pytest
 
-from zoo.artefacts import save_checkpoint
-from zoo.cost import cost_model
-from zoo.data import load_data
+from zoo.data.datasets import load_data
 from zoo.errors import DocumentError, FactorError, ZooError
 from zoo.models import build_model
-from zoo.profile import Profile
-from zoo.pruning.policies import POLICIES
-from zoo.recipes import Recipe
-from zoo.registry import stored_groups
+from zoo.planning.policies import POLICIES
+from zoo.registry.store import stored_groups
 from zoo.search import campaign
 from zoo.search.campaign import SearchConfig, search_profile
 from zoo.search.env import EnvSettings
-from zoo.search.evaluation import Evaluator, FineTuning
+from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined
+from zoo.search.fidelities import FineTuning
 from zoo.search.ledger import Ledger, merge, read
 from zoo.search.provenance import command_of
 from zoo.search.settings import parse_budget
 from zoo.search.tasks import Task, load_tasks, task_data
-from zoo.training import evaluate, finetune
+from zoo.spec.cost import cost_model
+from zoo.spec.profile import Profile
+from zoo.storage.artefacts import save_checkpoint
+from zoo.training.finetuning import evaluate, finetune
+from zoo.training.recipes import Recipe
 
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("sklearn")
@@ -40,7 +41,7 @@ pytest.importorskip("sklearn")
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zoo.search.evaluation.SGD_STEPS", 5)
+        patch.setattr("zoo.search.fidelities.SGD_STEPS", 5)
         yield
 
 
@@ -135,7 +136,7 @@ def test_a_rerun_replays_and_a_killed_run_goes_on(config, searched, monkeypatch)
         raise AssertionError("evaluated again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("zoo.search.evaluation.cut", nothing_new)
+        patch.setattr("zoo.search.fidelities.cut", nothing_new)
         assert search(again).kept == searched.kept
     assert path.read_text() == whole
     lines = whole.splitlines(keepends=True)
@@ -166,7 +167,7 @@ def test_what_other_runs_have_measured_is_not_measured_again(
     merge([config.out], tmp_path / "merged.parquet")
     own = dataclasses.replace(config, out=tmp_path / "own", known=(tmp_path / "merged.parquet",))
     with monkeypatch.context() as patch:
-        patch.setattr("zoo.search.evaluation.cut", None)
+        patch.setattr("zoo.search.fidelities.cut", None)
         assert search(own).kept == searched.kept
     rows, before = ({row.key: row for row in read([run.out])} for run in (own, config))
     assert rows == before

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from zoo.documents import decode, encode
+from zoo.common.documents import decode, encode
 from zoo.errors import ZooError
 from zoo.search.certificate import Certificate, certify, compare, holm, rank
 

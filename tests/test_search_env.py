@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.cost import Conditions, LatencyTable, LayerTimes, cost_model
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError, ZooError
-from zoo.groups import ChannelGroups, Group, Slot
+from zoo.planning.solver import FLOOR, round_widths, scale_curve, solve
 from zoo.search.reward import REWARDS, Outcome
 from zoo.search.tasks import Candidate, Task, plan_of
-from zoo.solver import FLOOR, round_widths, scale_curve, solve
+from zoo.spec.cost import Conditions, LatencyTable, LayerTimes, cost_model
+from zoo.spec.groups import ChannelGroups, Group, Slot
 
 gymnasium = pytest.importorskip("gymnasium")
 

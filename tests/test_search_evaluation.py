@@ -10,16 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
 from zoo.errors import ZooError
 from zoo.models import build_model
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.plan import kept_positions, make_plan
-from zoo.pruning.surgery import apply
-from zoo.recipes import Recipe
-from zoo.search import evaluation
-from zoo.search.evaluation import (
-    Evaluator,
+from zoo.search import fidelities
+from zoo.search.evaluation import Evaluator
+from zoo.search.fidelities import (
     FineTuning,
     Recalibration,
     live_features,
@@ -29,7 +25,11 @@ from zoo.search.evaluation import (
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import RandomlyMasked, train_under_masks
 from zoo.search.tasks import Candidate, Task, check_tasks, cut, make_task, plan_of, sample
-from zoo.training import finetune
+from zoo.spec.plan import kept_positions, make_plan
+from zoo.surgery.surgery import apply
+from zoo.tracing.graph import channel_groups
+from zoo.training.finetuning import finetune
+from zoo.training.recipes import Recipe
 
 
 def stripes(count: int, seed: int) -> ImageSet:
@@ -107,9 +107,9 @@ def test_recalibration_repairs_what_pruning_broke(name, request):
     broken, repaired = [], []
     for seed in range(4):
         module = cut(halved(task, seed))
-        broken.append(evaluation.evaluate(module, task.val).accuracy)
+        broken.append(fidelities.evaluate(module, task.val).accuracy)
         recalibrate(module, task.module, task.train)
-        repaired.append(evaluation.evaluate(module, task.val).accuracy)
+        repaired.append(fidelities.evaluate(module, task.val).accuracy)
     assert sum(repaired) > sum(broken)
     whole = Recalibration().measure(Candidate(task, task.groups.sizes, 0))
     assert whole == pytest.approx(task.base_accuracy, abs=0.05)
@@ -130,7 +130,7 @@ def test_batch_norm_statistics_are_those_of_the_calibration_images(resnet):
 
 
 def test_without_batch_norm_inputs_are_rescaled_by_what_their_producer_kept(cnet, monkeypatch):
-    monkeypatch.setattr(evaluation, "_small_steps", lambda *_: None)
+    monkeypatch.setattr(fidelities, "_small_steps", lambda *_: None)
     widths = (16, 8, 32, 16, 4, 16)
     plain, scaled = (cut(Candidate(cnet, widths, 1)) for _ in range(2))
     recalibrate(scaled, cnet.module, cnet.train)
@@ -225,7 +225,7 @@ def test_an_interrupted_fine_tune_leaves_no_row(cnet, monkeypatch):
 
     fidelity = FineTuning(Recipe(epochs=1, augment=False))
     assert 0 <= fidelity.measure(halved(cnet, 0)) <= 1
-    monkeypatch.setattr("zoo.engine.Engine.train", interrupted)
+    monkeypatch.setattr("zoo.training.engine.Engine.train", interrupted)
     ledger = Ledger()
     with pytest.raises(KeyboardInterrupt):
         Evaluator(ledger)([halved(cnet, 0)], fidelity)
@@ -236,7 +236,7 @@ def test_live_features_are_those_of_the_network_that_was_cut(resnet):
     candidate = halved(resnet, 4)
     module = recalibrated(candidate, 512)
     pruned = channel_groups(module, torch.zeros(1, 3, 8, 8))
-    direct = evaluation.layer_features(module, pruned, sample(resnet.val, 512))
+    direct = fidelities.layer_features(module, pruned, sample(resnet.val, 512))
     kept = plan_of(candidate).kept
     for group, live, own in zip(pruned.groups, live_features(candidate, 512), direct, strict=True):
         inside = list(kept[group.name])

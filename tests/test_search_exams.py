@@ -12,9 +12,9 @@ import pytest
 from test_search_campaign import base_networks
 
 from zoo.errors import ZooError
-from zoo.profile import Profile
 from zoo.search.campaign import SearchConfig, SearchInterrupted
 from zoo.search.ledger import read
+from zoo.spec.profile import Profile
 
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("sklearn")
@@ -66,7 +66,7 @@ def test_a_profile_is_bundled_with_the_figures_of_every_rival(config, registry, 
     shutil.rmtree(registry)
     registry.mkdir()
     with pytest.MonkeyPatch.context() as patch:  # again, from the ledgers alone
-        patch.setattr("zoo.search.evaluation.cut", None)
+        patch.setattr("zoo.search.fidelities.cut", None)
         examine.main(config)
     assert Profile.read(registry / "cnet" / "params-cf2.json") == profile
     assert capsys.readouterr().out == told
@@ -88,8 +88,8 @@ def test_an_interrupted_search_is_not_examined(config, registry, monkeypatch, tm
     def interrupted(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("zoo.search.evaluation.Recalibration.measure", interrupted)
-    monkeypatch.setattr("zoo.search.evaluation.FineTuning.measure", lambda *_: 0.5)
+    monkeypatch.setattr("zoo.search.fidelities.Recalibration.measure", interrupted)
+    monkeypatch.setattr("zoo.search.fidelities.FineTuning.measure", lambda *_: 0.5)
     search = dataclasses.replace(config.search, out=tmp_path / "run", agent="random", std=0.3)
     with pytest.raises(SearchInterrupted):
         examine.main(dataclasses.replace(config, search=search))

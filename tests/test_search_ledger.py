@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from zoo.documents import encode
+from zoo.common.documents import encode
 from zoo.errors import DocumentError, ZooError
 from zoo.search.ledger import FILE, Key, Ledger, Row, merge, read
 

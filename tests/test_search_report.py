@@ -11,13 +11,13 @@ from PIL import Image
 from rich.console import Console
 
 import zoo
-from zoo import plots
-from zoo.cost import CostModel, CostTerm
+from zoo.common import plots
 from zoo.errors import ZooError
-from zoo.profile import Profile, Provenance, Reference
 from zoo.search.ledger import Key, Ledger, Row
 from zoo.search.report import write_report
 from zoo.search.summary import ledger_report, plot_ledger, summarise
+from zoo.spec.cost import CostModel, CostTerm
+from zoo.spec.profile import Profile, Provenance, Reference
 
 REGISTRY = Path(__file__).parent.parent / "registry"
 MODEL = CostModel((10, 20), (CostTerm((0,), 3, 300), CostTerm((0, 1), 9, 9)))
@@ -293,7 +293,7 @@ def test_factors_are_not_mixed(tmp_path):
 
 def test_without_matplotlib_there_is_a_report_that_says_so(tmp_path, monkeypatch):
     monkeypatch.delattr(zoo, "plots")
-    monkeypatch.delitem(sys.modules, "zoo.plots")
+    monkeypatch.delitem(sys.modules, "zoo.common.plots")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write_report(tmp_path, [profile()], EPISODES, ROWS, MODEL, {})
     text = path.read_text()

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from zoo.data import ImageSet
+from zoo.data.datasets import ImageSet
 from zoo.errors import ZooError
 from zoo.models import build_model
-from zoo.pruning.graph import channel_groups
-from zoo.recipes import Recipe
-from zoo.search.evaluation import Evaluator, FineTuning, Recalibration
+from zoo.search.evaluation import Evaluator
+from zoo.search.fidelities import FineTuning, Recalibration
 from zoo.search.ledger import Ledger
 from zoo.search.tasks import Candidate, Task
 from zoo.search.workers import InProcess, Pool, Processes, pool_of
+from zoo.tracing.graph import channel_groups
+from zoo.training.recipes import Recipe
 
 
 def noise(classes: int = 4) -> ImageSet:

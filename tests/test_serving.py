@@ -20,8 +20,8 @@ import pytest
 from learnt import halves, trained
 from PIL import Image
 
-from zoo.onnx_export import export
-from zoo.runtime import InferenceSession
+from zoo.deployment.export import export
+from zoo.deployment.runtime import InferenceSession
 
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")

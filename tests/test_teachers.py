@@ -12,12 +12,12 @@ from test_training import QUICK, network, same, weights
 from torch import nn
 
 import zoo
-from zoo.artefacts import save_checkpoint
 from zoo.cli import main
 from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.models import build_model
-from zoo.teachers import find_teacher, source_network
-from zoo.training import finetune
+from zoo.storage.artefacts import save_checkpoint
+from zoo.training.finetuning import finetune
+from zoo.training.teachers import find_teacher, source_network
 
 ONCE = replace(QUICK, epochs=1, batch_size=32)
 

@@ -9,8 +9,8 @@ import torch
 from helpers import planned, traced
 from rival import cut
 
-from zoo.pruning import surgery
-from zoo.pruning.surgery import named_tensors
+from zoo.surgery import surgery
+from zoo.surgery.surgery import named_tensors
 
 AGREEING = (
     "resnet20-16",

@@ -18,16 +18,16 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import zoo
-from zoo import registry
-from zoo.dense import Uninitialised
 from zoo.models import ARCHITECTURES, STORED, architecture, build_model
-from zoo.pruning import dependencies, known_groups
-from zoo.pruning.dependencies import trace_key
-from zoo.pruning.fingerprint import fingerprint
-from zoo.pruning.graph import channel_groups
-from zoo.pruning.known_groups import traced_groups
-from zoo.pruning.surgery import named_tensors
-from zoo.registry import stored_groups
+from zoo.registry import store as registry
+from zoo.registry.store import stored_groups
+from zoo.storage.dense import Uninitialised
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing import dependencies, known_groups
+from zoo.tracing.dependencies import trace_key
+from zoo.tracing.fingerprint import fingerprint
+from zoo.tracing.graph import channel_groups
+from zoo.tracing.known_groups import traced_groups
 
 SAMPLE = ("cnet", "resnet20-16", "resnet20", "torchvision:mobilenet_v3_small", "timm:resnet18")
 
@@ -287,7 +287,7 @@ def test_a_key_is_the_same_in_another_process(net: nn.Module, tmp_path: Path) ->
         "import sys, torch",
         f"sys.path.insert(0, {str(tmp_path / 'code')!r})",
         "from net import Net",
-        "from zoo.pruning.dependencies import trace_key",
+        "from zoo.tracing.dependencies import trace_key",
         "print(trace_key(Net(), torch.zeros(1, 3, 8, 8)))",
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

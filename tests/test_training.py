@@ -12,12 +12,12 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import TensorDataset
 
-from zoo import engine, training
-from zoo.batches import DeviceLoader
-from zoo.data import ImageSet
+from zoo.data.batches import DeviceLoader
+from zoo.data.datasets import ImageSet
 from zoo.errors import DivergenceError, ZooError
-from zoo.recipes import RECIPES, Recipe
-from zoo.training import evaluate, finetune
+from zoo.training import finetuning as training
+from zoo.training.finetuning import engine, evaluate, finetune
+from zoo.training.recipes import RECIPES, Recipe
 
 QUICK = Recipe(epochs=3, batch_size=16, lr=0.05)
 
@@ -86,7 +86,7 @@ def test_the_best_weights_are_kept_though_later_epochs_are_worse(toy_images, mon
 def test_without_validation_nothing_is_measured_and_the_last_weights_stay(toy_images, monkeypatch):
     measured, unmeasured = network(), network()
     finetune(measured, toy_images, toy_images, recipe=QUICK)
-    monkeypatch.setattr("zoo.training.evaluate", None)
+    monkeypatch.setattr("zoo.training.finetuning.evaluate", None)
     result = finetune(unmeasured, toy_images, None, recipe=QUICK)
     assert (result.initial, result.accuracy, result.epoch) == (None, None, QUICK.epochs)
     assert [record.accuracy for record in result.history] == [None] * QUICK.epochs

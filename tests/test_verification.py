@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import zoo
 from zoo import loading
 from zoo.errors import GraphError
-from zoo.pruning import check, verification
-from zoo.pruning.graph import analyse
+from zoo.tracing import check, verification
+from zoo.tracing.graph import analyse
 
 WRONG = "computes something else than with zeros in place of the channels"
 

@@ -14,20 +14,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zoo.data import load_data
-    from zoo.deployment import BenchmarkOptions, ExportOptions
+    from zoo.common.strides import UnitStrides
+    from zoo.data.datasets import load_data
+    from zoo.deployment.export import export
+    from zoo.deployment.measurement import benchmark, compare
+    from zoo.deployment.options import BenchmarkOptions, ExportOptions
+    from zoo.deployment.runtime import InferenceSession
     from zoo.errors import ZooError
     from zoo.iterative import Schedule, prune_iteratively
     from zoo.loading import create_model, load, load_pruned, plan, prune, save
-    from zoo.measurement import benchmark, compare
-    from zoo.onnx_export import export
-    from zoo.profile import Profile
-    from zoo.recipes import RECIPES, Recipe
-    from zoo.registry import get_profile, list_profiles
-    from zoo.runtime import InferenceSession
+    from zoo.registry.store import get_profile, list_profiles
     from zoo.search.campaign import SearchConfig, search_profile
-    from zoo.strides import UnitStrides
-    from zoo.training import evaluate, finetune
+    from zoo.spec.profile import Profile
+    from zoo.training.finetuning import evaluate, finetune
+    from zoo.training.recipes import RECIPES, Recipe
 
 __all__ = [
     "RECIPES",
@@ -59,20 +59,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "zoo.data": ("load_data",),
-    "zoo.deployment": ("BenchmarkOptions", "ExportOptions"),
+    "zoo.data.datasets": ("load_data",),
+    "zoo.deployment.options": ("BenchmarkOptions", "ExportOptions"),
     "zoo.errors": ("ZooError",),
     "zoo.iterative": ("Schedule", "prune_iteratively"),
     "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
-    "zoo.measurement": ("benchmark", "compare"),
-    "zoo.onnx_export": ("export",),
-    "zoo.profile": ("Profile",),
-    "zoo.recipes": ("RECIPES", "Recipe"),
-    "zoo.registry": ("get_profile", "list_profiles"),
-    "zoo.runtime": ("InferenceSession",),
+    "zoo.deployment.measurement": ("benchmark", "compare"),
+    "zoo.deployment.export": ("export",),
+    "zoo.spec.profile": ("Profile",),
+    "zoo.training.recipes": ("RECIPES", "Recipe"),
+    "zoo.registry.store": ("get_profile", "list_profiles"),
+    "zoo.deployment.runtime": ("InferenceSession",),
     "zoo.search.campaign": ("SearchConfig", "search_profile"),
-    "zoo.strides": ("UnitStrides",),
-    "zoo.training": ("evaluate", "finetune"),
+    "zoo.common.strides": ("UnitStrides",),
+    "zoo.training.finetuning": ("evaluate", "finetune"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,21 +9,21 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.cost import CostModel, cost_model
+from zoo.criteria.scores import CRITERIA, channel_scores, labelled_batches
+from zoo.criteria.weight_scores import Scores
 from zoo.errors import DataError, ZooError, integer
-from zoo.groups import ChannelGroups, Slot
-from zoo.latency import latency_table
 from zoo.loading import Weights, load, prune
-from zoo.planning import Request, plan_of, planned, request
-from zoo.profile import Profile
-from zoo.pruning.criteria import CRITERIA, channel_scores, labelled_batches
-from zoo.pruning.known_groups import groups_of, traced_groups
-from zoo.pruning.plan import Plan, PruningRecord, kept_positions
-from zoo.pruning.surgery import apply
-from zoo.pruning.weight_scores import Scores
-from zoo.recipes import Recipe, read_recipe
-from zoo.solver import solve
-from zoo.training import TrainResult, finetune
+from zoo.planning.latency import latency_table
+from zoo.planning.request import Request, plan_of, planned, request
+from zoo.planning.solver import solve
+from zoo.spec.cost import CostModel, cost_model
+from zoo.spec.groups import ChannelGroups, Slot
+from zoo.spec.plan import Plan, PruningRecord, kept_positions
+from zoo.spec.profile import Profile
+from zoo.surgery.surgery import apply
+from zoo.tracing.known_groups import groups_of, traced_groups
+from zoo.training.finetuning import TrainResult, finetune
+from zoo.training.recipes import Recipe, read_recipe
 
 __all__ = ["IterativeResult", "IterativeStep", "Schedule", "prune_iteratively"]
 

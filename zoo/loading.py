@@ -12,27 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo import hub
-from zoo.artefacts import MODEL, read_model, write_model
-from zoo.calls import Inputs, call, checked_inputs, described, leaves, mapped
-from zoo.checkpoints import RECORD
-from zoo.dense import load_dense
+from zoo.common.seeding import seeded
+from zoo.common.sizes import Size
 from zoo.errors import GraphError, ZooError, first_line, unknown
-from zoo.groups import ChannelGroups
 from zoo.models import architecture, build_model
-from zoo.planning import Request, planned, request
-from zoo.profile import Profile
-from zoo.pruning import surgery
-from zoo.pruning.graph import analyse
-from zoo.pruning.known_groups import groups_of, traced_groups
-from zoo.pruning.plan import Plan, PruningRecord, Source
-from zoo.pruning.program import Program
-from zoo.pruning.rewriting import rewritten
-from zoo.pruning.surgery import evaluating, named_tensors
-from zoo.pruning.tracing import check_prunable
-from zoo.pruning.verification import verify as verified
-from zoo.seeding import seeded
-from zoo.sizes import Size
+from zoo.planning.request import Request, planned, request
+from zoo.registry import hub
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan, PruningRecord, Source
+from zoo.spec.profile import Profile
+from zoo.storage.artefacts import MODEL, read_model, write_model
+from zoo.storage.checkpoints import RECORD
+from zoo.storage.dense import load_dense
+from zoo.surgery import surgery
+from zoo.surgery.surgery import evaluating, named_tensors
+from zoo.tracing.calls import Inputs, call, checked_inputs, described, leaves, mapped
+from zoo.tracing.exporting import check_prunable
+from zoo.tracing.graph import analyse
+from zoo.tracing.known_groups import groups_of, traced_groups
+from zoo.tracing.program import Program
+from zoo.tracing.rewriting import rewritten
+from zoo.tracing.verification import verify as verified
 
 __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
 

@@ -11,14 +11,14 @@ from tyro.conf import Positional, arg
 
 import zoo
 from zoo.commands.shared import SIZE, Metric, read_network
-from zoo.deployment import BenchmarkOptions, ExportOptions
+from zoo.common.sizes import Size, sides, spelled
+from zoo.deployment.options import BenchmarkOptions, ExportOptions
 from zoo.errors import ZooError
-from zoo.sizes import Size, sides, spelled
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from zoo.onnx_export import ExportResult
+    from zoo.deployment.export import ExportResult
 
 __all__ = [
     "BenchmarkCommand",
@@ -54,7 +54,7 @@ class ExportCommand(ExportOptions):
 def export(command: ExportCommand) -> None:
     import torch
 
-    from zoo.calls import image_channels
+    from zoo.tracing.calls import image_channels
 
     network = read_network(command.network, command.arch, command.size)
     images = None
@@ -99,9 +99,9 @@ class BenchmarkCommand(BenchmarkOptions):
 
 
 def benchmark(command: BenchmarkCommand) -> None:
-    from zoo.measurement import machine
+    from zoo.commands.rendering import benchmark_table, print_tables
+    from zoo.deployment.measurement import machine
     from zoo.models import build_model
-    from zoo.rendering import benchmark_table, print_tables
 
     pruned = zoo.load_pruned(command.folder)
     record: Any = pruned.pruning
@@ -143,9 +143,9 @@ class CompareCommand(BenchmarkOptions):
 def compare(command: CompareCommand) -> None:
     import torch
 
-    from zoo.calls import image_channels
-    from zoo.measurement import machine
-    from zoo.rendering import comparison_table, print_tables
+    from zoo.commands.rendering import comparison_table, print_tables
+    from zoo.deployment.measurement import machine
+    from zoo.tracing.calls import image_channels
 
     if not command.networks:
         raise ZooError("Compare which networks? Name at least one.")
@@ -174,7 +174,7 @@ def compare(command: CompareCommand) -> None:
 
 def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], Size]:
     """One network as it is (`dense`) and as the profiles prune it, and its image size."""
-    from zoo.dense import load_dense
+    from zoo.storage.dense import load_dense
 
     if command.arch is None:
         raise ZooError("Profiles of which architecture? Add --arch.")

@@ -14,15 +14,15 @@ from tyro.conf import Positional, arg
 
 import zoo
 from zoo.commands.shared import INTERRUPTED, SIZE, Metric, read_network
+from zoo.common.sizes import Size, spelled
 from zoo.errors import ZooError
-from zoo.sizes import Size, spelled
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from zoo.data import Splits
-    from zoo.recipes import Recipe
-    from zoo.training import TrainResult
+    from zoo.data.datasets import Splits
+    from zoo.training.finetuning import TrainResult
+    from zoo.training.recipes import Recipe
 
 __all__ = [
     "EvaluateCommand",
@@ -71,7 +71,7 @@ class TrainCommand(_Training):
 
 
 def train(command: TrainCommand) -> int | None:
-    from zoo.artefacts import save_checkpoint
+    from zoo.storage.artefacts import save_checkpoint
 
     recipe = _recipe(command)
     if command.out.is_dir():
@@ -149,8 +149,8 @@ class PruneCommand:
 
 
 def prune(command: PruneCommand) -> None:
-    from zoo.dense import load_dense
-    from zoo.rendering import pruning_summary
+    from zoo.commands.rendering import pruning_summary
+    from zoo.storage.dense import load_dense
 
     images = None
     if command.data is not None:
@@ -200,8 +200,8 @@ class FinetuneCommand(_Training):
 
 
 def finetune(command: FinetuneCommand) -> int | None:
-    from zoo.artefacts import check_place
-    from zoo.dense import load_dense
+    from zoo.storage.artefacts import check_place
+    from zoo.storage.dense import load_dense
 
     recipe = _recipe(command)
     model = zoo.load_pruned(command.folder)
@@ -252,7 +252,7 @@ def evaluate(command: EvaluateCommand) -> None:
 
 
 def _recipe(command: _Training) -> Recipe:
-    from zoo.recipes import read_recipe
+    from zoo.training.recipes import read_recipe
 
     given = {"epochs": command.epochs, "lr": command.lr}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
@@ -303,13 +303,13 @@ def _report_training(
     result: TrainResult, test: float, recipe: Recipe, out: Path, folder: Path
 ) -> int | None:
     """What the training did, and its curves beside its history in `folder`."""
-    from zoo.rendering import training_summary
-    from zoo.savepoints import discard
+    from zoo.commands.rendering import training_summary
+    from zoo.training.savepoints import discard
 
     print(training_summary(result, test, recipe.epochs))
     print(f"Wrote {out}")
     if result.history and importlib.util.find_spec("matplotlib"):
-        from zoo import plots
+        from zoo.common import plots
 
         plots.save(plots.training_curves(result.history), folder / "history.png")
     if result.interrupted:

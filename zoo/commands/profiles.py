@@ -27,8 +27,8 @@ class ListCommand:
 
 
 def list_profiles(command: ListCommand) -> None:
-    from zoo.registry import list_architectures
-    from zoo.rendering import print_policies, print_profiles
+    from zoo.commands.rendering import print_policies, print_profiles
+    from zoo.registry.store import list_architectures
 
     entries = zoo.list_profiles(arch=command.arch, metric=command.metric, source=command.source)
     print_profiles(entries, command.arch)
@@ -50,8 +50,8 @@ class ShowCommand:
 
 
 def show(command: ShowCommand) -> None:
-    from zoo.registry import find_profile
-    from zoo.rendering import print_profile
+    from zoo.commands.rendering import print_profile
+    from zoo.registry.store import find_profile
 
     arch = None
     if command.cf is not None:

@@ -19,7 +19,7 @@ class SearchCommand:
 
 
 def search(command: Any) -> int | None:
-    from zoo.rendering import headline
+    from zoo.commands.rendering import headline
     from zoo.search.campaign import SearchInterrupted, search_profile
 
     code = None
@@ -51,7 +51,7 @@ class LedgerCommand:
 
 
 def ledger(command: LedgerCommand) -> None:
-    from zoo.rendering import print_tables
+    from zoo.commands.rendering import print_tables
     from zoo.search.summary import ledger_report, plot_ledger
 
     print_tables(

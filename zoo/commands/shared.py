@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from tyro.constructors import PrimitiveConstructorSpec
 
 import zoo
+from zoo.common.sizes import Size, parsed_size, spelled
 from zoo.errors import ZooError
-from zoo.sizes import Size, parsed_size, spelled
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,8 +41,8 @@ class Network(NamedTuple):
 
 def read_network(path: str, arch: str | None, size: Size | None) -> Network:
     """A pruned network from its folder, or a dense one from its checkpoint."""
-    from zoo.checkpoints import read_checkpoint
-    from zoo.dense import load_dense
+    from zoo.storage.checkpoints import read_checkpoint
+    from zoo.storage.dense import load_dense
 
     if Path(path).is_dir():
         model = zoo.load_pruned(path)

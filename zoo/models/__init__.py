@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from zoo.common.seeding import seeded
+from zoo.common.sizes import Size, checked_size, resolution
 from zoo.errors import CheckpointError, ZooError, integer, unknown
 from zoo.models.cnet import CNet
 from zoo.models.mobilenet import ProjectedMobileNetV2, small_stem_mobilenet_v2
 from zoo.models.resnet import ResNet, Shortcut, small_stem_resnet
 from zoo.models.stem import RGB, take_channels
 from zoo.models.vgg import VGG
-from zoo.seeding import seeded
-from zoo.sizes import Size, checked_size, resolution
 
 __all__ = ["ARCHITECTURES", "STORED", "Architecture", "architecture", "build_model"]
 

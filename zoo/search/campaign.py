@@ -10,23 +10,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import zip_longest
 
-from zoo.cost import CostModel
-from zoo.documents import read_json, write_json
+from zoo.common.documents import read_json, write_json
 from zoo.errors import FactorError, ZooError
-from zoo.groups import ChannelGroups
-from zoo.profile import Profile
-from zoo.pruning.known_groups import reference_groups
-from zoo.pruning.policies import POLICIES, policy_solution
+from zoo.planning.policies import POLICIES, policy_solution
+from zoo.planning.solver import scale_curve, solve
 from zoo.search.agents import Episode
 from zoo.search.env import PruningEnv
-from zoo.search.evaluation import Evaluator, Fidelity, FineTuning, Recalibration, live_features
+from zoo.search.evaluation import Evaluator
+from zoo.search.fidelities import Fidelity, FineTuning, Recalibration, live_features
 from zoo.search.gate import RANKED
 from zoo.search.ledger import FILE, Ledger, read
 from zoo.search.provenance import Found, as_first_found, profile_of
 from zoo.search.settings import SearchConfig, cost_of, parse_budget, pool_for, trainer_of
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say
 from zoo.search.vector_env import PruningVectorEnv
-from zoo.solver import scale_curve, solve
+from zoo.spec.cost import CostModel
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.profile import Profile
+from zoo.tracing.known_groups import reference_groups
 
 __all__ = ["SearchConfig", "SearchInterrupted", "search_profile"]
 

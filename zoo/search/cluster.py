@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from zoo.errors import ZooError
-from zoo.search.evaluation import Fidelity
+from zoo.search.fidelities import Fidelity
 from zoo.search.tasks import Candidate, Task
 from zoo.search.workers import Result, measured
 

@@ -18,15 +18,15 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.cost import CostModel, cost_model
+from zoo.criteria.scores import random_scores
 from zoo.errors import ZooError, unknown
-from zoo.groups import ChannelGroups
-from zoo.pruning.criteria import random_scores
+from zoo.planning.solver import FLOOR, Solution, round_widths, scale_curve, solve
 from zoo.search.evaluation import Evaluate
 from zoo.search.observation import VIEWS, describe, observe
 from zoo.search.reward import REWARDS, Outcome
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, check_tasks
-from zoo.solver import FLOOR, Solution, round_widths, scale_curve, solve
+from zoo.spec.cost import CostModel, cost_model
+from zoo.spec.groups import ChannelGroups
 
 try:
     import gymnasium

@@ -6,12 +6,13 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 
-from zoo.cost import CostModel
-from zoo.data import ImageSet
-from zoo.profile import Evidence
-from zoo.search.evaluation import Evaluator, FineTuning, Recalibration
+from zoo.data.datasets import ImageSet
+from zoo.search.evaluation import Evaluator
+from zoo.search.fidelities import FineTuning, Recalibration
 from zoo.search.tasks import Candidate, Task
-from zoo.training import evaluate
+from zoo.spec.cost import CostModel
+from zoo.spec.profile import Evidence
+from zoo.training.finetuning import evaluate
 
 __all__ = ["evidence", "examined"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.documents import SCHEMA_VERSION, decode, encode, replacing
+from zoo.common.documents import SCHEMA_VERSION, decode, encode, replacing
 from zoo.errors import DocumentError, ZooError, unknown
 
 try:

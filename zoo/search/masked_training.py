@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from zoo.data import ImageSet
-from zoo.groups import ChannelGroups
-from zoo.pruning.plan import kept_positions
-from zoo.pruning.surgery import named_tensors
-from zoo.recipes import Recipe
-from zoo.search.evaluation import recalibrate
+from zoo.data.datasets import ImageSet
+from zoo.planning.solver import round_widths
+from zoo.search.fidelities import recalibrate
 from zoo.search.tasks import sample
-from zoo.solver import round_widths
-from zoo.training import finetune
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import kept_positions
+from zoo.surgery.surgery import named_tensors
+from zoo.training.finetuning import finetune
+from zoo.training.recipes import Recipe
 
 __all__ = ["train_under_masks"]
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from zoo.cost import CostModel
+from zoo.spec.cost import CostModel
 
 __all__ = ["QUANTILES", "VIEWS", "describe", "observe", "pad", "summarise"]
 

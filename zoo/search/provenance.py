@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zoo.errors import DocumentError
-from zoo.groups import ChannelGroups
 from zoo.models import architecture
-from zoo.profile import Profile, Provenance, Reference
 from zoo.search.tasks import Task
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.profile import Profile, Provenance, Reference
 
 if TYPE_CHECKING:
     from zoo.search.settings import SearchConfig

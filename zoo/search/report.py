@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.cost import CostModel
-from zoo.documents import write_text
+from zoo.common.documents import write_text
 from zoo.errors import ZooError
-from zoo.profile import Profile
 from zoo.search.ledger import Row
 from zoo.search.summary import (
     Sheet,
@@ -23,6 +21,8 @@ from zoo.search.summary import (
     markdown,
     summarise,
 )
+from zoo.spec.cost import CostModel
+from zoo.spec.profile import Profile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,13 +101,13 @@ def _facts(profile: Profile, model: CostModel) -> str:
 
 
 def _rewards(episodes: Episodes, cf: float) -> Figure:
-    from zoo import plots
+    from zoo.common import plots
 
     return plots.reward_curve([info["reward"] for info in episodes if info["cf"] == cf])
 
 
 def _keep_ratios(profiles: Sequence[Profile]) -> Figure:
-    from zoo import plots
+    from zoo.common import plots
 
     return plots.keep_ratios({profile.name: profile.keep_ratios for profile in profiles})
 
@@ -141,7 +141,7 @@ def _episode_sheet(episodes: Episodes) -> Sheet:
 def _plot(path: Path, draw: Callable[[], Figure]) -> str:
     """The image in Markdown, or why it was left out."""
     try:
-        from zoo import plots
+        from zoo.common import plots
 
         plots.save(draw(), path)
     except ZooError as error:

@@ -16,11 +16,11 @@ from typing import Literal
 
 import torch
 
-from zoo.cost import cost_model
-from zoo.documents import decode, encode
+from zoo.common.documents import decode, encode
 from zoo.errors import DocumentError
 from zoo.models import architecture
-from zoo.pruning.known_groups import reference_groups
+from zoo.spec.cost import cost_model
+from zoo.tracing.known_groups import reference_groups
 
 __all__ = [
     "Job",

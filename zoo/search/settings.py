@@ -11,15 +11,15 @@ from typing import Annotated, Any
 
 from tyro.conf import OmitArgPrefixes
 
-from zoo.cost import CostModel, cost_model
 from zoo.errors import ZooError, integer
-from zoo.groups import ChannelGroups
-from zoo.latency import latency_table
 from zoo.models import architecture, build_model
+from zoo.planning.latency import latency_table
 from zoo.search.agents import Episode, agent
 from zoo.search.env import EnvSettings
 from zoo.search.tasks import device
 from zoo.search.workers import Pool, pool_of
+from zoo.spec.cost import CostModel, cost_model
+from zoo.spec.groups import ChannelGroups
 
 __all__ = ["SearchConfig", "cost_of", "parse_budget", "pool_for", "trainer_of"]
 

@@ -9,25 +9,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.artefacts import save_checkpoint
-from zoo.cost import CostModel, cost_model
-from zoo.data import Splits, load_data
-from zoo.documents import write_json
+from zoo.common.documents import write_json
+from zoo.data.datasets import Splits, load_data
 from zoo.errors import FactorError, ZooError
 from zoo.loading import create_model
-from zoo.profile import Profile
-from zoo.pruning.known_groups import reference_groups
-from zoo.pruning.policies import policy_solution
-from zoo.recipes import Recipe
+from zoo.planning.policies import policy_solution
 from zoo.search.campaign import search_profile
 from zoo.search.env import EnvSettings
-from zoo.search.evaluation import Evaluator, FineTuning, Recalibration
+from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined
+from zoo.search.fidelities import FineTuning, Recalibration
 from zoo.search.ledger import FILE, Ledger, read
 from zoo.search.schedule import Job
 from zoo.search.settings import SearchConfig
 from zoo.search.tasks import Candidate, Task, load_task
-from zoo.training import evaluate, finetune
+from zoo.spec.cost import CostModel, cost_model
+from zoo.spec.profile import Profile
+from zoo.storage.artefacts import save_checkpoint
+from zoo.tracing.known_groups import reference_groups
+from zoo.training.finetuning import evaluate, finetune
+from zoo.training.recipes import Recipe
 
 __all__ = ["BASE", "ROWS", "Workshop", "perform"]
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from zoo.cost import CostModel, cost_model
 from zoo.errors import ZooError, integer
-from zoo.profile import METRICS, Profile
-from zoo.registry import get_profile, list_profiles
+from zoo.registry.store import get_profile, list_profiles
 from zoo.search.agents import AGENTS
 from zoo.search.ledger import Key, Row, read
+from zoo.spec.cost import CostModel, cost_model
+from zoo.spec.profile import METRICS, Profile
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,7 +202,7 @@ def plot_ledger(
         DocumentError, ZooError: as `ledger_report`; for no `arch`, a metric without costs, another
             suffix than .png and .svg, or a missing extra.
     """
-    from zoo import plots
+    from zoo.common import plots
 
     rows = _rows(paths)
     model = _costs(arch, rows)
@@ -220,7 +220,7 @@ def _rows(paths: Sequence[Path]) -> list[Row]:
 
 def _costs(arch: str | None, rows: Iterable[Row]) -> CostModel:
     """The costs of an architecture, if all `rows` can be of it."""
-    from zoo.pruning.known_groups import reference_groups  # imports torch
+    from zoo.tracing.known_groups import reference_groups  # imports torch
 
     if arch is None:
         raise ZooError("Factors need the architecture, which a ledger does not say: name it.")
@@ -251,7 +251,7 @@ def figure_4(
 
     `searched` profiles stand out where they were measured again, not by what made them chosen.
     """
-    from zoo import plots
+    from zoo.common import plots
 
     model.factor(model.sizes, metric)  # refuses a metric that has no costs
     kept = {tuple(profile.kept.values()) for profile in searched}

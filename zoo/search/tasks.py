@@ -17,16 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from zoo.batches import DeviceLoader
-from zoo.data import DATASETS, ImageSet, Splits, load_data
-from zoo.dense import load_dense
+from zoo.criteria.scores import random_scores, taylor_features
+from zoo.data.batches import DeviceLoader
+from zoo.data.datasets import DATASETS, ImageSet, Splits, load_data
 from zoo.errors import ZooError
-from zoo.groups import ChannelGroups
-from zoo.pruning.criteria import random_scores, taylor_features
-from zoo.pruning.known_groups import reference_groups
-from zoo.pruning.plan import Plan, make_plan
-from zoo.pruning.surgery import apply, named_tensors
-from zoo.training import evaluate
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan, make_plan
+from zoo.storage.dense import load_dense
+from zoo.surgery.surgery import apply, named_tensors
+from zoo.tracing.known_groups import reference_groups
+from zoo.training.finetuning import evaluate
 
 __all__ = [
     "CRITERION",
@@ -161,7 +161,7 @@ def load_tasks(
     Args:
         arch: the architecture of every base network.
         tasks: references, `CHECKPOINT@DATA`, or `CHECKPOINT` on the data set `data`.
-        data, data_dir, size: as in `zoo.data.load_data`.
+        data, data_dir, size: as in `zoo.data.datasets.load_data`.
 
     Raises:
         CheckpointError, DataError: when a checkpoint or the data cannot be read.

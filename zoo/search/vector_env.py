@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError, integer
+from zoo.planning.solver import FLOOR
 from zoo.search.env import PruningEnv, keep_ratio
-from zoo.solver import FLOOR
 
 try:
     from gymnasium.vector import AutoresetMode, VectorEnv

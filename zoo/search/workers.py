@@ -20,7 +20,7 @@ from zoo.errors import ZooError
 from zoo.search.tasks import Candidate, Task
 
 if TYPE_CHECKING:
-    from zoo.search.evaluation import Fidelity
+    from zoo.search.fidelities import Fidelity
 
 __all__ = ["InProcess", "Pool", "Processes", "Result", "measured", "pool_of"]
 

@@ -19,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.errors import ZooError
+from zoo.planning.solver import FLOOR
 from zoo.search.agents import Episode
 from zoo.search.vector_env import PruningVectorEnv, play
-from zoo.solver import FLOOR
 
 __all__ = [
     "Method",

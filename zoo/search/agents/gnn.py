@@ -30,11 +30,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.distributions import Normal
 
+from zoo.common.seeding import seeded
+from zoo.planning.solver import FLOOR, round_widths
 from zoo.search.agents import Episode
 from zoo.search.agents.graphs import NODE_FEATURES, OPERATION_FEATURES, Architecture, Graphs
 from zoo.search.vector_env import PruningVectorEnv, play
-from zoo.seeding import seeded
-from zoo.solver import FLOOR, round_widths
 
 __all__ = ["Actor", "Critic", "GNNSettings", "GraphEncoder", "train_gnn"]
 

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from zoo.cost import Extent, cost_model, extents
-from zoo.groups import ChannelGroups
+from zoo.spec.cost import Extent, cost_model, extents
+from zoo.spec.groups import ChannelGroups
 
 __all__ = ["NODE_FEATURES", "OPERATION_FEATURES", "Architecture", "Graphs"]
 

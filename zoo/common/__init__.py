@@ -1,0 +1,1 @@
+"""What every room uses: documents on disk, seeds, sizes, plots. It knows nothing of pruning."""

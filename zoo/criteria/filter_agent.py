@@ -1,0 +1,176 @@
+"""The criterion `reinforce`: an agent that reads the filters and learns which to keep, by trial.
+
+Huang et al., 2018, "Learning to prune filters in convolutional neural networks".
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Bernoulli
+
+from zoo.common.seeding import seeded
+from zoo.criteria.data_scores import Batches
+from zoo.criteria.weight_scores import Scores, along
+from zoo.data.batches import check_labels
+from zoo.errors import ZooError, integer
+from zoo.spec.groups import ChannelGroups, Group
+from zoo.surgery.surgery import named_tensors
+
+__all__ = ["FilterAgent", "reinforce_scores"]
+
+
+@dataclass(frozen=True)
+class FilterAgent:
+    """How the agents of `reinforce_scores` learn: groups · updates · samples forward passes."""
+
+    updates: int = 100
+    """most updates of each agent; fewer when it has converged before"""
+    samples: int = 6
+    """decisions that are tried for an update"""
+    images: int = 64
+    """on which the accuracy is measured each time, at most"""
+    bound: float = 0.2
+    """drop of accuracy from which on pruning is punished"""
+    start: float = 0.7
+    """keep probability of every channel before the first update, about"""
+    learning_rate: float = 0.16
+    """of gradient descent; divided by the number of channels, with which the gradient grows"""
+    certainty: float = 0.98
+    """an agent has converged when so sure, on average, of the likelier decision on a channel"""
+
+    def __post_init__(self) -> None:
+        integer("samples", self.samples, 2)
+
+
+def reinforce_scores(
+    module: nn.Module,
+    groups: ChannelGroups,
+    seed: int,
+    batches: Batches,
+    settings: FilterAgent | None = None,
+) -> Scores:
+    """The keep probabilities that a policy network per channel group learns by REINFORCE.
+
+    As in the paper, each agent sees the filters that produce its group's channels, and decides on
+    them alone: the rest of the network is whole. Each update draws some decisions, masks what they
+    give up, and rewards (b - (A - A')) / b · log(N / C), A and A' being the accuracies of the whole
+    and the masked network on one batch, b the bound on their difference, and C of N channels kept.
+
+    Unlike there, the policy network is two dense layers over a dense reading of each filter, no
+    convolution, because the order of filters means nothing; no network is fine-tuned before it is
+    rewarded, which is why b is larger; and nothing is cut between one group and the next.
+
+    Args:
+        module: the network, not edited; a copy is evaluated in eval mode.
+        groups: its channel groups.
+        seed: of the policy networks and the decisions.
+        batches: (images, labels) on the module's device, tried in turn.
+        settings: how to learn.
+
+    Raises:
+        DataError: when a label does not fit the network's outputs.
+        ZooError: when there are no batches.
+    """
+    settings = settings or FilterAgent()
+    batches = [
+        part
+        for images, labels in batches
+        for part in zip(images.split(settings.images), labels.split(settings.images), strict=True)
+    ]
+    if not batches:
+        raise ZooError("The criterion 'reinforce' needs data, and there are no batches.")
+    network = copy.deepcopy(module).eval().requires_grad_(False)
+    whole = [_accuracy(network, *batch) for batch in batches]
+    scores = []
+    for group in groups.groups:
+        with seeded(seed):
+            trials = itertools.cycle(zip(batches, whole, strict=True))
+            scores.append(_learn(network, group, trials, settings).tolist())
+    return scores
+
+
+def _learn(
+    network: nn.Module,
+    group: Group,
+    trials: Iterator[tuple[tuple[Tensor, Tensor], float]],
+    settings: FilterAgent,
+) -> Tensor:
+    """The keep probability of each unit of `group`, (size,); the network ends as it began."""
+    tensors = named_tensors(network)
+    filters = _filters(tensors, group)
+    policy = _policy(filters, settings.start)
+    optimizer = torch.optim.SGD(policy.parameters(), settings.learning_rate / group.size)
+    with torch.enable_grad():
+        for (images, labels), whole in itertools.islice(trials, settings.updates):
+            keep = Bernoulli(logits=policy(filters))
+            if torch.maximum(keep.probs, 1 - keep.probs).mean() >= settings.certainty:
+                break
+            decisions = keep.sample((settings.samples,))
+            rewards = []
+            for decision in decisions:
+                with _masked(tensors, group, decision):
+                    drop = whole - _accuracy(network, images, labels)
+                efficiency = math.log(group.size / max(1, int(decision.sum())))
+                rewards.append((1 - drop / settings.bound) * efficiency)
+            advantages = _standardised(torch.tensor(rewards, dtype=torch.float64))
+            loss = -(advantages * keep.log_prob(decisions).sum(1)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return torch.sigmoid(policy(filters)).detach()
+
+
+def _filters(tensors: dict[str, Tensor], group: Group) -> Tensor:
+    """All the weights that produce each unit, standardised, (size, weights of one unit)."""
+    rows = []
+    for slot in group.filter_slots:
+        index = [list(slot.positions(unit)) for unit in range(group.size)]
+        filters = along(tensors[slot.tensor].detach().cpu().double(), slot)
+        rows.append(filters[torch.tensor(index)].flatten(1))
+    return _standardised(torch.cat(rows, 1))
+
+
+def _standardised(values: Tensor) -> Tensor:
+    """With mean 0 and standard deviation 1, or all 0 where they are equal."""
+    return (values - values.mean()) / values.std(correction=0).clamp(min=1e-12)
+
+
+def _policy(filters: Tensor, start: float) -> nn.Module:
+    """(size, weights) -> the logits of the keep probabilities, (size,), of `start` or about it."""
+    size, weights = filters.shape
+    last = nn.Linear(64, size)
+    nn.init.constant_(last.bias, math.log(start / (1 - start)))
+    return nn.Sequential(
+        nn.Linear(weights, 16), nn.ReLU(), nn.Flatten(0), nn.Linear(16 * size, 64), nn.ReLU(), last
+    ).double()
+
+
+@contextmanager
+def _masked(tensors: dict[str, Tensor], group: Group, decision: Tensor) -> Iterator[None]:
+    """Zeros in all positions of the units that are not kept inside; what they were afterwards."""
+    slots = [slot for slot in group.slots if slot.tensor in tensors]
+    saved = {slot.tensor: tensors[slot.tensor].clone() for slot in slots}
+    for slot in slots:
+        gone = [p for unit in (decision == 0).nonzero() for p in slot.positions(int(unit))]
+        index = torch.tensor(gone, dtype=torch.long, device=tensors[slot.tensor].device)
+        tensors[slot.tensor].index_fill_(slot.dim, index, 0)
+    try:
+        yield
+    finally:
+        for name, tensor in saved.items():
+            tensors[name].copy_(tensor)
+
+
+def _accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        logits = network(images)
+    check_labels(labels, logits)
+    return (logits.argmax(1) == labels).double().mean().item()

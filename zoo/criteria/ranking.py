@@ -1,0 +1,152 @@
+"""The oracle: what every single channel is worth, by brute force; and how well a criterion knows.
+
+The experiment of Molchanov et al., 2016, "Pruning convolutional neural networks for resource
+efficient inference", section 3.1.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from zoo.criteria.data_scores import Batches
+from zoo.data.batches import check_labels
+from zoo.errors import ZooError
+from zoo.spec.groups import ChannelGroups, Group
+from zoo.surgery.surgery import named_tensors
+
+__all__ = ["Correlation", "Oracle", "oracle", "spearman"]
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What masking each unit alone does to the mean cross-entropy.
+
+    Attributes:
+        loss: of the whole network.
+        changes: group name -> per unit, the loss without it minus `loss`.
+    """
+
+    loss: float
+    changes: dict[str, tuple[float, ...]]
+
+    @property
+    def scores(self) -> list[list[float]]:
+        """|change|, as a criterion gives scores."""
+        return [[abs(change) for change in changes] for changes in self.changes.values()]
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Spearman's rank correlation of a criterion with the oracle, in [-1, 1].
+
+    Attributes:
+        per_group: group name -> within the group; nan where either has all its units tied.
+        overall: over all units, each group's scores divided by their l2 norm.
+    """
+
+    per_group: dict[str, float]
+    overall: float
+
+    @property
+    def mean(self) -> float:
+        """Over the groups that have a correlation."""
+        known = [value for value in self.per_group.values() if not math.isnan(value)]
+        return sum(known) / len(known) if known else math.nan
+
+
+def oracle(module: nn.Module, groups: ChannelGroups, batches: Batches) -> Oracle:
+    """The change of loss when each unit, it alone, is masked: one evaluation per unit.
+
+    Args:
+        module: the network, not edited; a copy is evaluated in eval mode.
+        groups: its channel groups.
+        batches: (images, labels) on the module's device.
+
+    Raises:
+        DataError: when a label does not fit the network's outputs.
+        ZooError: when there are no batches.
+    """
+    batches = list(batches)
+    if not batches:
+        raise ZooError("The oracle needs data, and there are no batches.")
+    network = copy.deepcopy(module).eval()
+    tensors = named_tensors(network)
+    changes: dict[str, tuple[float, ...]] = {}
+    with torch.no_grad():
+        loss = _loss(network, batches)
+        for group in groups.groups:
+            losses = []
+            for unit in range(group.size):
+                with _masked_unit(tensors, group, unit):
+                    losses.append(_loss(network, batches))
+            changes[group.name] = tuple(without - loss for without in losses)
+    return Oracle(loss, changes)
+
+
+def _loss(network: nn.Module, batches: Batches) -> float:
+    total, count = 0.0, 0
+    for images, labels in batches:
+        logits = network(images).double()
+        check_labels(labels, logits)
+        total += functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += len(labels)
+    return total / count
+
+
+@contextmanager
+def _masked_unit(tensors: dict[str, Tensor], group: Group, unit: int) -> Iterator[None]:
+    """Zeros in all the positions of one unit inside, what they were afterwards."""
+    saved = []
+    for slot in group.slots:
+        if slot.tensor in tensors:
+            tensor = tensors[slot.tensor]
+            index = torch.tensor(list(slot.positions(unit)), device=tensor.device)
+            saved.append((tensor, slot.dim, index, tensor.index_select(slot.dim, index)))
+            tensor.index_fill_(slot.dim, index, 0)
+    try:
+        yield
+    finally:
+        # backwards, because slots may overlap
+        for tensor, dim, index, values in reversed(saved):
+            tensor.index_copy_(dim, index, values)
+
+
+def spearman(scores: Sequence[Sequence[float]], oracle: Oracle) -> Correlation:
+    """Spearman's rank correlation of `scores`, per group and channel, with |change of loss|.
+
+    Overall, a group's scores are divided by their l2 norm first (Molchanov et al., 2016,
+    section 2.2); the oracle's are not.
+    """
+    truth = [np.array(row) for row in oracle.scores]
+    given = [np.array(row, dtype=float) for row in scores]
+    per_group = {
+        name: _rank_correlation(row, changes)
+        for name, row, changes in zip(oracle.changes, given, truth, strict=True)
+    }
+    normalised = [row / (np.linalg.norm(row) or 1) for row in given]
+    return Correlation(
+        per_group, _rank_correlation(np.concatenate(normalised), np.concatenate(truth))
+    )
+
+
+def _rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
+    """Pearson's correlation of the ranks."""
+    a, b = (ranks - ranks.mean() for ranks in (_ranks(left), _ranks(right)))
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(a @ b) / scale if scale else math.nan
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ascending ranks from 0; tied values share the mean of theirs."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts) - 1
+    return (last - (counts - 1) / 2)[which]

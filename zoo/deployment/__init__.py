@@ -1,0 +1,1 @@
+"""A network in; a verified ONNX file, its runtime and its figures out."""

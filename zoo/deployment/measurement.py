@@ -1,0 +1,361 @@
+"""Networks side by side in ONNX Runtime: what pruning saves, and what that makes of the time.
+
+Every network is exported, and the files take turns, call by call, so that a busy machine slows all
+of them alike. Images are noise; on a GPU they lie there already, and the clock stops when the
+logits do.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo.deployment.export import ExportResult, export
+from zoo.deployment.options import BenchmarkOptions, ExportOptions
+from zoo.deployment.parity import cpu_copy, outputs_of
+from zoo.deployment.peak_memory import peak_memory
+from zoo.deployment.program import PRECISIONS
+from zoo.deployment.providers import GPUS, onnxruntime_module
+from zoo.deployment.runtime import InferenceSession
+from zoo.errors import ExportError, ZooError, integer, unknown
+from zoo.planning.latency import device_name
+from zoo.spec.plan import record_of
+from zoo.tracing.calls import checked_inputs, input_shapes, shapes_of
+from zoo.training.finetuning import evaluate
+
+__all__ = [
+    "BenchmarkRow",
+    "ComparisonRow",
+    "Latency",
+    "Measurement",
+    "benchmark",
+    "compare",
+    "machine",
+    "time_calls",
+]
+
+CALIBRATION_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall times of one call in milliseconds: median, 10th and 90th percentile of `repeats`."""
+
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    repeats: int
+
+    def __str__(self) -> str:
+        """`median (p10-p90)`, of three digits each."""
+        times = self.median_ms, self.p10_ms, self.p90_ms
+        median, low, high = (f"{float(f'{ms:.3g}'):g}" for ms in times)
+        return f"{median} ({low}-{high})"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One network's file on one provider, at one precision and batch size.
+
+    Attributes:
+        bytes: size of the file.
+        peak_bytes: most memory that loading it and one call took; None where it is not known.
+        pad: what its widths were filled up to multiples of.
+    """
+
+    network: str
+    provider: str
+    precision: str
+    batch: int
+    latency: Latency
+    bytes: int
+    peak_bytes: int | None
+    pad: int = 1
+
+    @property
+    def images_per_second(self) -> float:
+        return 1000 * self.batch / self.latency.median_ms
+
+
+@dataclass(frozen=True)
+class BenchmarkRow:
+    """Dense beside pruned; every ratio is dense / pruned.
+
+    Attributes:
+        macs_ratio: of one forward pass; what the time would be divided by, if MACs were all.
+    """
+
+    dense: Measurement
+    pruned: Measurement
+    macs_ratio: float
+
+    @property
+    def ratio(self) -> float:
+        """Of the median latencies."""
+        return self.dense.latency.median_ms / self.pruned.latency.median_ms
+
+    @property
+    def efficiency(self) -> float:
+        """The share of the MACs ratio that the latency shows."""
+        return self.ratio / self.macs_ratio
+
+    @property
+    def verdict(self) -> str:
+        """The ratio in words."""
+        if 0.995 < self.ratio < 1.005:
+            return "as fast"
+        if self.ratio > 1:
+            return f"{self.ratio:.2f}x faster"
+        return f"{1 / self.ratio:.2f}x slower"
+
+
+@dataclass(frozen=True)
+class ComparisonRow:
+    """One of several networks: what it costs, and how long it takes; `accuracy` where data is."""
+
+    network: str
+    params: int
+    macs: int
+    accuracy: float | None
+    measurements: tuple[Measurement, ...]
+
+
+def benchmark(
+    dense: nn.Module,
+    pruned: nn.Module,
+    *,
+    example_input: Tensor | None = None,
+    options: BenchmarkOptions | None = None,
+) -> tuple[BenchmarkRow, ...]:
+    """How much faster the pruned network is, beside how many fewer MACs it has.
+
+    Args:
+        dense, pruned: classifiers of images (N, C, H, W); weights do not matter.
+        example_input: a batch of the images' shape. A pruned network knows its own.
+        options: what is measured, and how often.
+
+    Returns:
+        A row per precision, provider and batch size, in the order of the options.
+
+    Raises:
+        ExportError: if a network cannot be exported, or a provider not be used.
+        ZooError: if there is nothing to measure.
+    """
+    networks = {"dense": dense, "pruned": pruned}
+    shape = _image_shape(networks, example_input)
+    ratio = _macs("dense", dense, shape) / _macs("pruned", pruned, shape)
+    measured = _measured(networks, shape, options or BenchmarkOptions())  # by turns
+    return tuple(BenchmarkRow(*pair, ratio) for pair in zip(measured, measured, strict=True))
+
+
+def compare(
+    networks: Mapping[str, nn.Module],
+    *,
+    data: Dataset | DataLoader | None = None,
+    example_input: Tensor | None = None,
+    options: BenchmarkOptions | None = None,
+) -> tuple[ComparisonRow, ...]:
+    """Several networks side by side: a dense one and pruned ones, or one pruned in several ways.
+
+    Args:
+        networks: by the names that the rows have.
+        data: labelled images whose top-1 accuracy is measured, in PyTorch.
+        example_input, options: as in `benchmark`.
+
+    Raises:
+        ExportError: if a network cannot be exported, or a provider not be used.
+        ZooError: if there is nothing to measure.
+    """
+    shape = _image_shape(networks, example_input)
+    macs = {name: _macs(name, network, shape) for name, network in networks.items()}
+    measured = list(_measured(networks, shape, options or BenchmarkOptions()))
+    return tuple(
+        ComparisonRow(
+            name,
+            sum(parameter.numel() for parameter in network.parameters()),
+            macs[name],
+            None if data is None else evaluate(network, data).accuracy,
+            tuple(row for row in measured if row.network == name),
+        )
+        for name, network in networks.items()
+    )
+
+
+def time_calls(
+    runs: Sequence[Callable[[], object]], *, warmup: int, repeats: int, seconds: float
+) -> list[Latency]:
+    """The latency of each function, which take turns.
+
+    Args:
+        runs: they return only when their work is done.
+        warmup: rounds before the first that counts.
+        repeats: rounds that count.
+        seconds: after which neither kind of round is begun, but for the first and the third.
+
+    Raises:
+        ZooError: for fewer than one repeat, a negative warmup, or seconds that are not positive.
+    """
+    repeats, warmup = integer("repeats", repeats, 1), integer("warmup", warmup, 0)
+    if not seconds > 0:
+        raise ZooError(f"seconds must be positive, got {seconds!r}.")
+    started = time.perf_counter()
+    for turn in range(warmup):
+        if turn and time.perf_counter() - started > seconds:
+            break
+        for run in runs:
+            run()
+    times: list[list[float]] = [[] for _ in runs]
+    started = time.perf_counter()
+    for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() - started > seconds:
+            break
+        for run, taken in zip(runs, times, strict=True):
+            before = time.perf_counter()
+            run()
+            taken.append((time.perf_counter() - before) * 1e3)
+    return [_latency(taken) for taken in times]
+
+
+def _latency(times: Sequence[float]) -> Latency:
+    low, median, high = np.percentile(times, (10, 50, 90)).tolist()
+    return Latency(median, low, high, len(times))
+
+
+def _measured(
+    networks: Mapping[str, nn.Module], shape: tuple[int, ...], options: BenchmarkOptions
+) -> Iterator[Measurement]:
+    """Every network in turn, for every precision, provider and batch size in turn."""
+    if not (networks and options.batch_sizes and options.precisions):
+        raise ZooError("There is nothing to measure: name networks, batch sizes and precisions.")
+    batch_sizes = [integer("batch size", size, 1) for size in options.batch_sizes]
+    for precision in options.precisions:
+        if precision not in PRECISIONS:
+            raise unknown("precision", precision, PRECISIONS)
+    for precision in options.precisions:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            files = {
+                name: _exported(network, folder / f"{number}.onnx", shape, precision, options)
+                for number, (name, network) in enumerate(networks.items())
+            }
+            for provider in options.providers or (None,):
+                for batch in batch_sizes:
+                    yield from _at(files, provider, precision, (batch, *shape), options)
+
+
+def _exported(
+    network: nn.Module,
+    path: Path,
+    shape: tuple[int, ...],
+    precision: str,
+    options: BenchmarkOptions,
+) -> ExportResult:
+    """The file of a network whose classes do not matter."""
+    images = _noise((CALIBRATION_IMAGES, *shape), options.seed)
+    pad = None if record_of(network) is None else options.pad
+    asked = ExportOptions(min_agreement=0, pad=pad)
+    return export(network, path, inputs=images, precision=precision, options=asked)
+
+
+def _at(
+    files: Mapping[str, ExportResult],
+    provider: str | None,
+    precision: str,
+    shape: tuple[int, ...],
+    options: BenchmarkOptions,
+) -> list[Measurement]:
+    sessions = {
+        name: InferenceSession(
+            file.path, provider, threads=options.threads, cuda_graph=options.cuda_graph
+        )
+        for name, file in files.items()
+    }
+    images = _noise(shape, options.seed)
+    used = {name: session.providers[0] for name, session in sessions.items()}
+    given = images.cuda() if set(used.values()) <= set(GPUS) else images.numpy()
+    latencies = time_calls(
+        [partial(session, given) for session in sessions.values()],
+        warmup=options.warmup,
+        repeats=options.repeats,
+        seconds=options.seconds,
+    )
+    del sessions
+    return [
+        Measurement(
+            name,
+            used[name],
+            precision,
+            shape[0],
+            latency,
+            file.bytes,
+            peak_memory(file.path, used[name], shape, options.threads) if options.memory else None,
+            file.pad,
+        )
+        for (name, file), latency in zip(files.items(), latencies, strict=True)
+    ]
+
+
+def _noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _image_shape(
+    networks: Mapping[str, nn.Module], example_input: Tensor | None
+) -> tuple[int, ...]:
+    """(C, H, W) of the images that all of the networks take."""
+    if example_input is not None:
+        taken = {shapes_of(checked_inputs(example_input))}
+    else:
+        records = ((network, record_of(network)) for network in networks.values())
+        taken = {
+            input_shapes(network, record.image_size, record.plan.inputs)
+            for network, record in records
+            if record is not None
+        }
+    shapes = {tuple(of.shape[1:] for of in inputs) for inputs in taken}
+    if len(shapes) != 1:
+        said = ", ".join(sorted(str(*of) if len(of) == 1 else str(of) for of in shapes))
+        raise ZooError(
+            f"Which images are these networks for? Pass example_input=, a batch of them; the "
+            f"networks say {said or 'nothing'}."
+        )
+    (shape, *others) = shapes.pop()
+    if others:
+        raise ZooError("Networks of one input can be measured; these take several.")
+    return shape
+
+
+def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
+    """Multiply-accumulates of one forward pass of one image.
+
+    Raises:
+        ExportError: if the network does not take it, or there are none.
+    """
+    module = cpu_copy(network)
+    # of the fused attention of CPUs some versions of torch count nothing
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        outputs_of(module, torch.zeros(1, *shape))
+    macs = counter.get_total_flops() // 2
+    if macs == 0:
+        raise ExportError(f"{name} has no multiply-accumulates: no convolution, no dense layer.")
+    return macs
+
+
+def machine(threads: int | None = None) -> str:
+    """The processor, the graphics card if there is one, and the version that times are of."""
+    cores = "" if threads is None else f" ({threads} threads)"
+    names = [f"{device_name(torch.device('cpu'))}{cores}"]
+    if torch.cuda.is_available():
+        names.append(device_name(torch.device("cuda")))
+    return f"ONNX Runtime {onnxruntime_module().__version__} on {' and '.join(names)}"

@@ -1,0 +1,88 @@
+"""What an exported ONNX file says of itself, in the key-value pairs that ONNX calls metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from zoo.common.documents import decode
+from zoo.errors import DocumentError, ExportError
+
+__all__ = ["Metadata"]
+
+_VERSION = "prunezoo"
+"""The key by which a file is known as one of ours; its value is the version of the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metadata:
+    """Facts of a file; the defaults stand for what is unknown.
+
+    Attributes:
+        architecture: a registered name.
+        profile: the reference of the profile, or the name of the policy.
+        metric, compression_factor: what was counted, and the factor met.
+        source_sha256: of the dense checkpoint.
+        precision: of weights and arithmetic.
+        num_classes: outputs.
+        classes: their names.
+        image_shape: channels, height and width of the images it was exported for.
+        mean, std: per channel; what images of 0 to 1 are normalised by.
+        folded: whether the graph itself does that.
+        pad: what widths were filled up to multiples of, with channels of zeros; 1 for none.
+    """
+
+    architecture: str = ""
+    profile: str = ""
+    metric: str = ""
+    compression_factor: float = 0.0
+    source_sha256: str = ""
+    precision: str = ""
+    num_classes: int = 0
+    classes: tuple[str, ...] = ()
+    image_shape: tuple[int, ...] = ()
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    folded: bool = False
+    pad: int = 1
+
+    def properties(self) -> dict[str, str]:
+        """As ONNX keeps them: text, of what is known; what is not a string is JSON."""
+        facts = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        known = {name: value for name, value, default in facts if value != default}
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items()}
+        return {_VERSION: "1", **texts}
+
+    @classmethod
+    def read(cls, properties: Mapping[str, str], name: str) -> Metadata:
+        """Those of the file `name`; nothing of a file that the zoo did not write.
+
+        Raises:
+            ExportError: for a value of another kind, or a version that is not known.
+        """
+        if _VERSION not in properties:
+            return cls()
+        if properties[_VERSION] != "1":
+            raise ExportError(
+                f"{name} was exported by a newer prunezoo, whose metadata have version "
+                f"{properties[_VERSION]!r}; this one knows '1'."
+            )
+        kinds = {field.name: field.type for field in fields(cls)}
+        raw = {
+            key: text if kinds[key] == "str" else _value(text, f"{name}: {key}")
+            for key, text in properties.items()
+            if key in kinds
+        }
+        try:
+            return decode(cls, raw, name)
+        except DocumentError as error:
+            raise ExportError(f"The metadata cannot be read: {error}") from None
+
+
+def _value(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise ExportError(f"{what} is {text!r} in the metadata, which cannot be read.") from None

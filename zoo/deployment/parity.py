@@ -1,0 +1,311 @@
+"""An ONNX file against the module it came from: the inputs, the outputs, and how they compare."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from zoo.errors import ExportError, GraphError
+from zoo.tracing.calls import Inputs, batch_of, call, checked_inputs, described, leaves, mapped
+
+__all__ = [
+    "TOLERANCES",
+    "Comparison",
+    "Outputs",
+    "Tolerance",
+    "batches",
+    "by_batches",
+    "checked",
+    "compare_outputs",
+    "cpu_copy",
+    "gather",
+    "items",
+    "outputs_of",
+]
+
+Outputs = tuple[Tensor, ...]
+"""The tensors that a network gives, as `zoo.tracing.calls.leaves` does, in float32.
+
+Those of several batches stand one after the other where they are of its items.
+"""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a file may be from its module.
+
+    Attributes:
+        difference: of a value, as a share of the largest of its output if that exceeds 1.
+        tie: top classes may be exchanged where their logits are closer than this share.
+        agreement: least share of images with the same top class; where rounding is so coarse that
+            no difference says much, also the least share of the variance of the other outputs.
+    """
+
+    difference: float
+    tie: float
+    agreement: float
+
+    def allows(self, result: Comparison) -> bool:
+        """Whether a file that compares like this is the module's; no NaN passes."""
+        near = result.relative_difference <= self.difference
+        asked = [result.top1_agreement, *([] if math.isfinite(self.difference) else [result.r2])]
+        return near and all(share is None or share >= self.agreement for share in asked)
+
+    def __str__(self) -> str:
+        near = f"{self.difference:g} of the largest value, and "
+        return f"{near if math.isfinite(self.difference) else ''}{self.agreement:.1%}"
+
+
+TOLERANCES = {
+    "fp32": Tolerance(1e-3, 1e-3, 0.99),
+    "fp16": Tolerance(1e-2, 1e-2, 0.99),
+    "int8": Tolerance(math.inf, 0.0, 0.97),
+}
+"""By precision. int8 rounds too coarsely for its logits to say much: its classes decide."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `ExportResult` says of a file and its module."""
+
+    max_abs_difference: float
+    relative_difference: float
+    top1_agreement: float | None
+    r2: float | None = None
+    accuracy: float | None = None
+    module_accuracy: float | None = None
+
+    def __str__(self) -> str:
+        shares = (
+            (self.top1_agreement, "agree on the top class of {:.1%}"),
+            (self.r2, "share {:.1%} of the variance"),
+        )
+        said = "".join(f", and {text.format(share)}" for share, text in shares if share is not None)
+        return (
+            f"ONNX Runtime and PyTorch differ by {self.max_abs_difference:.2g}, "
+            f"{self.relative_difference:.2g} of the largest value{said}"
+        )
+
+
+def compare_outputs(
+    reference: Outputs, got: Outputs, tie: float, labels: Tensor | None = None
+) -> Comparison:
+    """The outputs of a file beside those of its module, and the logits of both beside the labels.
+
+    Outputs (N, classes) of two and more are logits: their top classes are compared. Of all others,
+    a score or a map, the share of the module's variance over the items that the file explains (R²)
+    is. The worst of all outputs counts. Labels belong to a single output, of logits.
+    """
+    pairs = list(zip(reference, got, strict=True))
+    differences = [(mine - theirs).abs().max().item() for theirs, mine in pairs]
+    relative = [
+        difference / max(1.0, theirs.abs().max().item())
+        for difference, theirs in zip(differences, reference, strict=True)
+    ]
+    classes = [_agreement(*pair, tie) for pair in pairs if _are_logits(pair[0])]
+    others = [_explained(*pair) for pair in pairs if not _are_logits(pair[0])]
+    result = Comparison(
+        _worst(differences), _worst(relative), min(classes, default=None), min(others, default=None)
+    )
+    if labels is None or len(reference) > 1 or not _are_logits(reference[0]):
+        return result
+    right, before = (
+        (logits[0].argmax(1) == labels).double().mean().item() for logits in (got, reference)
+    )
+    return replace(result, accuracy=right, module_accuracy=before)
+
+
+def _worst(values: list[float]) -> float:
+    """The largest, which a NaN is."""
+    return max(values, key=lambda value: (math.isnan(value), value))
+
+
+def _are_logits(output: Tensor) -> bool:
+    return output.ndim == 2 and output.shape[1] > 1
+
+
+def _agreement(reference: Tensor, got: Tensor, tie: float) -> float:
+    ours, theirs = got.argmax(1), reference.argmax(1)
+    top = reference.topk(2).values
+    clear = top[:, 0] - top[:, 1] > tie * max(1.0, reference.abs().max().item())
+    return 1 - (clear & (theirs != ours)).double().mean().item()
+
+
+def _explained(reference: Tensor, got: Tensor) -> float:
+    """R²: 1 where all is, 0 and less where the mean over the items says as much."""
+    reference, got = reference.double(), got.double()
+    several = reference.ndim > 0 and len(reference) > 1
+    centre = reference.mean(0, keepdim=True) if several else torch.zeros(())
+    spread, error = (reference - centre).square().sum(), (reference - got).square().sum()
+    return 1.0 if error == 0 else 1 - (error / spread).item()
+
+
+def gather(inputs: Inputs | Dataset | DataLoader, most: int) -> tuple[Inputs, Tensor | None]:
+    """At most `most` items, and their labels where all have one: of a Dataset, spread evenly.
+
+    Raises:
+        ExportError: if there are none, or they are no tensors of one shape.
+    """
+    if isinstance(inputs, Tensor | tuple | Mapping):
+        return items(checked("inputs", inputs), slice(most)), None
+    if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
+        count = len(inputs)  # type: ignore[arg-type]
+        indices = range(0, count, max(1, -(-count // most)))
+        images, labels = _collected((_batch_of_one(inputs[n]) for n in indices), most)
+    else:
+        images, labels = _collected((_pair(item) for item in inputs), most)
+    return images[:most], None if labels is None else labels[:most]
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    return (item[0], item[1] if len(item) > 1 else None) if _is_pair(item) else (item, None)
+
+
+def _batch_of_one(item: Any) -> tuple[Any, Any]:
+    image, label = _pair(item)
+    return (image[None] if isinstance(image, Tensor) else image), label
+
+
+def _is_pair(item: Any) -> bool:
+    return isinstance(item, (tuple, list)) and len(item) > 0
+
+
+def _collected(items: Iterable[tuple[Any, Any]], most: int) -> tuple[Tensor, Tensor | None]:
+    parts: list[Tensor] = []
+    labels: list[Tensor] = []
+    count = 0
+    for images, label in items:
+        if not isinstance(images, Tensor):
+            raise ExportError(
+                f"The inputs give {type(images).__name__} where images should be tensors."
+            )
+        parts.append(images)
+        count += len(images)
+        if isinstance(label, (Integral, Tensor)):
+            labels.append(torch.as_tensor(label).cpu().reshape(-1))
+        if count >= most:
+            break
+    if not parts:
+        raise ExportError("The inputs hold no images.")
+    if len({part.shape[-3:] for part in parts}) > 1:
+        raise ExportError("The inputs hold images of several shapes; resize them to one.")
+    known = torch.cat(labels) if labels else torch.empty(0)
+    named = len(known) == count and not known.is_floating_point()
+    return torch.cat(parts), known if named else None
+
+
+def checked(name: str, inputs: Any) -> Inputs:
+    """`inputs` on the CPU, numbers as float32.
+
+    Raises:
+        ExportError: if they are no tensors, hold nothing, or are images of whole numbers.
+    """
+    try:
+        inputs = checked_inputs(inputs)
+    except GraphError:
+        raise ExportError(
+            f"{name} must be float images (N, C, H, W), or whatever tensor, tuple or dict of "
+            f"tensors the network takes, not {described(inputs)}."
+        ) from None
+    if isinstance(inputs, Tensor) and not inputs.is_floating_point():
+        raise ExportError(f"{name} must be float images, not {described(inputs)}.")
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float32 if tensor.is_floating_point() else None)
+
+    return mapped(moved, inputs)
+
+
+def items(inputs: Inputs, part: slice) -> Inputs:
+    """Some items of a batch; a tensor that is not of its items is left whole."""
+    count = batch_of(inputs)
+    return mapped(lambda t: t[part] if t.ndim and len(t) == count else t, inputs)
+
+
+def cpu_copy(model: Any) -> nn.Module:
+    """`model` as it is exported: in eval mode, in float32, on the CPU.
+
+    Raises:
+        ExportError: if it is no module, or one that cannot be copied.
+    """
+    if not isinstance(model, nn.Module):
+        raise ExportError(f"Only modules can be exported, not {type(model).__name__}.")
+    try:
+        network = copy.deepcopy(model)
+    except Exception as error:  # whatever a part of the user's module raises
+        raise ExportError(f"The module cannot be copied for export: {error}") from error
+    network = network.to("cpu", torch.float32).eval()
+    return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+
+
+def batches(inputs: Inputs) -> Iterator[Inputs]:
+    """`inputs` in order: one item, so that a batch of one is tried too, then up to 64 at once."""
+    count = batch_of(inputs)
+    bounds = [0, *range(1, count, 64), count]
+    return (items(inputs, slice(low, high)) for low, high in pairwise(bounds))
+
+
+def outputs_of(network: nn.Module, inputs: Inputs) -> Outputs:
+    """What a network gives for all `inputs`.
+
+    Raises:
+        ExportError: if it does not take them, or gives other than finite tensors.
+    """
+
+    def run(part: Inputs) -> Outputs:
+        try:
+            return leaves(call(network, part))
+        except Exception as error:  # whatever the user's module raises
+            raise ExportError(
+                f"The module does not take inputs of shape {described(part)}: {error}"
+            ) from error
+
+    outputs = by_batches(run, inputs)
+    if not outputs:
+        raise ExportError("The module gives no tensors.")
+    if not all(output.isfinite().all() for output in outputs):
+        raise ExportError("The module's own outputs are not finite; are its weights?")
+    return outputs
+
+
+def by_batches(run: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
+    """What a network or a file gives for all `inputs`, batch by batch.
+
+    Raises:
+        ExportError: if an output's shape depends on the batch in another way than by one dimension.
+    """
+    parts, sizes = [], []
+    with torch.no_grad():
+        for part in batches(inputs):
+            parts.append(tuple(output.float() for output in run(part)))
+            sizes.append(batch_of(part))
+    return tuple(_joined(same, sizes) for same in zip(*parts, strict=True))
+
+
+def _joined(parts: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
+    """One output of several batches: along the dimension that is as long as each of them.
+
+    Where there is none, it is of the whole batch, and the parts are stacked.
+
+    Raises:
+        ExportError: if they cannot be.
+    """
+    for dim in range(parts[0].ndim):
+        if all(part.shape[dim] == size for part, size in zip(parts, sizes, strict=True)):
+            return torch.cat([part.movedim(dim, 0) for part in parts])
+    for part, size in zip(parts, sizes, strict=True):
+        if part.shape != parts[0].shape:
+            raise ExportError(
+                f"An output of shape {tuple(parts[0].shape)} for {sizes[0]} item(s) is "
+                f"{tuple(part.shape)} for {size}: the batch has no dimension of its own in it."
+            )
+    return torch.stack(parts)

@@ -1,0 +1,196 @@
+"""A module as an ONNX model, in fp32 or by ONNX Runtime's own converters in another precision."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zoo.common.quiet import quiet
+from zoo.deployment.parity import items
+from zoo.errors import ExportError
+from zoo.tracing.calls import Inputs, batch_of, call, leaves, mapped, named_leaves, tensors_of
+
+__all__ = ["PRECISIONS", "convert", "in_precision", "input_names"]
+
+PRECISIONS = ("fp32", "fp16", "int8", "int8-symmetric")
+"""The last is for TensorRT, whose int8 has no zero points; on CPUs it is the slower one."""
+
+CALIBRATION_BATCH = 32
+
+
+def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
+    """The ONNX program of `network`, with a dynamic batch.
+
+    One tensor of images is its input `images`, one of logits its output `logits`. Several inputs
+    have the names of a dict, or `input_0` and so on; several outputs those of the structure that
+    they stand in.
+
+    Args:
+        network: in eval mode, on the CPU.
+        item: one that it takes, a batch of one.
+        dynamic_size: take other heights and widths as well.
+
+    Raises:
+        ExportError: if an operator has no ONNX counterpart, or the network depends on the size.
+    """
+    pair = mapped(lambda t: torch.cat([t, t]) if t.ndim and len(t) == 1 else t, item)
+    batched = [t.ndim > 0 and len(t) == 1 for t in tensors_of(item)]
+    names: list[dict[int, str]] = [{0: "batch"} if own else {} for own in batched]
+    batch = torch.export.Dim("batch")
+    dims: list[dict[int, Any]] = [{0: batch} if own else {} for own in batched]
+    if dynamic_size:
+        names[0] |= {2: "height", 3: "width"}
+        dims[0] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    try:
+        with quiet(), torch.no_grad():
+            outputs = [name for name, _ in named_leaves(call(network, item))]
+            traced = torch.export.export(
+                _Flat(network, pair), tensors_of(pair), dynamic_shapes=(tuple(dims),)
+            )
+            program = torch.onnx.export(
+                traced,
+                dynamo=True,
+                verbose=False,
+                input_names=input_names(item),
+                output_names=outputs,
+                dynamic_shapes=(tuple(names),),
+            )
+    except Exception as error:  # tracing runs the user's module
+        root: BaseException = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        reason = str(root).strip().partition("\n")[0]
+        raise ExportError(f"The module cannot be converted to ONNX: {reason}") from error
+    assert program is not None
+    shape: Any = program.model.graph.inputs[0].shape
+    if dynamic_size and any(isinstance(side, int) for side in shape[2:]):
+        raise ExportError(
+            f"The module takes images of {tuple(shape[2:])} alone: something in it, a flattened "
+            f"map say, depends on the size. Export without dynamic_size."
+        )
+    return program
+
+
+def input_names(inputs: Inputs) -> list[str]:
+    """What the inputs of a file are called."""
+    if isinstance(inputs, Mapping):
+        return list(inputs)
+    several = isinstance(inputs, tuple) and len(inputs) > 1
+    return [f"input_{n}" for n in range(len(inputs))] if several else ["images"]
+
+
+class _Flat(nn.Module):
+    """A network that takes its tensors in a row, and gives them in one."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs) -> None:
+        super().__init__()
+        self.network = network
+        self.names = list(inputs) if isinstance(inputs, Mapping) else None
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        given = tensors if self.names is None else dict(zip(self.names, tensors, strict=True))
+        return leaves(call(self.network, given))
+
+
+def in_precision(program: Any, precision: str, half_inputs: bool, calibration: Inputs) -> Any:
+    """The program's model in a precision, free of the source paths that the exporter notes down.
+
+    Args:
+        program: as `convert` makes it.
+        precision: one of `PRECISIONS`.
+        half_inputs: take fp16 images and give fp16 logits, in fp16.
+        calibration: inputs whose activations set the ranges of int8.
+
+    Raises:
+        ExportError: if the converter refuses the program.
+    """
+    from onnxscript import ir
+
+    if half_inputs and precision != "fp16":
+        raise ExportError(f"half_inputs are for fp16 files, not {precision}.")
+    model = program.model
+    if precision != "fp32":
+        proto = ir.to_proto(model)
+        try:
+            with quiet():
+                if precision == "fp16":
+                    proto = _to_fp16(proto, half_inputs)
+                else:
+                    proto = _to_int8(proto, calibration, precision == "int8-symmetric")
+        except Exception as error:  # the converters raise whatever they meet
+            reason = str(error).strip().partition("\n")[0]
+            raise ExportError(
+                f"The program cannot be converted to {precision}: {reason}"
+            ) from error
+        model = ir.from_proto(proto)
+    tidy = ir.passes.common
+    for step in (tidy.ClearMetadataAndDocStringPass, tidy.TopologicalSortPass,
+                 tidy.RemoveUnusedOpsetsPass):  # fmt: skip
+        step()(model)
+    return model
+
+
+def _to_fp16(model: Any, half_inputs: bool) -> Any:
+    """The ModelProto `model` with fp16 weights and arithmetic, images and logits by choice.
+
+    Weights beyond what fp16 can hold are clipped. On the CPU, ONNX Runtime computes fp16
+    operators in fp32, so that only a GPU shows what the arithmetic loses.
+    """
+    from onnxruntime.transformers.float16 import convert_float_to_float16
+
+    return convert_float_to_float16(model, keep_io_types=not half_inputs)
+
+
+def _to_int8(model: Any, inputs: Inputs, symmetric: bool) -> Any:
+    """The ModelProto `model` statically quantised: weights per channel, activations per tensor.
+
+    Weights take 7 bits. An x86 CPU without VNNI adds two products of 8 bits in 16 and saturates:
+    files of 8-bit weights compute something else there than where they were made
+    (onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "reduce_range").
+
+    Args:
+        model: in fp32.
+        inputs: as the model takes them, whose activations set the ranges.
+        symmetric: signed activations around zero and biases in fp32, as TensorRT asks; unsigned
+            activations with a zero point are several times faster on x86 CPUs.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    taken = {given.name for given in model.graph.input}
+    starts = iter(range(0, batch_of(inputs), CALIBRATION_BATCH))
+
+    class Reader(CalibrationDataReader):
+        def get_next(self) -> dict[str, Any] | None:
+            start = next(starts, None)
+            if start is None:
+                return None
+            part = items(inputs, slice(start, start + CALIBRATION_BATCH))
+            arrays = (tensor.numpy() for tensor in tensors_of(part))
+            named = zip(input_names(part), arrays, strict=True)
+            return {name: array for name, array in named if name in taken}
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source, prepared, quantised = (Path(scratch, f"{step}.onnx") for step in range(3))
+        onnx.save_model(model, source)
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            quantised,
+            Reader(),
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QInt8 if symmetric else QuantType.QUInt8,
+            extra_options={
+                "ActivationSymmetric": symmetric,
+                "WeightSymmetric": True,
+                "QuantizeBias": not symmetric,  # TensorRT takes no int32
+            },
+        )
+        return onnx.load(quantised)

@@ -1,0 +1,218 @@
+"""What to keep, as asked: the words of a request become a plan for a network's channel groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from numbers import Real
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.criteria.scores import CRITERIA, channel_scores, labelled_batches
+from zoo.criteria.weight_scores import Scores
+from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
+from zoo.models import architecture
+from zoo.planning.latency import latency_table
+from zoo.planning.policies import POLICIES, policy_solution
+from zoo.planning.solver import Limits, round_widths, scale_curve, solve
+from zoo.registry.store import find_profile, get_profile
+from zoo.spec.cost import CostModel, LatencyTable, cost_model
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan, make_plan
+from zoo.spec.profile import METRICS, Profile
+
+__all__ = ["Request", "plan_of", "planned", "request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to keep, as asked: `name` of the profile or policy, and the profile if it is one."""
+
+    name: str
+    profile: Profile | None
+    cf: float
+    metric: str
+    criterion: str
+    seed: int
+    align: int
+    floor: float
+    keep: Mapping[str, float]
+    refit: bool
+
+
+def request(
+    profile: str | Profile,
+    arch: str,
+    cf: float | None,
+    metric: str,
+    criterion: str,
+    seed: int,
+    align: int,
+    floor: float,
+    keep: Mapping[str, float] | None,
+    refit: bool = False,
+) -> Request:
+    """Check the words of a request and resolve its profile, without reading any weights.
+
+    The arguments are those of `zoo.load`; `arch` is "" for a network that has no name.
+
+    Raises:
+        ZooError: for a word or number that cannot be meant, with the valid ones.
+        FactorError: for a factor without a profile, or another than the given profile's.
+    """
+    if metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    if criterion not in CRITERIA:
+        raise unknown("criterion", criterion, CRITERIA)
+    seed = integer("seed", seed)
+    if cf is not None:
+        cf = _factor(cf)
+    resolved: Profile | None = None
+    if isinstance(profile, Profile):
+        name, resolved = f"{profile.architecture}/{profile.name}", profile
+    elif not isinstance(profile, str):
+        raise ZooError(
+            f"A profile is a name, a reference such as 'file:<path>', or a Profile; "
+            f"got {profile!r}."
+        )
+    elif profile == "searched" and arch and cf is not None:
+        name, resolved = find_profile(arch, cf, metric)
+    elif profile in POLICIES:
+        name = profile
+    elif ":" in profile or "/" in profile or profile.endswith(".json"):
+        name, resolved = profile, get_profile(profile)
+    else:
+        choices = [*(["searched"] if arch else []), *POLICIES, "bundled:...", "file:...", "hf:..."]
+        raise unknown("profile", profile, choices)
+    if resolved is not None:
+        if arch and resolved.architecture not in (arch, architecture(arch).profiles_from):
+            raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
+        if cf is None:
+            cf, metric = resolved.cf, resolved.metric
+        if not refit and (cf, metric) != (resolved.cf, resolved.metric):
+            rescale = ", or refit=True to rescale it" if arch else ""
+            raise FactorError(
+                f"The profile {name} is for {resolved.cf:g}x {resolved.metric}, not {cf:g}x "
+                f"{metric}: pass cf={resolved.cf:g}, metric={resolved.metric!r}{rescale}."
+            )
+    if cf is None:
+        raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
+    if resolved is not None and not refit and (align != 1 or floor or keep):
+        raise ZooError(
+            f"The profile {name} is applied verbatim; align=, floor= and keep= need a policy"
+            f"{', or refit=True' if arch else ''}."
+        )
+    align = integer("align", align, 1)
+    if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
+        raise ZooError(f"floor={floor!r}: the least keep ratio of a channel group is in [0, 1].")
+    pins = dict(keep or {})
+    return Request(name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit)
+
+
+def _factor(cf: float) -> float:
+    if isinstance(cf, bool) or not isinstance(cf, Real) or not math.isfinite(cf) or cf < 1:
+        raise FactorError(f"A compression factor is a finite number of at least 1, got {cf!r}.")
+    return float(cf)
+
+
+def planned(
+    module: nn.Module,
+    groups: ChannelGroups,
+    request: Request,
+    data: Dataset | DataLoader | None,
+) -> Plan:
+    """The request carried out on these groups of `module`: widths, then channels.
+
+    A `latency` is measured on the device that `module` is on, or remembered from before.
+
+    Raises:
+        FactorError: when the factor is out of reach, with what stays whole and why.
+        GraphError: when the profile's groups, or those to keep, are not the network's.
+    """
+    latency = latency_table(module, groups) if request.metric == "latency" else None
+    model = cost_model(groups, latency)
+    limits, whole = _limits(groups, request)
+    groups = replace(groups, unprunable={**groups.unprunable, **whole})
+    try:
+        widths = _widths(model, groups.names, request, limits)
+    except FactorError as error:
+        raise FactorError(f"{error}{_stays_whole(groups.unprunable)}") from None
+    device = next(module.parameters()).device
+    batches = None if data is None else labelled_batches(data, device, request.seed)
+    scores = channel_scores(request.criterion, module, groups, request.seed, batches)
+    return plan_of(request, groups, widths, scores, latency)
+
+
+def _stays_whole(unprunable: Mapping[str, str], most: int = 5) -> str:
+    """A sentence of the first `most` modules that are not pruned, and why; "" if all are."""
+    if not unprunable:
+        return ""
+    reasons = [f"{name!r} ({reason})" for name, reason in islice(unprunable.items(), most)]
+    more = len(unprunable) - len(reasons)
+    return f" Whole stay {', '.join(reasons)}{f' and {more} more' if more else ''}."
+
+
+def _widths(
+    model: CostModel, names: Sequence[str], request: Request, limits: Limits
+) -> Mapping[str, int]:
+    """Group name -> width, by the request's policy or profile."""
+    profile = request.profile
+    if profile is None:
+        solved = policy_solution(
+            request.name, model, request.cf, request.metric, request.seed, limits
+        )
+    elif request.refit and set(profile.kept) == set(names):
+        curve = scale_curve([profile.keep_ratios[name] for name in names], floor=1e-3)
+        solved = solve(model, curve, request.cf, request.metric, limits)
+    else:
+        return profile.kept
+    return dict(zip(names, solved.widths, strict=True))
+
+
+def plan_of(
+    request: Request,
+    groups: ChannelGroups,
+    widths: Mapping[str, int],
+    scores: Scores,
+    latency: LatencyTable | None = None,
+) -> Plan:
+    """The plan that keeps the best channels at these widths, recorded as what was asked."""
+    return make_plan(
+        groups,
+        widths,
+        scores,
+        profile=request.name,
+        metric=request.metric,
+        asked=request.cf,
+        criterion=request.criterion,
+        seed=request.seed,
+        latency=latency,
+    )
+
+
+def _limits(groups: ChannelGroups, request: Request) -> tuple[Limits, dict[str, str]]:
+    """What widths may be, and the groups that can only stay whole for it, with the reason."""
+    pinned: dict[int, int] = {}
+    by: dict[int, str] = {}
+    for name, ratio in request.keep.items():
+        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+            raise ZooError(f"keep={{{name!r}: {ratio!r}}}: a keep ratio is in (0, 1].")
+        found = [n for n, group in enumerate(groups.names) if (group + ".").startswith(name + ".")]
+        if not found:
+            raise unknown("channel group to keep", name, groups.names, GraphError)
+        for index in found:
+            (width,) = round_widths([groups.sizes[index]], [float(ratio)])
+            if pinned.setdefault(index, width) != width:
+                raise ZooError(
+                    f"keep= pins {groups.names[index]!r} twice, by {by[index]!r} and {name!r}."
+                )
+            by[index] = name
+    whole = {
+        group.name: f"has {group.size} channels, no more than align={request.align}"
+        for index, group in enumerate(groups.groups)
+        if request.align > 1 and group.size <= request.align and index not in pinned
+    }
+    return Limits(request.align, pinned, request.floor), whole

@@ -1,1 +1,0 @@
-"""Pruning: graph -> groups, policies and criteria -> plan, plan -> surgery or mask."""

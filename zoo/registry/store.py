@@ -1,0 +1,220 @@
+"""The registry of profiles: references to `Profile`s, and the stored groups of architectures.
+
+A reference names its source: `bundled:<architecture>/<metric>-cf<k>`, `file:<path>`, or
+`hf:<org>/<repo>[/<path>][@<revision>]`.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from zoo.common.documents import decode_document, encode_document, read_json, write_json
+from zoo.errors import FactorError, ZooError, unknown
+from zoo.registry import hub
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.profile import METRICS, Profile
+
+__all__ = [
+    "ProfileEntry",
+    "find_profile",
+    "get_profile",
+    "list_architectures",
+    "list_profiles",
+    "registry_folder",
+    "store_groups",
+    "stored_groups",
+    "write_index",
+]
+
+
+@dataclass(frozen=True)
+class ProfileEntry:
+    """One profile of an index: enough to choose it and to check that it is whole."""
+
+    reference: str
+    architecture: str
+    metric: str
+    cf: float
+    got: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Index:
+    profiles: tuple[ProfileEntry, ...]
+
+
+def registry_folder() -> Path:
+    """The bundled registry: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "_registry", package.parent / "registry"):
+        if (folder / "index.json").is_file():
+            return folder
+    raise ZooError(f"The bundled registry is missing from {package}; reinstall prunezoo.")
+
+
+def folder_name(architecture: str) -> str:
+    """An architecture's name as a portable folder name; `list_architectures` turns it back."""
+    return architecture.replace(":", "--")
+
+
+def list_architectures() -> list[str]:
+    """The architectures whose channel groups are bundled; any other is traced when it is pruned."""
+    folders = sorted(path.parent.name for path in registry_folder().glob("*/groups.json"))
+    return [name.replace("--", ":") for name in folders]
+
+
+def list_profiles(
+    *, arch: str | None = None, metric: str | None = None, source: str = "bundled"
+) -> list[ProfileEntry]:
+    """The profiles of a source, optionally of one architecture or metric.
+
+    Args:
+        arch: an architecture's name.
+        metric: `params`, `macs` or `latency`.
+        source: `bundled`, or `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
+
+    Returns:
+        The profiles in order. For an architecture that has none, those of the one it takes its
+        `profiles_from`: provisional, because they were searched and measured there.
+
+    Raises:
+        ZooError: for an unknown architecture, metric or source.
+    """
+    if metric is not None and metric not in METRICS:
+        raise unknown("metric", metric, METRICS)
+    entries = _index(source)
+    if arch is not None and arch not in {entry.architecture for entry in entries}:
+        from zoo.models import architecture  # imports torch, which no other list needs
+
+        arch = architecture(arch).profiles_from or arch
+    return [
+        entry
+        for entry in entries
+        if (arch is None or entry.architecture == arch)
+        and (metric is None or entry.metric == metric)
+    ]
+
+
+def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Profile]:
+    """(reference, profile): the bundled one of an architecture at a factor.
+
+    It is provisional when its architecture is not `arch`, as in `list_profiles`.
+
+    Raises:
+        FactorError: when there is none, naming those that exist and the way round.
+        ZooError: for an unknown architecture.
+    """
+    entries = list_profiles(arch=arch)
+    for entry in entries:
+        if (entry.metric, entry.cf) == (metric, float(cf)):
+            return entry.reference, get_profile(entry.reference)
+    own = [f"{e.cf:g}x {e.metric}" for e in entries]
+    listing = f"it has {', '.join(own)}" if own else f"{arch} has none"
+    raise FactorError(
+        f"No searched profile of {arch} at {cf:g}x {metric}: {listing}. "
+        f"profile='equal' (or another policy) works at any factor."
+    )
+
+
+def get_profile(ref: str) -> Profile:
+    """The profile that a reference names.
+
+    Args:
+        ref: `bundled:<architecture>/<name>`, `file:<path>`, or `hf:<org>/<repo>[/<path>][@<rev>]`.
+
+    Raises:
+        ZooError: for a reference without a source, with the spellings; for a bundled one that the
+            index does not have, with those it has.
+        DocumentError: for a malformed profile.
+    """
+    source, _, rest = ref.partition(":")
+    if source == "bundled" and rest:
+        path = _bundled_path(rest)
+        references = [entry.reference for entry in list_profiles()]
+        if ref not in references:
+            raise unknown("profile", ref, references)
+        return Profile.read(registry_folder() / path)
+    if source == "file" and rest:
+        return Profile.read(Path(rest).expanduser())
+    if source == "hf" and rest:
+        repository, name, revision = hub.parse_hub_reference(rest)
+        return Profile.read(hub.download(repository, name or "profile.json", revision))
+    raise ZooError(
+        f"The profile reference {ref!r} names no source: write 'bundled:<architecture>/<name>', "
+        f"'file:{ref}' or 'hf:<org>/<repo>[/<path>][@<revision>]'."
+    )
+
+
+def _bundled_path(name: str) -> Path:
+    architecture, _, file = name.rpartition("/")
+    if not architecture or name.startswith("/") or ".." in name or "\\" in name:
+        raise ZooError(f"Expected bundled:<architecture>/<metric>-cf<k>, got 'bundled:{name}'.")
+    return Path(folder_name(architecture)) / f"{file}.json"
+
+
+def stored_groups(arch: str) -> ChannelGroups | None:
+    """The channel groups of a registered architecture at its reference; None if not stored.
+
+    The weights that a timm name may have after a dot make no difference.
+    """
+    path = registry_folder() / folder_name(arch.partition(".")[0]) / "groups.json"
+    if not path.is_file():
+        return None
+    groups = _read_groups(path, path.stat().st_mtime_ns)
+    return replace(  # the dictionaries, because all callers share what was read
+        groups,
+        shapes=dict(groups.shapes),
+        positions=dict(groups.positions),
+        unprunable=dict(groups.unprunable),
+        attributes=dict(groups.attributes),
+    )
+
+
+@functools.cache
+def _read_groups(path: Path, _: int) -> ChannelGroups:
+    return decode_document(ChannelGroups, read_json(path), str(path))
+
+
+def store_groups(arch: str, groups: ChannelGroups, folder: Path) -> None:
+    """Write an architecture's groups into the registry at `folder`."""
+    path = folder / folder_name(arch) / "groups.json"
+    write_json(path, encode_document(groups, terse=True), indent=None)
+
+
+def write_index(folder: Path) -> None:
+    """Make the index of the registry at `folder` anew from its profiles."""
+    entries = []
+    for path in sorted(folder.glob("*/*-cf*.json")):
+        profile = Profile.read(path)
+        entries.append(
+            ProfileEntry(
+                reference=f"bundled:{profile.architecture}/{path.stem}",
+                architecture=profile.architecture,
+                metric=profile.metric,
+                cf=profile.cf,
+                got=profile.got,
+                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+            )
+        )
+    entries.sort(key=lambda entry: (entry.architecture, entry.metric, entry.cf))
+    write_json(folder / "index.json", encode_document(_Index(tuple(entries))))
+
+
+def _index(source: str) -> tuple[ProfileEntry, ...]:
+    if source == "bundled":
+        path = registry_folder() / "index.json"
+        return decode_document(_Index, read_json(path), str(path)).profiles
+    if not source.startswith("hf:"):
+        raise unknown("profile source", source, ["bundled", "hf:<org>/<repo>"])
+    repository, _, revision = hub.parse_hub_reference(source.removeprefix("hf:"))
+    path = hub.download(repository, "index.json", revision)
+    at = f"@{revision}" if revision else ""
+    return tuple(
+        replace(entry, reference=f"hf:{repository}/{_bundled_path(name).as_posix()}{at}")
+        for entry in decode_document(_Index, read_json(path), str(path)).profiles
+        for name in [entry.reference.removeprefix("bundled:")]
+    )

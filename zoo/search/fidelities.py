@@ -1,0 +1,212 @@
+"""How the accuracy of a candidate is measured: after a recalibration, or after a fine-tune."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from itertools import chain, islice, repeat
+from typing import Protocol
+
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zoo.common.documents import encode
+from zoo.common.strides import UnitStrides
+from zoo.data.batches import DeviceLoader
+from zoo.data.datasets import ImageSet
+from zoo.errors import DivergenceError
+from zoo.search.tasks import (
+    Candidate,
+    cut,
+    device,
+    layer_features,
+    plan_of,
+    sample,
+)
+from zoo.surgery.masking import masked
+from zoo.training.finetuning import evaluate, finetune
+from zoo.training.recipes import Recipe
+
+__all__ = [
+    "Fidelity",
+    "FineTuning",
+    "Recalibration",
+    "live_features",
+    "recalibrate",
+    "recalibrated",
+]
+
+TRAINING = 2
+"""Of the code that trains: what an earlier one measured does not answer for this one.
+
+1: gradients of narrow shortcuts could be wrong (see `UnitStrides`). 2: they are right.
+"""
+
+SGD_STEPS = 50
+"""Most steps that recalibrate a network without batch norm."""
+
+
+class Fidelity(Protocol):
+    """How accuracies are measured; `name` holds every setting that they depend on."""
+
+    @property
+    def name(self) -> str: ...
+
+    def measure(self, candidate: Candidate) -> float:
+        """The validation accuracy in [0, 1] of one candidate."""
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """Surgery and `recalibrate`, with no real training: the cheapest fidelity.
+
+    Attributes:
+        calibration_images: training images for the recalibration.
+        val_images: validation images to measure on; all by default.
+    """
+
+    calibration_images: int = 2048
+    val_images: int | None = None
+
+    @property
+    def name(self) -> str:
+        return (
+            f"recalibration, {self.calibration_images} training images, "
+            f"{self.val_images or 'all'} validation images"
+        )
+
+    def measure(self, candidate: Candidate) -> float:
+        module = recalibrated(candidate, self.calibration_images)
+        return evaluate(module, sample(candidate.task.val, self.val_images)).accuracy
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """Surgery and a fine-tune, of which the last weights are measured; 0 if it diverges.
+
+    Attributes:
+        recipe: how to train.
+        train_images: training images to use; all by default.
+    """
+
+    recipe: Recipe
+    train_images: int | None = None
+
+    @classmethod
+    def of(cls, epochs: int, train_images: int | None, lr: float) -> FineTuning:
+        """The plain recipe in fp32, that rankings and evidence are measured by."""
+        return cls(Recipe(epochs=epochs, lr=lr, precision="fp32"), train_images)
+
+    @property
+    def name(self) -> str:
+        settings = (TRAINING, sorted(encode(self.recipe).items()))
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        return (
+            f"fine-tune, {self.recipe.epochs} epochs of {self.train_images or 'all'} training "
+            f"images, recipe {digest}, last weights"
+        )
+
+    def measure(self, candidate: Candidate) -> float:
+        module, task = cut(candidate), candidate.task
+        train = sample(task.train, self.train_images)
+        try:
+            result = finetune(
+                module,
+                train,
+                None,
+                teacher=None,
+                recipe=self.recipe,
+                seed=candidate.seed,
+                progress=False,
+            )
+        except DivergenceError:
+            return 0.0
+        if result.interrupted:
+            raise KeyboardInterrupt
+        return evaluate(module, task.val).accuracy
+
+
+def live_features(
+    candidate: Candidate, calibration_images: int = 512, feature_images: int = 512
+) -> tuple[NDArray, ...]:
+    """The Taylor features of a candidate as it is now: masked, its batch norms recalibrated.
+
+    Returns:
+        One float64 vector per channel group, as long as the dense group; pruned channels have 0.
+    """
+    task = candidate.task
+    module = masked(task.module, task.groups, plan_of(candidate))
+    _reset_statistics(module, sample(task.train, calibration_images))
+    return layer_features(module, task.groups, sample(task.val, feature_images))
+
+
+def recalibrated(candidate: Candidate, calibration_images: int) -> nn.Module:
+    """The candidate's network after surgery and `recalibrate`."""
+    task = candidate.task
+    module = cut(candidate).to(device(), memory_format=torch.channels_last)  # type: ignore[call-overload]
+    recalibrate(module, task.module, sample(task.train, calibration_images))
+    return module
+
+
+def recalibrate(module: nn.Module, dense: nn.Module, train: ImageSet) -> None:
+    """Repair, in place and without real training, what pruning did to a network's activations.
+
+    Batch-norm statistics are recomputed over `train`. A network without batch norm has the inputs
+    of each layer rescaled by dense / kept inputs and takes at most `SGD_STEPS` small SGD steps.
+
+    Args:
+        module: the pruned network.
+        dense: the network that it was cut from, with the same parameter names.
+        train: the calibration images; they are not augmented.
+    """
+    if _reset_statistics(module, train):
+        return
+    shapes = {name: parameter.shape for name, parameter in dense.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(shapes[name][1] / parameter.shape[1])
+    _small_steps(module, train)
+
+
+def _reset_statistics(module: nn.Module, train: ImageSet) -> bool:
+    """Recompute the statistics of batch norms over `train`; false where there are none."""
+    norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    if not norms:
+        return False
+    module.eval()
+    momenta = [layer.momentum for layer in norms]
+    for layer in norms:
+        layer.reset_running_stats()
+        layer.momentum = None  # cumulative average
+        layer.train()
+    batch = len(train) // max(1, round(len(train) / 512))
+    with torch.no_grad():
+        for images, _ in DeviceLoader(train, batch, device=device(), drop_last=True):
+            module(images.to(memory_format=torch.channels_last))
+    for layer, momentum in zip(norms, momenta, strict=True):
+        layer.momentum = momentum
+    module.eval()
+    return True
+
+
+def _small_steps(module: nn.Module, train: ImageSet) -> None:
+    """Up to `SGD_STEPS` steps of SGD, with a learning rate that falls linearly to zero."""
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / SGD_STEPS)
+    batches = DeviceLoader(train, min(128, len(train)), device=device(), drop_last=True)
+    module.train()
+    passes = chain.from_iterable(repeat(batches))
+    for images, labels in islice(passes, SGD_STEPS):
+        with UnitStrides():
+            logits = module(images.to(memory_format=torch.channels_last))
+        loss = functional.cross_entropy(logits, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        fall.step()
+    module.eval()

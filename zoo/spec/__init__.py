@@ -1,0 +1,1 @@
+"""What is written down: profiles, channel groups, plans, costs. Plain dataclasses, no networks."""

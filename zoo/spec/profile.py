@@ -1,0 +1,137 @@
+"""Profiles: how much of each channel group to keep, and the evidence for it. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zoo.common.documents import decode_document, encode_document, read_json, write_json
+from zoo.errors import DocumentError, unknown
+
+__all__ = ["METRICS", "Evidence", "Profile", "Provenance", "Reference"]
+
+METRICS = ("params", "macs", "latency")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The network that a profile's factor is stated for: its classes and image size in pixels."""
+
+    num_classes: int
+    image_size: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Accuracy of one policy at this profile's factor: mean and standard deviation over seeds.
+
+    Attributes:
+        policy: `searched`, `equal`, `greedy`, ...; `base` is the dense network.
+        params, macs: of the network measured, at the reference.
+        accuracies: in [0, 1], one per seed.
+        before: the same before any fine-tuning (batch-norm statistics recalibrated).
+        fidelity: how it was trained and measured.
+        data: the data set and split.
+        network: sha256 of the base network's checkpoint.
+    """
+
+    policy: str
+    params: int
+    macs: int
+    mean: float
+    sd: float
+    seeds: tuple[int, ...]
+    accuracies: tuple[float, ...]
+    fidelity: str
+    data: str
+    before: tuple[float, ...] = ()
+    network: str = ""
+
+    @property
+    def exam(self) -> tuple[str, str]:
+        """What rows must share to be compared: the data and the base network."""
+        return self.data, self.network
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a profile comes from, complete enough to run it again."""
+
+    command: str
+    agent: str
+    seed: int
+    episodes: int
+    evaluations: int
+    seconds: float
+    tasks: tuple[str, ...]
+    split_digest: str
+    fidelity: str
+    machine: str
+    date: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One keep ratio per channel group of an architecture, for one factor of one metric.
+
+    Attributes:
+        keep_ratios: group name -> fraction of channels kept, in (0, 1].
+        kept: group name -> channels kept; what `zoo.load` applies, verbatim.
+        reference: the factor `cf` is `got` exactly for this network.
+    """
+
+    architecture: str
+    metric: str
+    cf: float
+    got: float
+    reference: Reference
+    keep_ratios: dict[str, float]
+    kept: dict[str, int]
+    policy: str = "searched"
+    provenance: Provenance | None = None
+    evidence: tuple[Evidence, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"profile of {self.architecture}"
+        if self.metric not in METRICS:
+            raise unknown("metric", self.metric, METRICS, DocumentError)
+        if not self.cf >= 1:
+            raise DocumentError(f"{where}: the factor must be at least 1, got {self.cf}.")
+        for name, ratio in self.keep_ratios.items():
+            if not 0 < ratio <= 1:
+                raise DocumentError(f"{where}: β of {name!r} is {ratio}; it must be in (0, 1].")
+        if set(self.kept) != set(self.keep_ratios):
+            odd = sorted(set(self.kept) ^ set(self.keep_ratios))[0]
+            raise DocumentError(f"{where}: {odd!r} is not in both keep_ratios and kept.")
+        for name, count in self.kept.items():
+            if count < 1:
+                raise DocumentError(f"{where}: {name!r} keeps {count} channels; at least 1 needed.")
+
+    @property
+    def name(self) -> str:
+        """`<metric>-cf<factor>`, the file name in the registry."""
+        return f"{self.metric}-cf{self.cf:g}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The document, with its schema version."""
+        return encode_document(self)
+
+    @classmethod
+    def from_json(cls, raw: Any, where: str = "profile") -> Profile:
+        """The profile that a document describes.
+
+        Raises:
+            DocumentError: for unknown or missing keys, another schema version, or β outside (0, 1].
+        """
+        return decode_document(cls, raw, where)
+
+    @classmethod
+    def read(cls, path: Path) -> Profile:
+        """The profile in the JSON file at `path`."""
+        return cls.from_json(read_json(path), str(path))
+
+    def write(self, path: Path) -> None:
+        """Write the profile to `path`, atomically."""
+        write_json(path, self.to_json())

@@ -1,0 +1,1 @@
+"""Checkpoints and folders in, networks out; and the other way round."""

@@ -1,0 +1,375 @@
+"""What the zoo writes: a dense network as a checkpoint, a pruned model as a folder, read back here.
+
+Everything is written beside its place first and moved there whole.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from zoo.common.documents import (
+    decode_document,
+    encode_document,
+    read_json,
+    replacing,
+    write_json,
+    write_text,
+)
+from zoo.errors import CheckpointError, ZooError
+from zoo.models import architecture, build_model
+from zoo.spec.cost import cost_model
+from zoo.spec.plan import PruningRecord, Source, kept_positions, record_of
+from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
+from zoo.storage.dense import Uninitialised
+from zoo.surgery.surgery import named_tensors, resize, resized
+from zoo.tracing.calls import example_for
+from zoo.tracing.known_groups import groups_of, matching_groups
+from zoo.tracing.rewriting import rewritten
+
+__all__ = ["MODEL", "check_place", "read_model", "save_checkpoint", "skeleton_of", "write_model"]
+
+MODEL, README = "model.safetensors", "README.md"
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def save_checkpoint(model: nn.Module, path: str | Path, metadata: Mapping[str, str]) -> None:
+    """Write the state dict of a dense network as safetensors, with `metadata`, atomically.
+
+    Raises:
+        ZooError: if the file cannot be written; an old one is left as it was.
+    """
+    path = Path(path)
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    with _writing(path), replacing(path) as partial:
+        _save_tensors(state, partial, metadata)
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    separate = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+    safetensors.torch.save_file(separate, path, dict(metadata))
+    path.chmod(0o644)
+    _sort_metadata(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Equal content, equal bytes: safetensors writes metadata in a random order (its issue 584)."""
+    with path.open("r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            stream.seek(8)
+            stream.write(text.ljust(length))
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise ZooError(f"Cannot write {target}: {error}. What was there is unchanged.") from error
+
+
+def write_model(model: nn.Module, folder: str | Path) -> None:
+    """Write a pruned model as a folder: model.safetensors, pruning.json and README.md.
+
+    An older model in the folder is replaced whole; other files there are kept. Wrappers (compiled,
+    parallel) are left out. A classifier of other classes is taken into the record. What was written
+    is read back before it takes its place.
+
+    Raises:
+        CheckpointError: if `model` is not pruned, or no longer the network that was, or `folder`
+            holds something else.
+        ZooError: if the folder cannot be written; the old one is left as it was.
+    """
+    model = _unwrapped(model)
+    record = record_of(model)
+    if record is None:
+        raise CheckpointError(
+            f"This {type(model).__name__} is not pruned, so there is no record to reload it by: "
+            "prune it with zoo.load or zoo.prune, or write its weights with save_checkpoint."
+        )
+    tensors = {name.replace(COMPILED, ""): t for name, t in named_tensors(model).items()}
+    record = _as_it_is(record, tensors)
+    folder = Path(folder)
+    place = folder.resolve()
+    with _writing(folder):
+        check_place(place)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
+            new = Path(scratch, place.name)
+            if place.exists():
+                shutil.copytree(
+                    place,
+                    new,
+                    symlinks=True,
+                    ignore=lambda at, _: (MODEL, RECORD, README) if Path(at) == place else (),
+                )
+            else:
+                new.mkdir()
+            _save_tensors(tensors, new / MODEL, {"memory_format": _layout(model)})
+            write_json(new / RECORD, encode_document(record))
+            _read_back(new, model, record)
+            write_text(new / README, _readme(record))
+            _swap(new, place, aside=place.with_name(f"{Path(scratch).name}.old"))
+
+
+COMPILED = "_orig_mod."
+"""What torch.compile puts in front of the names of what it wraps."""
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """What torch.compile, DataParallel or DistributedDataParallel is wrapped around."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def _as_it_is(record: PruningRecord, tensors: Mapping[str, Tensor]) -> PruningRecord:
+    """The record, with the classes and the costs of a classifier that was replaced since."""
+    if not record.architecture:
+        return record
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    try:
+        classes, _ = architecture(record.architecture).infer(shapes)
+    except CheckpointError:
+        return record
+    if classes == record.num_classes:
+        return record
+    record = replace(record, num_classes=classes, new_classifier=True)
+    plan = record.plan
+    groups = groups_of(record.architecture, skeleton_of(record), record.size, record.in_channels)
+    costs, widths = cost_model(groups), [len(plan.kept[name]) for name in groups.names]
+    dense = replace(costs.dense, latency=plan.dense.latency)
+    pruned = replace(costs(widths), latency=plan.pruned.latency)
+    got = plan.got if plan.metric == "latency" else costs.factor(widths, plan.metric)
+    return replace(record, plan=replace(plan, dense=dense, pruned=pruned, got=got))
+
+
+def _read_back(folder: Path, model: nn.Module, record: PruningRecord) -> None:
+    """Refuse what could not be read again.
+
+    Raises:
+        CheckpointError: with what differs from the network that was pruned.
+    """
+    advice = "Write its weights with torch.save(model.state_dict(), ...) or put the layer back."
+    if record.architecture:
+        try:
+            read_model(folder)
+        except CheckpointError as error:
+            changed = str(error).partition(f"{RECORD}: ")[2] or str(error)
+            raise CheckpointError(
+                f"The network is no longer the one that was pruned, and could not be read again: "
+                f"{changed} {advice}"
+            ) from None
+        return
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count != record.plan.pruned.params:
+        raise CheckpointError(
+            f"The network is no longer the one that was pruned: {count:,} parameters, the plan has "
+            f"{record.plan.pruned.params:,}. {advice}"
+        )
+
+
+def check_place(place: Path) -> None:
+    """Refuse a place that a pruned model cannot be written to.
+
+    Raises:
+        CheckpointError: for a file, or a folder that holds neither a model nor its training.
+    """
+    if place.exists() and not place.is_dir():
+        raise CheckpointError(f"{place} is a file; a pruned model needs a folder.")
+    # a training leaves its history, and its trackers what they like
+    ours = any((place / name).exists() for name in (RECORD, SAVEPOINT, HISTORY))
+    if place.exists() and not ours and any(place.iterdir()):
+        raise CheckpointError(
+            f"{place} is not empty and holds no pruned model; name another folder, or empty it."
+        )
+
+
+def _swap(new: Path, place: Path, aside: Path) -> None:
+    """Put the folder `new` in the place of the one there, which comes back if that fails."""
+    try:
+        if place.exists():
+            place.rename(aside)
+        new.rename(place)
+    except BaseException:
+        if aside.exists() and not place.exists():
+            aside.rename(place)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _layout(model: nn.Module) -> str:
+    """The memory format of the convolutions, on which the last bits of their outputs depend."""
+    weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
+    last = bool(weights) and all(
+        w.is_contiguous(memory_format=torch.channels_last) for w in weights
+    )
+    return "channels_last" if last else "contiguous_format"
+
+
+def _named(source: Source) -> str:
+    kind = {True: ", the averaged weights", False: ", not the averaged weights", None: ""}
+    digest = f" (sha256 {source.sha256})" if source.sha256 else ""
+    return f"{source.reference}{digest}{kind[source.averaged]}"
+
+
+def _readme(record: PruningRecord) -> str:
+    plan, name = record.plan, record.architecture
+    weights = record.init if record.rewind is None else f"rewound to {_named(record.rewind)}"
+    origin = "; the classifier is new, the source has none of them"
+    notes = [
+        f"Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: "
+        f"got {plan.got:.3f}x.",
+        f"Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {weights}.",
+        f"Classes: {record.num_classes}{origin if record.new_classifier else ''}.",
+        f"Pruned from: {_named(record.source)}.",
+    ]
+    if (on := plan.latency) is not None:
+        notes.insert(
+            1,
+            f"Latency of {on.batch} image(s) of {plan.input_size}, {on.dtype}, "
+            f"predicted from layers timed on {on.device}, {on.threads} thread(s), "
+            f"torch {on.torch}.",
+        )
+    argument = "" if name else ", skeleton=dense_network"
+    return f"""# {name or "A network"}, channel-pruned
+
+| | dense | pruned | compression factor |
+|---|---|---|---|
+{_costs(record)}
+
+{chr(10).join(f"- {note}" for note in notes)}
+
+```python
+import zoo
+
+model = zoo.load_pruned("path/to/this/folder"{argument})
+```
+"""
+
+
+def _costs(record: PruningRecord) -> str:
+    """The rows of the table; a live network's images may have any shape."""
+    plan, size = record.plan, record.image_size
+    images = f"{record.in_channels}x{size}x{size}" if record.architecture else "the example input"
+    if plan.inputs:
+        images = plan.input_size
+    rows: list[tuple[str, float, float, str]] = [
+        ("parameters", plan.dense.params, plan.pruned.params, ","),
+        (f"MACs at {images}", plan.dense.macs, plan.pruned.macs, ","),
+    ]
+    if plan.dense.latency and plan.pruned.latency:
+        rows.append(("latency in ms", plan.dense.latency, plan.pruned.latency, ".3g"))
+    return "\n".join(
+        f"| {what} | {dense:{form}} | {pruned:{form}} | {dense / pruned:.2f}x |"
+        for what, dense, pruned, form in rows
+    )
+
+
+# --- reading back ---------------------------------------------------------------------------------
+
+
+def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
+    """The pruned model in `folder`, in eval mode on the CPU: no tracing, no pickle, no network.
+
+    Args:
+        folder: as `write_model` left it.
+        skeleton: the dense network, for a model of no registered architecture; not edited.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or the two do not belong together.
+        DocumentError: if pruning.json has an unknown key or another schema version.
+    """
+    folder = Path(folder)
+    for name in (RECORD, MODEL):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} holds no pruned model: {name} is missing.")
+    record = decode_document(PruningRecord, read_json(folder / RECORD), str(folder / RECORD))
+    tensors, metadata = read_safetensors(folder / MODEL)
+    if record.architecture:
+        skeleton = skeleton_of(record)
+    elif skeleton is None:
+        raise CheckpointError(
+            f"{folder} holds a network of no registered architecture: give the dense network that "
+            "it was pruned from as skeleton=."
+        )
+    if record.rewritten:
+        zeros = example_for(skeleton, record.image_size, record.plan.inputs, torch.zeros)
+        skeleton = rewritten(skeleton, zeros)
+    _check(tensors, skeleton, record, folder)
+    if record.architecture:  # no one else holds this skeleton
+        resize(model := skeleton, tensors, record.plan.attributes)
+    else:
+        model = resized(skeleton, tensors, record.plan.attributes)
+    if metadata.get("memory_format") == "channels_last":
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.pruning = record  # type: ignore[assignment]
+    return model.eval()
+
+
+def skeleton_of(record: PruningRecord) -> nn.Module:
+    """The dense network of the record's architecture, without values worth anything."""
+    with Uninitialised():
+        return build_model(
+            record.architecture,
+            record.num_classes,
+            image_size=record.size,
+            in_channels=record.in_channels,
+        )
+
+
+def _check(
+    tensors: Mapping[str, Tensor], skeleton: nn.Module, record: PruningRecord, folder: Path
+) -> None:
+    """Refuse tensors that are not those of `skeleton` at the widths of the record's plan."""
+    where = f"{folder}: {MODEL} does not belong to {RECORD}:"
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
+    odd = sorted(set(shapes) ^ set(tensors))
+    if odd:
+        kind = "missing" if odd[0] in shapes else "unexpected"
+        raise CheckpointError(f"{where} {len(odd)} tensors differ; {odd[0]} is {kind}.")
+    groups = matching_groups(record.architecture, skeleton) if record.architecture else None
+    if groups is not None:
+        if set(groups.names) != set(record.plan.kept):
+            raise CheckpointError(f"{where} its channel groups are not {record.architecture}'s.")
+        for name, dims in kept_positions(groups.adapted(shapes), record.plan.kept).items():
+            if name in shapes:
+                lengths = {dim: len(positions) for dim, positions in dims.items()}
+                shapes[name] = tuple(lengths.get(dim, n) for dim, n in enumerate(shapes[name]))
+        for name, shape in shapes.items():
+            got = tuple(tensors[name].shape)
+            if got != shape:
+                raise CheckpointError(f"{where} {name} has shape {got}, the plan makes it {shape}.")
+    dense = dict(skeleton.named_parameters())
+    for kind, found, cost in (
+        ("dense", dense, record.plan.dense),
+        ("pruned", {name: tensors[name] for name in dense}, record.plan.pruned),
+    ):
+        count = sum(tensor.numel() for tensor in found.values())
+        if count != cost.params:
+            raise CheckpointError(
+                f"{where} {count:,} {kind} parameters, the plan has {cost.params:,}."
+            )

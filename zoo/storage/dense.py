@@ -1,0 +1,386 @@
+"""A checkpoint as a dense network of an architecture: what each of its tensors is there."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from zoo.common.sizes import Size, parsed_size, spelled
+from zoo.errors import CheckpointError, ZooError, integer
+from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
+from zoo.models.adapters import adapted_names
+from zoo.models.stem import RGB
+from zoo.storage.checkpoints import Checkpoint, check_values, read_checkpoint
+
+__all__ = ["Dense", "Uninitialised", "load_dense"]
+
+_Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A dense network with the weights of a checkpoint, in eval mode on the CPU.
+
+    Attributes:
+        image_size: in pixels per side, or (height, width).
+        in_channels: of the images.
+        new_classifier: whether its classifier is not the checkpoint's, which has none or one of
+            other classes.
+    """
+
+    module: nn.Module
+    checkpoint: Checkpoint
+    num_classes: int
+    image_size: Size
+    in_channels: int
+    new_classifier: bool
+
+
+def load_dense(
+    arch: str,
+    weights: str | Path | Mapping[str, Any] | nn.Module,
+    *,
+    image_size: Size | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    ema: bool = True,
+) -> Dense:
+    """The dense network that `weights` belong to.
+
+    It shares nothing with `weights`, and has the data types of a fresh network: half-precision
+    weights become float32. Where the checkpoint is of more than the network
+    (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one prefix that fits
+    are taken, with a warning that names it and what was left out. The first convolution's weights
+    say how many channels the images have.
+
+    Args:
+        arch: an architecture's name.
+        weights: as for `read_checkpoint`.
+        image_size: in pixels per side, or (height, width). Taken from the classifier where that
+            depends on it; otherwise this, or the checkpoint's own metadata, or the architecture's
+            reference.
+        num_classes: a checkpoint without a classifier, or with one of other classes, gets a new one
+            of so many; by default the checkpoint's own.
+        seed: of a new classifier, which is that of `build_model` with this seed.
+        ema: as for `read_checkpoint`.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or if the tensors do not fit `arch`: how many and
+            which are missing, unexpected or misshapen, and the architecture that they do fit; if
+            those under several prefixes do; if only the classifier is missing, and `num_classes` is
+            not given; or, of those that are taken, as `check_values`.
+        ZooError: for a bad number of classes.
+    """
+    known = architecture(arch)
+    if num_classes is not None:
+        num_classes = integer("num_classes", num_classes, 1)
+    if image_size is not None:
+        image_size = known.checked_size(image_size)
+    checkpoint = read_checkpoint(weights, ema=ema)
+    preferred = image_size or _stated_size(checkpoint)
+    try:
+        try:
+            fit = _adapted(known, checkpoint.shapes, preferred)
+        except _Misfit as misfit:
+            inner = _under_a_prefix(known, checkpoint, preferred)
+            if inner is None:
+                raise _nearest(misfit, known, checkpoint.shapes, preferred) from None
+            fit = inner
+        if fit.classes is None and num_classes is None:
+            missing = ", ".join(sorted(_classifier(known)))
+            raise CheckpointError(
+                f"Its classifier is missing ({missing}): pass num_classes= for a new one."
+            )
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.source.reference} does not fit {arch!r}. {error}"
+            f"{_suggestion(arch, checkpoint.shapes)}"
+        ) from None
+    if image_size and image_size != fit.size:
+        raise CheckpointError(
+            f"The classifier in {checkpoint.source.reference} is for images of "
+            f"{spelled(fit.size)} pixels, not {spelled(image_size)}."
+        )
+    module, classes = fit.module, num_classes or fit.classes
+    assert classes is not None
+    if new := classes != fit.classes:
+        module = build_model(
+            arch, classes, image_size=fit.size, in_channels=fit.in_channels, seed=seed
+        )
+    shapes, stored = _shapes(module), checkpoint.shapes
+    taken = {name: own for name, own in fit.names.items() if shapes.get(own) == stored[name]}
+    check_values({name: checkpoint.state[name] for name in taken}, checkpoint.source.reference)
+    state = {own: checkpoint.state[name] for name, own in taken.items()}
+    module.load_state_dict(state, strict=False)
+    return Dense(module.eval(), checkpoint, classes, fit.size, fit.in_channels, new)
+
+
+def _stated_size(checkpoint: Checkpoint) -> Size | None:
+    """What the checkpoint's metadata give the image size as, if they do."""
+    stated = checkpoint.metadata.get("image_size")
+    if stated is None:
+        return None
+    try:
+        return parsed_size("image_size", stated)
+    except ZooError:
+        raise CheckpointError(
+            f"The checkpoint's metadata give the image size as {stated!r}."
+        ) from None
+
+
+class _Misfit(CheckpointError):
+    """A checkpoint that does not fit, by `count` of its tensors or the network's.
+
+    `in_channels` is what the images would have if they were all that differs.
+    """
+
+    def __init__(self, message: str, count: int, in_channels: int | None = None) -> None:
+        super().__init__(message)
+        self.count = count
+        self.in_channels = in_channels
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A network (uninitialised), the name in it of each stored name, and what it is for.
+
+    `classes` is None where the stored tensors are all but the classifier's.
+    """
+
+    module: nn.Module
+    names: Mapping[str, str]
+    classes: int | None
+    size: Size
+    in_channels: int = RGB
+
+
+def _under_a_prefix(
+    known: Architecture, checkpoint: Checkpoint, image_size: Size | None
+) -> _Fit | None:
+    """As `_adapted`, of the tensors under the only prefix of their names under which they fit.
+
+    None where those under no prefix do.
+
+    Raises:
+        CheckpointError: if those under several do.
+    """
+    shapes = checkpoint.shapes
+    with torch.device("meta"):
+        parameters = dict(build_model(known.name, known.num_classes).named_parameters())
+    least = len(parameters.keys() - _classifier(known))
+    fits: dict[str, _Fit] = {}
+    for prefix, own in _parts(shapes, least).items():
+        with contextlib.suppress(_Misfit):
+            fits[prefix] = _adapted(known, own, image_size)
+    whole = {prefix: fit for prefix, fit in fits.items() if fit.classes is not None}
+    fits = whole or fits
+    if not fits:
+        return None
+    if len(fits) > 1:
+        raise CheckpointError(
+            f"It holds such a network under {' and under '.join(map(repr, fits))}: pass the state "
+            "dict of the one that is meant."
+        )
+    ((prefix, fit),) = fits.items()
+    others = [name for name in shapes if not name.startswith(prefix)]
+    warnings.warn(
+        f"{checkpoint.source.reference}: the weights under {prefix!r} were taken, and "
+        f"{len(others)} others left out: {_some(others)}.",
+        stacklevel=3,
+    )
+    return replace(fit, names={prefix + name: new for name, new in fit.names.items()})
+
+
+def _parts(shapes: _Shapes, least: int) -> dict[str, _Shapes]:
+    """The tensors under each prefix of names that at least so many have, by what follows it."""
+    counts = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
+    return {
+        prefix: {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
+        for prefix, count in counts.items()
+        if count >= least
+    }
+
+
+def _nearest(
+    misfit: _Misfit, known: Architecture, shapes: _Shapes, image_size: Size | None
+) -> _Misfit:
+    """`misfit`, or that of the tensors under a prefix that most have, if these come nearer."""
+    for prefix, own in _parts(shapes, len(shapes) // 2 + 1).items():
+        try:
+            _adapted(known, own, image_size)
+        except _Misfit as inner:
+            if inner.count < misfit.count:
+                others = [name for name in shapes if not name.startswith(prefix)]
+                beside = f" Beside them: {_some(others)}." if others else ""
+                misfit = _Misfit(f"Of the weights under {prefix!r}: {inner}{beside}", inner.count)
+    return misfit
+
+
+def _adapted(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _Fit:
+    """As `_fitting`, with each stored name's name in the network, by the first adapter that fits.
+
+    Raises:
+        _Misfit: that of the adapter that comes nearest.
+    """
+    misfits = []
+    for adapter, names in adapted_names(shapes):
+        renamed = {names[name]: shape for name, shape in shapes.items()}
+        try:
+            fit = _fitting(known, renamed, image_size)
+        except _Misfit as misfit:
+            read_as = f" (Its key names were read as those of {adapter}.)" if adapter else ""
+            misfits.append(_Misfit(f"{misfit}{read_as}", misfit.count))
+        else:
+            return replace(fit, names=names)
+    raise min(misfits, key=lambda misfit: misfit.count)
+
+
+def _fitting(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _Fit:
+    """The network for tensors of these `shapes`, under their own names.
+
+    Raises:
+        _Misfit: if they are not those of one, with or without its classifier.
+    """
+    try:
+        return _fitted(known, shapes, image_size, RGB)
+    except _Misfit as misfit:
+        if misfit.in_channels is None:
+            raise
+        try:
+            return _fitted(known, shapes, image_size, misfit.in_channels)
+        except _Misfit:  # then the channels are not what differs
+            raise misfit from None
+        except ZooError as error:
+            raise _Misfit(f"{misfit} {error}", misfit.count) from None
+
+
+def _fitted(
+    known: Architecture,
+    shapes: _Shapes,
+    image_size: Size | None,
+    in_channels: int,
+) -> _Fit:
+    """As `_fitting`, of a network for images of `in_channels`."""
+    problems = []
+    classes: int | None = None
+    size: Size = image_size or known.image_size
+    try:
+        classes, size = known.infer(shapes)
+    except CheckpointError as error:
+        problems.append(str(error))
+    if image_size and known.flatten_stride is None:
+        size = image_size
+    with Uninitialised():
+        module = build_model(
+            known.name, classes or known.num_classes, image_size=size, in_channels=in_channels
+        )
+    expected = _shapes(module)
+    wrong = {
+        "missing": [
+            name
+            for name in expected
+            if name not in shapes and not name.endswith("num_batches_tracked")
+        ],
+        "unexpected": [
+            name
+            for name in shapes
+            if name not in expected and not (known.auxiliary and name.startswith(known.auxiliary))
+        ],
+        "misshapen": [
+            f"{name} (expected {expected[name]}, got {shapes[name]})"
+            for name in expected
+            if shapes.get(name, expected[name]) != expected[name]
+        ],
+    }
+    count = sum(map(len, wrong.values()))
+    only_missing = count == len(wrong["missing"])
+    if classes is None and only_missing and set(wrong["missing"]) == _classifier(known):
+        return _Fit(module, {}, None, size, in_channels)
+    for kind, names in wrong.items():
+        if names:
+            problems.append(f"{len(names)} {kind}: {_some(names)}.")
+    if problems:
+        raise _Misfit(" ".join(problems), count, _image_channels(expected, shapes))
+    return _Fit(module, {}, classes, size, in_channels)
+
+
+def _image_channels(expected: _Shapes, shapes: _Shapes) -> int | None:
+    """The channels of the images, if the inputs of convolutions alone are not the `expected`."""
+    pairs = [(shape, shapes.get(name, shape)) for name, shape in expected.items()]
+    channels = set()
+    for shape, got in pairs:
+        if got == shape:
+            continue
+        if (len(shape), len(got)) != (4, 4) or shape[:1] + shape[2:] != got[:1] + got[2:]:
+            return None
+        channels.add(got[1] * RGB / shape[1])  # a stem may fold pixels into channels
+    (number,) = channels if len(channels) == 1 else (0.0,)
+    return int(number) if number >= 1 and number.is_integer() else None
+
+
+def _classifier(known: Architecture) -> set[str]:
+    """The tensors of an architecture whose shapes depend on the number of classes."""
+    with torch.device("meta"):
+        shapes, others = (
+            _shapes(build_model(known.name, known.num_classes + more)) for more in (0, 1)
+        )
+    return {name for name, shape in shapes.items() if others[name] != shape}
+
+
+def _some(names: list[str]) -> str:
+    """The first three, and whether there are more."""
+    return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def _suggestion(arch: str, shapes: _Shapes) -> str:
+    readings = [
+        {names[name]: shape for name, shape in part.items()}
+        for part in (shapes, *_parts(shapes, len(shapes) // 2 + 1).values())
+        for _, names in adapted_names(part)
+    ]
+    others = [other for name, other in ARCHITECTURES.items() if name != arch]
+    fitting = [repr(other.name) for other in others if any(_fits(other, r) for r in readings)]
+    return f" The checkpoint fits {' or '.join(fitting)}." if fitting else ""
+
+
+def _fits(known: Architecture, shapes: _Shapes) -> bool:
+    try:
+        known.infer(shapes)  # first, because it builds no network
+        with torch.device("meta"):
+            _fitting(known, shapes, None)
+    except ZooError:
+        return False
+    return True
+
+
+class Uninitialised(TorchFunctionMode):
+    """Networks built inside skip their random initial values, which are about to be replaced.
+
+    Unlike on the meta device, buffers that no checkpoint holds are as their module computes them.
+    """
+
+    RANDOM = frozenset(
+        getattr(nn.init, name)
+        for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_")
+    )
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if func in self.RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        if func is Tensor.normal_:  # zeros, because torch draws a truncated normal until it fits
+            return args[0].zero_()
+        return func(*args, **kwargs)

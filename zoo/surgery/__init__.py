@@ -1,0 +1,1 @@
+"""A network and a plan in; a smaller network, or one with zeros, out."""

@@ -1,0 +1,1 @@
+"""A network and an example input in; verified channel groups out."""

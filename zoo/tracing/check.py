@@ -1,0 +1,246 @@
+"""The check of channel groups: a trial surgery, and what it shows that no label could.
+
+Under fake tensors every layer's output shape is compared with the predicted one; where slices of
+channels, or numbers that change with the widths, could be wrong in the right shape, the trial is
+traced (`zoo.tracing.retrace`); and parts that only training uses are run in training mode.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from zoo.errors import GraphError, first_line
+from zoo.spec.cost import Cost
+from zoo.spec.groups import ChannelGroups
+from zoo.spec.plan import Plan, attribute_values
+from zoo.surgery.surgery import apply, named_tensors, resized
+from zoo.tracing.calls import Inputs, call, leaves, mapped
+from zoo.tracing.program import Program
+from zoo.tracing.retrace import (
+    Failure,
+    agree,
+    first_change,
+    numbers_in,
+    predicted,
+    shown,
+    slices_channels,
+)
+
+__all__ = ["first_failure", "removed_roots"]
+
+
+def first_failure(
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
+) -> Failure | None:
+    """What goes wrong when `module` is cut by a trial plan; None if nothing does.
+
+    Args:
+        module: the dense network.
+        groups: its groups.
+        program: its interpretation.
+        inputs: as it was traced with.
+
+    Raises:
+        GraphError: if what training mode does besides would break.
+    """
+    failure = _check_shapes(module, groups, program, inputs, _trial_plan(groups))
+    if failure is None:
+        failure = _check_numbers(module, groups, program, inputs)
+    if failure is None:
+        _check_training(module, groups, program, inputs)
+    return failure
+
+
+def _check_shapes(
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs, plan: Plan
+) -> Failure | None:
+    """The first layer whose output shape, under fake tensors, is not as predicted."""
+    removed = removed_roots(program, groups, plan)
+    with _faked(module) as (mode, fake):
+        pruned = apply(fake, groups, plan).eval()
+        seen: list[tuple[str, tuple[int, ...] | None]] = []
+        active: list[str] = []
+        with _watched(pruned, seen, active):
+            try:
+                result = call(pruned, mapped(mode.from_tensor, inputs))
+            except Exception as error:
+                where = active[-1] if active else ""
+                message = first_line(error)
+                calls = program.calls[: len(seen)]
+                before = ((made.path, row) for made in calls for row in made.value.labels)
+                return Failure(where, message, before=tuple(before))
+    by_path: dict[str, list[tuple[int, ...] | None]] = defaultdict(list)
+    for path, shape in seen:
+        by_path[path].append(shape)
+    taken: Counter[str] = Counter()
+    for made in program.calls:
+        shapes = by_path.get(made.path, [])
+        if taken[made.path] >= len(shapes):
+            return Failure(made.path, "was called less often than in the traced program")
+        got, expected = shapes[taken[made.path]], predicted(program, made.value, removed)
+        taken[made.path] += 1
+        if got is not None and not agree(got, expected):
+            return Failure(made.path, f"gives shape {got}, expected {shown(expected)}")
+    outputs = leaves(result)
+    if len(outputs) != len(program.outputs):
+        return Failure("", f"gives {len(outputs)} tensors, expected {len(program.outputs)}")
+    for output, value in zip(outputs, program.outputs, strict=True):
+        expected = predicted(program, value, removed)
+        if not agree(tuple(output.shape), expected):
+            return Failure("", f"gives shape {tuple(output.shape)}, expected {shown(expected)}")
+    return None
+
+
+def _check_training(
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
+) -> None:
+    """Refuse what only training does, and surgery would break, as an auxiliary classifier.
+
+    Parameters that are idle in eval mode must be seen at work; else it is enough that nothing is
+    seen to break.
+    """
+    idle = [name for name, _ in module.named_parameters() if name in program.idle]
+    unseen = (
+        f"{idle[0]!r} has no part in eval mode, and" if idle else "In eval mode all is well, but"
+    )
+    with _faked(module) as (mode, fake):
+        pair = mapped(lambda tensor: torch.cat([mode.from_tensor(tensor)] * 2), inputs)
+        sizes = (mapped(partial(_enlarged, times), pair) for times in (1, 2, 4))
+        given = next((larger for larger in sizes if _training_error(fake, larger) is None), None)
+        if given is None and not idle:
+            return
+        if given is None:
+            raise GraphError(
+                f"{unseen} whether surgery would break it in training mode cannot be seen, for the "
+                f"network cannot be trained on such inputs: {_training_error(fake, pair)}. Give an "
+                f"example input of the size that it is trained on, or remove what only training "
+                f"uses first."
+            )
+        broken = _training_error(apply(fake, groups, _trial_plan(groups)), given)
+        if broken is not None:
+            raise GraphError(
+                f"{unseen} surgery would break the network in training mode: {broken}. Remove what "
+                f"only training uses first."
+            )
+
+
+def _enlarged(times: int, tensor: Tensor) -> Tensor:
+    """Images of so many times the sides: an auxiliary head may need more than the network does."""
+    return tensor.repeat(1, 1, times, times) if tensor.ndim == 4 else tensor
+
+
+def _training_error(network: nn.Module, inputs: Inputs) -> str | None:
+    """Why a network cannot be trained on such inputs; None if it can."""
+    try:
+        call(network.train(), inputs)
+    except Exception as error:
+        return first_line(error)
+    return None
+
+
+@contextmanager
+def _faked(module: nn.Module) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
+    """Fake tensors, and a copy of `module` of them; a failure there is an answer, not logged."""
+    log = logging.getLogger("torch._subclasses")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            tensors = {name: mode.from_tensor(t) for name, t in named_tensors(module).items()}
+            yield mode, resized(module, tensors)
+    finally:
+        log.setLevel(level)
+
+
+def _check_numbers(
+    module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
+) -> Failure | None:
+    """What a trace of a trial surgery shows, where slices or numbers could be wrong in it.
+
+    The trial removes the first and the last channel of every group, and every other one between.
+    """
+    plan = _plan(groups, {g.name: range(1, max(2, g.size - 1), 2) for g in groups.groups})
+    failure = _check_shapes(module, groups, program, inputs, plan)
+    if failure is not None:
+        return failure
+    with _faked(module) as (mode, fake):
+        given = mapped(mode.from_tensor, inputs)
+        dense, fewer = (
+            numbers_in(network.eval(), given) for network in (fake, apply(fake, groups, plan))
+        )
+    if dense == fewer and not slices_channels(program):
+        return None
+    pruned = apply(module, groups, plan)
+    return first_change(program, pruned, inputs, removed_roots(program, groups, plan))
+
+
+def _trial_plan(groups: ChannelGroups) -> Plan:
+    """The last half or so of every group, with neighbouring groups of different widths."""
+    kept = {}
+    for number, group in enumerate(groups.groups):
+        width = max(1, group.size // 2 - number % 3)
+        kept[group.name] = range(group.size - width, group.size)
+    return _plan(groups, kept)
+
+
+def _plan(groups: ChannelGroups, chosen: Mapping[str, range]) -> Plan:
+    kept = {name: tuple(units) for name, units in chosen.items()}
+    nothing = Cost(0, 0)
+    return replace(
+        Plan("", "params", 1, 1, {}, kept, "", 0, nothing, nothing, groups.image_size),
+        attributes=attribute_values(groups, kept),
+    )
+
+
+@contextmanager
+def _watched(
+    module: nn.Module, seen: list[tuple[str, tuple[int, ...] | None]], active: list[str]
+) -> Iterator[None]:
+    """Note the output shape of every leaf call, and the modules that have not returned yet.
+
+    A leaf that gives several tensors has no such shape; what comes after it shows them.
+    """
+
+    def before(path: str) -> Callable:
+        return lambda *_: active.append(path)
+
+    def after(path: str, leaf: bool) -> Callable:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            active.pop()
+            if leaf:
+                seen.append((path, tuple(output.shape) if isinstance(output, Tensor) else None))
+
+        return hook
+
+    handles = []
+    for path, layer in module.named_modules():
+        leaf = not list(layer.children())
+        handles.append(layer.register_forward_pre_hook(before(path)))
+        handles.append(layer.register_forward_hook(after(path, leaf)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def removed_roots(program: Program, groups: ChannelGroups, plan: Plan) -> set[int]:
+    """The representatives of all labels that `plan` removes."""
+    removed: set[int] = set()
+    for group in groups.groups:
+        slot = group.slots[0]
+        labels = program.tensors[slot.tensor].labels[slot.dim]
+        assert labels is not None
+        for unit in set(range(group.size)) - set(plan.kept[group.name]):
+            removed.add(program.trace.find(int(labels[slot.positions(unit)[0]])))
+    return removed

@@ -1,0 +1,223 @@
+"""All that the trace of a network depends on, as one key: equal keys, equal traces.
+
+Code is taken as it is compiled in memory, not from its source file, which may have been edited
+since, and of whatever package it comes: installed ones are edited and reinstalled under the same
+version too. Python, torch, NumPy and the zoo alone are told by their versions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import dis
+import enum
+import functools
+import hashlib
+import sys
+import sysconfig
+import types
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrize import is_parametrized
+
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.calls import Inputs, shapes_of
+from zoo.tracing.fingerprint import digest, qualified_name, structure
+
+__all__ = ["trace_key"]
+
+PACKAGES = ("prunezoo", "torch", "torchvision", "timm", "numpy")
+TOLD_BY_VERSION = sys.stdlib_module_names | {"zoo", "torch", "numpy"}
+CONSTANTS = bool | int | float | complex | str | bytes | None | types.EllipsisType | enum.Enum
+CONSTANTS |= torch.dtype | torch.device | torch.layout | torch.memory_format
+ROOMS = ("spec", "surgery", "tracing", "models")
+"""Those of the zoo whose code has a part in a trace."""
+CALLED = ("__call__", "__getattr__", "__getattribute__")
+"""The special methods that may have a part in a forward pass."""
+
+
+def trace_key(module: nn.Module, inputs: Inputs) -> str | None:
+    """sha256 of all that tracing `module` with such an input depends on; None if that is unknown.
+
+    That is its structure and attributes, the shape and type of every tensor and of the input, which
+    tensors are tied, versions, the rules of this package, and the code of its classes with all that
+    it refers to. Hooks, parametrizations, a `forward` of one layer alone and objects of unknown
+    content leave it unknown; those in installed packages, which are many, are told by their class.
+    """
+    try:
+        return digest(_dependencies(module, inputs))
+    except (_UnknownError, ValueError):  # a closure's cell may be empty
+        return None
+
+
+class _UnknownError(Exception):
+    """Something whose content cannot be told."""
+
+
+def _dependencies(module: nn.Module, inputs: Inputs) -> Iterator[str]:
+    yield f"{sys.version_info}{_versions()}{_rules()}"
+    yield f"{shapes_of(inputs)}"
+    yield from structure(module)
+    first: dict[int, str] = {}
+    for name, tensor in named_tensors(module).items():
+        tied = first.setdefault(id(tensor), name)
+        yield f"{name}={tied}:{tuple(tensor.shape)}{tensor.dtype}{type(tensor)}"
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        raise _UnknownError
+    described = _Description()
+    for layer in module.modules():
+        hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
+        if hooked or is_parametrized(layer):
+            raise _UnknownError
+        described.add(type(layer))
+        described.add(type(layer).forward)
+        for name, value in layer.__dict__.items():
+            if name not in _ordinary():
+                described.add(name)
+                described.add(value)
+    yield from described.lines
+
+
+@functools.cache
+def _versions() -> list[str]:
+    return [version(name) for name in PACKAGES]
+
+
+@functools.cache
+def _rules() -> str:
+    """A digest of the code that makes groups of a network, and of the zoo's own networks."""
+    home = Path(__file__).parents[1]
+    files = [file for room in ROOMS for file in (home / room).glob("*.py")]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
+
+
+@functools.cache
+def _ordinary() -> frozenset[str]:
+    """The attributes of every module, which the structure covers, and a pruned one's record."""
+    return frozenset((*nn.Module().__dict__, "pruning"))
+
+
+def _told_by_version(name: str) -> bool:
+    """Whether the module of this name is Python's, torch's, NumPy's or the zoo's."""
+    return name.partition(".")[0] in TOLD_BY_VERSION and name != "__main__"
+
+
+@functools.cache
+def _installed(name: str) -> bool:
+    """Whether the module of this name belongs to an installed package."""
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    return any(Path(file).is_relative_to(sysconfig.get_path(key)) for key in ("purelib", "platlib"))
+
+
+class _Description:
+    """Values, functions and classes, each by its content and that of all it refers to."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.seen: dict[int, tuple[int, Any]] = {}
+        self.waiting: list[tuple[str, Iterable[Any], bool]] = []
+        self.tolerant = False
+
+    def add(self, value: Any) -> None:
+        """Describe `value`, and then what it refers to.
+
+        Raises:
+            _UnknownError: if any of that is of no known kind.
+        """
+        self._add(value)
+        while self.waiting:  # not by recursion: packages refer to one another without end
+            name, parts, self.tolerant = self.waiting.pop()
+            self._add_all(name, parts)
+        self.tolerant = False
+
+    def _add(self, value: Any) -> None:
+        if isinstance(value, CONSTANTS):
+            self.lines.append(f"{type(value).__name__} {value!r}")
+        elif isinstance(value, tuple | frozenset):  # whether equal ones are one object is chance
+            items = value if isinstance(value, tuple) else sorted(value, key=repr)
+            self._add_all(type(value).__name__, items)
+        elif id(value) in self.seen:
+            self.lines.append(f"again {self.seen[id(value)][0]}")
+        else:
+            self.seen[id(value)] = len(self.seen), value
+            self._add_new(value)
+
+    def _add_new(self, value: Any) -> None:
+        if isinstance(value, list):
+            self._add_all("list", value)
+        elif isinstance(value, set):
+            self._add(frozenset(value))
+        elif isinstance(value, dict):
+            self._add_all("dict", [item for pair in value.items() for item in pair])
+        elif isinstance(value, functools.partial):
+            self._add_all("partial", (value.func, value.args, value.keywords))
+        elif isinstance(value, property):
+            self._add_all("property", (value.fget,))
+        elif isinstance(value, staticmethod | classmethod):
+            self._add_all(type(value).__name__, (value.__func__,))
+        elif isinstance(value, types.CodeType):
+            self._add_all(value.co_name, (value.co_code, value.co_names, value.co_consts))
+        elif isinstance(value, type | types.FunctionType | types.BuiltinFunctionType):
+            self._add_named(value)
+        elif dataclasses.is_dataclass(value):
+            self._add_all("dataclass", (type(value), vars(value)))
+        elif self.tolerant:
+            self.lines.append(qualified_name(type(value)))
+        else:
+            raise _UnknownError
+
+    def _add_all(self, kind: str, values: Iterable[Any]) -> None:
+        self.lines.append(f"{kind} (")
+        for value in values:
+            self._add(value)
+        self.lines.append(")")
+
+    def _add_named(self, value: Any) -> None:
+        place, name = value.__module__ or "builtins", qualified_name(value)
+        self.lines.append(name)
+        if _told_by_version(place):
+            return
+        tolerant = self.tolerant or _installed(place)
+        if isinstance(value, types.FunctionType):
+            self.waiting.append((name, _parts(value), tolerant))
+        elif isinstance(value, type):
+            own = [
+                item
+                for key, member in vars(value).items()
+                if key in CALLED or not key.startswith("__")
+                for item in (key, member)
+            ]
+            self.waiting.append((name, (*value.__mro__[1:], *own), tolerant))
+        elif not tolerant:
+            raise _UnknownError
+
+
+def _parts(function: types.FunctionType) -> Iterator[Any]:
+    """What a function is made of, and the globals that it refers to."""
+    code = function.__code__
+    yield from (code, function.__defaults__, function.__kwdefaults__)
+    yield from (cell.cell_contents for cell in function.__closure__ or ())
+    codes = list(_codes(code))
+    names = {i.argval for c in codes for i in dis.get_instructions(c) if "GLOBAL" in i.opname}
+    spaces = [function.__globals__]
+    for space in spaces:
+        for name in sorted(names):
+            value = space.get(name)
+            if not isinstance(value, types.ModuleType):
+                yield value
+            elif not _told_by_version(value.__name__) and all(vars(value) is not s for s in spaces):
+                spaces.append(vars(value))
+        names = {name for c in codes for name in c.co_names}  # any may be a module's attribute
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """`code` and what is compiled inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)

@@ -1,0 +1,174 @@
+"""A network as a program of ATen operators, traced by `torch.export` in eval mode.
+
+Networks that surgery cannot cut whatever a trace says (wrappers, computed weights, ...) are refused
+first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sysconfig
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+from torch.utils._pytree import tree_map
+
+from zoo.common.quiet import quiet
+from zoo.errors import GraphError, first_line
+from zoo.surgery.surgery import evaluating
+from zoo.tracing.calls import Inputs, arguments, batch_of, leaves
+
+__all__ = ["GRADIENTS", "check_prunable", "export", "export_module"]
+
+GRADIENTS = "gradients"
+"""The key in a node's `meta` of whether gradients were on, where the network switched them."""
+
+_REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+
+
+def export(module: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
+    """The ATen program of `module` in eval mode, with its outputs as `leaves` gives them.
+
+    Raises:
+        GraphError: with the reason that torch gives, and the line of the module's own code that it
+            fails in, if it cannot be traced.
+    """
+    with _flattened(module):
+        exported = _exported(module, inputs)
+    _inline_regions(exported.graph_module)
+    return exported
+
+
+def export_module(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
+    """The ATen program of `module` in eval mode as a module, for any batch of two and more.
+
+    Raises:
+        GraphError: as `export`, and for outputs that are no tuples, lists and dicts of tensors.
+    """
+    args, kwargs = arguments(module, inputs)
+    count = batch_of(inputs)
+
+    def batched(value: Any) -> Any:
+        own = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+        return {0: torch.export.Dim.AUTO} if own else None
+
+    given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+    exported = _exported(module, inputs, dynamic_shapes=tree_map(batched, given))
+    with quiet():
+        return exported.module()
+
+
+def _exported(module: nn.Module, inputs: Inputs, **options: Any) -> torch.export.ExportedProgram:
+    args, kwargs = arguments(module, inputs)
+    try:
+        with evaluating(module), quiet():
+            return torch.export.export(module, args, kwargs, **options)
+    except Exception as error:
+        raise GraphError(
+            f"torch.export cannot trace {type(module).__name__}: {first_line(error)}"
+            f"{_failing_line(error)}"
+        ) from error
+
+
+@contextlib.contextmanager
+def _flattened(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` gives its tensors alone: torch.export knows no dataclasses."""
+    hook = module.register_forward_hook(lambda _module, _inputs, output: leaves(output))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _failing_line(error: BaseException) -> str:
+    """Where `error` left the user's code for torch's, and what stands there; "" where unknown."""
+    others = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+    standard = sysconfig.get_path("stdlib")
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(others)
+        and ("site-packages" in frame.filename or not frame.filename.startswith(standard))
+    ]
+    return f" ({own[-1].filename}:{own[-1].lineno}: {own[-1].line})" if own else ""
+
+
+def _inline_regions(program: fx.GraphModule) -> None:
+    """Put what runs with autocast or gradients switched, a graph of its own, in its place."""
+    for region in list(program.graph.nodes):
+        if getattr(region.target, "__name__", "") not in _REGIONS:
+            continue
+        at = next(n for n, a in enumerate(region.args) if getattr(a, "op", "") == "get_attr")
+        inner = getattr(program, region.args[at].target)
+        _inline_regions(inner)
+        given = [node for node in inner.graph.nodes if node.op == "placeholder"]
+        copies = dict(zip(given, region.args[at + 1 :], strict=True))
+        with program.graph.inserting_before(region):
+            results: Any = program.graph.graph_copy(inner.graph, copies)
+        if region.target.__name__ == "wrap_with_set_grad_enabled":
+            for node in copies.keys() - set(given):
+                copies[node].meta = {GRADIENTS: region.args[0], **copies[node].meta}
+        for part in list(region.users):  # a region gives a tuple
+            part.replace_all_uses_with(results[part.args[1]])
+            program.graph.erase_node(part)
+        program.graph.erase_node(region)
+
+
+def check_prunable(module: nn.Module) -> None:
+    """Refuse networks that are not, or not only, made of modules and their own parameters.
+
+    Raises:
+        GraphError: naming the module, and what to prune instead.
+    """
+    for path, layer in module.named_modules():
+        for applies, reason in _REFUSED:
+            if applies(layer):
+                name = f"The {type(layer).__name__} {path!r}" if path else type(layer).__name__
+                raise GraphError(f"{name} {reason}.")
+
+
+def _is_computed(layer: nn.Module) -> bool:
+    """Whether torch computes a parameter of the layer from others before each call."""
+    computing: list[Any] = list(layer._forward_pre_hooks.values())
+    if parametrize.is_parametrized(layer):
+        for steps in layer.parametrizations.values():  # type: ignore[union-attr, operator]
+            computing += steps
+    return any(type(step).__module__.startswith("torch.nn.utils.") for step in computing)
+
+
+_REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
+    (
+        lambda layer: isinstance(getattr(layer, "_orig_mod", None), nn.Module),
+        "is compiled: prune the network inside (its _orig_mod), then compile that",
+    ),
+    (
+        lambda layer: isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel),
+        "is a wrapper: prune the network inside (its module), then wrap that",
+    ),
+    (
+        lambda layer: isinstance(layer, torch.jit.ScriptModule),
+        "is TorchScript: prune the network that it was made from",
+    ),
+    (
+        lambda layer: "quantized" in type(layer).__module__,
+        "is quantised: prune the floating-point network, then quantise that",
+    ),
+    (
+        lambda layer: isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params(),
+        "has no parameters yet: run the network once",
+    ),
+    (
+        _is_computed,
+        "computes its weight from other tensors (weight_norm, spectral_norm or a pruning mask): "
+        "make it permanent first, with torch.nn.utils.parametrize.remove_parametrizations, "
+        "remove_weight_norm, remove_spectral_norm or prune.remove",
+    ),
+)
+"""What applies to a module that cannot be pruned -> what to say of it."""

@@ -1,0 +1,413 @@
+"""How channel labels pass through operators: one small function per ATen operator.
+
+Rules move labels, tie those that must be cut together, fix those that cannot be cut, and note
+which weights produce channels. Adding an operator is adding a function, or a name to a list, in
+`RULES`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from zoo.errors import GraphError
+from zoo.tracing import shape_rules
+from zoo.tracing.labels import Labels, Trace, Value, is_channels
+
+__all__ = ["CHANNEL_WISE", "RULES", "pointwise"]
+
+Shape = tuple[int, ...]
+Rule = Callable[..., "Value | tuple[Value, ...]"]
+
+
+def _convolution(
+    trace: Trace,
+    shape: Shape,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    dilation: object = 1,
+    groups: int = 1,
+) -> Value:
+    del stride, padding, dilation
+    trace.count(weight, shape[0] * math.prod(shape[2:]))
+    outputs, fan_in = weight.labels[0], weight.labels[1]
+    if outputs is None or fan_in is None:
+        raise GraphError("a convolution whose weight has no labels")
+    channels = x.labels[1]
+    if groups > 1 and weight.shape[1] == 1:  # depthwise: the output channels are the input's
+        repeated = None if channels is None else np.repeat(channels, weight.shape[0] // groups)
+        trace.tie(outputs, repeated)
+    else:
+        if channels is None:
+            trace.fix(fan_in, "")
+        else:
+            trace.tie(channels, np.tile(fan_in, groups))
+        trace.tie(outputs, np.tile(outputs[: len(outputs) // groups], groups))
+        trace.produce(outputs)
+    if bias is not None:
+        trace.tie(outputs, bias.labels[0])
+    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
+
+
+def _transposed_convolution(
+    trace: Trace,
+    shape: Shape,
+    x: Value,
+    weight: Value,
+    bias: Value | None = None,
+    stride: object = 1,
+    padding: object = 0,
+    output_padding: object = 0,
+    groups: int = 1,
+    dilation: object = 1,
+) -> Value:
+    """Depthwise ones pass channels on; the outputs of others are cut with those they meet."""
+    del stride, padding, output_padding, dilation
+    trace.count(weight, x.shape[0] * math.prod(x.shape[2:]))
+    fan_in, outputs = weight.labels[0], weight.labels[1]
+    if weight.shape[1] == 1 and groups > 1:
+        outputs = trace.tie(x.labels[1], fan_in)
+    else:
+        if groups > 1:
+            trace.fix(x.labels[1], "is the input of a grouped transposed convolution")
+            trace.fix(outputs, "is produced by a grouped transposed convolution")
+        trace.tie(x.labels[1], fan_in)
+        if outputs is None:
+            raise GraphError("a transposed convolution whose weight has no labels")
+        trace.produce(outputs)
+        outputs = np.tile(outputs, groups)
+    if bias is not None:
+        trace.tie(outputs, bias.labels[0])
+    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
+
+
+def _image_rows(trace: Trace, shape: Shape, x: Value) -> list[Labels | None]:
+    """A convolution along channels (efficient channel attention) leaves them in their places."""
+    rows: list[Labels | None] = []
+    for old, new, row in zip(x.shape[2:], shape[2:], x.labels[2:], strict=True):
+        if is_channels(row) and old != new:
+            trace.fix(row, "is convolved over, to another length")
+            row = None
+        rows.append(row)
+    return rows
+
+
+def _linear(
+    trace: Trace, shape: Shape, x: Value, weight: Value, bias: Value | None = None
+) -> Value:
+    trace.count(weight, math.prod(x.shape[:-1]))
+    outputs, fan_in = weight.labels
+    if outputs is None or fan_in is None:
+        raise GraphError("a dense layer whose weight has no labels")
+    if x.labels[-1] is None:
+        trace.fix(fan_in, "")
+    else:
+        trace.tie(x.labels[-1], fan_in)
+    trace.produce(outputs)
+    if bias is not None:
+        trace.tie(outputs, bias.labels[0])
+    return Value(shape, (*x.labels[:-1], outputs))
+
+
+def _addmm(trace: Trace, shape: Shape, bias: Value, x: Value, weight: Value) -> Value:
+    return _linear(trace, shape, x, _transposed(trace, weight), bias)
+
+
+def _transposed(trace: Trace, matrix: Value) -> Value:
+    return shape_rules.transpose(trace, matrix.shape[::-1], matrix, 0, 1)
+
+
+def _batch_norm(trace: Trace, shape: Shape, x: Value, *tensors: Any, **options: Any) -> Value:
+    for tensor in (*tensors, *options.values()):
+        if isinstance(tensor, Value):
+            trace.tie(x.labels[1], tensor.labels[0])
+    return Value(shape, x.labels)
+
+
+def _prelu(trace: Trace, shape: Shape, x: Value, weight: Value) -> Value:
+    return _batch_norm(trace, shape, x, *([weight] if weight.shape[0] > 1 else []))
+
+
+def _layer_norm(
+    trace: Trace, shape: Shape, x: Value, normalized: list[int], *tensors: Any, **options: Any
+) -> Value:
+    for tensor in (*tensors, *options.values()):
+        if isinstance(tensor, Value):
+            for d in range(-len(normalized), 0):
+                trace.tie(x.labels[d], tensor.labels[d])
+    return Value(shape, x.labels)
+
+
+def _group_norm(
+    trace: Trace, shape: Shape, x: Value, groups: int, *tensors: Any, **options: Any
+) -> Value:
+    row = x.labels[1]
+    if groups > 1 and is_channels(row):
+        trace.tie(row, np.tile(row[: len(row) // groups], groups))
+    return _batch_norm(trace, shape, x, *tensors, **options)
+
+
+def _same(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
+    """Position by position."""
+    del trace, rest, options
+    return Value(shape, x.labels)
+
+
+def _windowed(
+    dims: int, trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any
+) -> Value | tuple[Value, ...]:
+    """Pooling and resizing over the last `dims` dimensions, with or without their positions."""
+    del rest, options
+    for row in x.labels[-dims:]:
+        trace.fix(row, "is pooled over")
+    rows = (*x.labels[:-dims], *[None] * dims)
+    if isinstance(shapes, list):
+        return tuple(Value(shape, rows) for shape in shapes)
+    return Value(shapes, rows)
+
+
+def pointwise(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
+    """Elementwise over several tensors: aligned from the last dimension, tied where both vary."""
+    del options
+    values = [operand for operand in operands if isinstance(operand, Value)]
+    result: list[Labels | None] = []
+    for dim in range(-len(shape), 0):
+        rows = [v.labels[dim] for v in values if len(v.shape) >= -dim and v.shape[dim] != 1]
+        if not rows and any(len(v.shape) >= -dim for v in values):
+            rows = [v.labels[dim] for v in values if len(v.shape) >= -dim][:1]
+        merged = rows[0] if rows else None
+        for row in rows[1:]:
+            merged = trace.tie(merged, row)
+        result.append(merged)
+    return Value(shape, tuple(result))
+
+
+def _unpooled(dims: int, trace: Trace, shape: Shape, x: Value, at: Value, *rest: Any) -> Value:
+    """Back to where the maxima were, which `at` says of each channel by itself."""
+    rows = _windowed(dims, trace, shape, pointwise(trace, x.shape, x, at), *rest)
+    assert isinstance(rows, Value)
+    return rows
+
+
+def _sampled(trace: Trace, shape: Shape, x: Value, grid: Value, *rest: Any) -> Value:
+    """Every channel at the places that `grid` says, (N, ..., coordinates)."""
+    for row in grid.labels:
+        trace.fix(row, "says where to sample")
+    rows = _windowed(len(shape) - 2, trace, shape, x, *rest)
+    assert isinstance(rows, Value)
+    return rows
+
+
+def _reversed(trace: Trace, shape: Shape, x: Value) -> Value:
+    return shape_rules.permute(trace, shape, x, range(len(shape))[::-1])
+
+
+def _reduce(
+    trace: Trace, shape: Shape, x: Value, dims: Iterable[int] | int | None = None, *rest: Any,
+    **options: Any,
+) -> Value:  # fmt: skip
+    """Mean, sum, ...: over channels too, of which the pruned network has fewer."""
+    del trace, rest, options
+    wanted = range(len(x.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
+    gone = {d % len(x.shape) for d in wanted}
+    if len(shape) == len(x.shape):  # keepdim
+        kept = [None if d in gone else row for d, row in enumerate(x.labels)]
+    else:
+        kept = [row for d, row in enumerate(x.labels) if d not in gone]
+    return Value(shape, tuple(kept))
+
+
+def _extreme(trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any) -> Any:
+    """max and min: of all, of two tensors, or along a dimension, with positions there.
+
+    Positions among channels are None: they would change with surgery.
+    """
+    if not isinstance(shapes, list):
+        pair = rest and isinstance(rest[0], Value)
+        return (pointwise if pair else _reduce)(trace, shapes, x, *rest, **options)
+    best = _reduce(trace, shapes[0], x, *rest, **options)
+    dim = rest[0] if rest else options["dim"]
+    return best, None if is_channels(x.labels[dim]) else Value(shapes[1], best.labels)
+
+
+def _position(
+    trace: Trace, shape: Shape, x: Value, dim: int | None = None, *rest: Any, **options: Any
+) -> Value:
+    """Where the largest is: not among channels, whose positions change with surgery."""
+    for row in x.labels if dim is None else (x.labels[dim],):
+        trace.fix(row, "is searched for a position")
+    return _reduce(trace, shape, x, dim, *rest, **options)
+
+
+def _along(
+    trace: Trace, shapes: Any, x: Value, dim: int = -1, *rest: Any, **options: Any
+) -> Value | tuple[Value, ...]:
+    """Position by position but for one dimension, whose order matters."""
+    del rest
+    trace.fix(x.labels[options.get("dim", dim)], "is summed up or sorted in order")
+    if isinstance(shapes, list):
+        return tuple(Value(shape, x.labels) for shape in shapes)
+    return Value(shapes, x.labels)
+
+
+def _similarity(trace: Trace, shape: Shape, x: Value, y: Value, dim: int = 1, *_: Any) -> Value:
+    dim %= len(x.shape)
+    both = pointwise(trace, (*shape[:dim], x.shape[dim], *shape[dim:]), x, y)
+    return _reduce(trace, shape, both, dim)
+
+
+def _embedding(trace: Trace, shape: Shape, table: Value, *rest: Any, **options: Any) -> Value:
+    del rest, options
+    trace.fix(table.labels[0], "is addressed by a position")
+    return Value(shape, (*[None] * (len(shape) - 1), table.labels[1]))
+
+
+def _norm(
+    trace: Trace, shape: Shape, x: Value, order: float = 2, *rest: Any, **options: Any
+) -> Value:
+    del order
+    return _reduce(trace, shape, x, *rest, **options)
+
+
+def _softmax(trace: Trace, shape: Shape, x: Value, dim: int, *rest: Any, **options: Any) -> Value:
+    del rest, options
+    trace.fix(x.labels[dim], "is normalised over by a softmax")
+    return Value(shape, x.labels)
+
+
+def _product(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
+    """Products of activations (attention): their widths stay whole."""
+    values = [v for v in (*operands, *options.values()) if isinstance(v, Value)]
+    for value in values:
+        for row in value.labels:
+            trace.fix(row, "is multiplied by other activations (attention)")
+    contracted = values[0].shape[-1]
+    trace.fixed_macs += math.prod(shape) * contracted // trace.batch
+    return Value(shape, (None,) * len(shape))
+
+
+def _matmul(trace: Trace, shape: Shape, x: Value, y: Value) -> Value:
+    """A dense layer where the second factor is a stored matrix, or its transpose."""
+    homes = {trace.home(row) for row in y.labels}
+    if len(y.shape) == len(homes) == 2 and len({name for name, _ in homes} - {""}) == 1:
+        return _linear(trace, shape, x, _transposed(trace, y))
+    return _product(trace, shape, x, y)
+
+
+def _einsum(trace: Trace, shape: Shape, equation: str, factors: Sequence[Value], **_: Any) -> Value:
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes: dict[str, int] = {}
+    for term, factor in zip(terms, factors, strict=True):
+        sizes.update(zip(term, factor.shape, strict=True))
+    _product(trace, (), *factors)
+    trace.fixed_macs += math.prod(sizes.values()) // trace.batch
+    return Value(shape, (None,) * len(shape))
+
+
+def _attention(
+    trace: Trace, shape: Shape, query: Value, key: Value, value: Value, *rest: Any, **options: Any
+) -> Value:
+    scores = math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
+    trace.fixed_macs += scores // trace.batch
+    return _product(
+        trace, shape, Value((*query.shape[:-1], key.shape[-2]), query.labels), key, value, *rest,
+        **options,
+    )  # fmt: skip
+
+
+def _names(rule: Rule, *operators: str) -> dict[str, Rule]:
+    return dict.fromkeys(operators, rule)
+
+
+RULES: dict[str, Rule] = {
+    **_names(_convolution, "conv1d", "conv2d", "conv3d"),
+    **_names(_transposed_convolution, "conv_transpose1d", "conv_transpose2d"),
+    **_names(_transposed_convolution, "conv_transpose3d"),
+    **_names(_linear, "linear"),
+    **_names(_batch_norm, "batch_norm", "instance_norm"),
+    **_names(_layer_norm, "layer_norm", "rms_norm"),
+    **_names(_group_norm, "group_norm"),
+    **_names(
+        _same,
+        *("gelu_", "hardswish", "hardswish_", "mish_", "log_sigmoid", "threshold_", "rrelu"),
+        *("rrelu_", "relu6_", "elu_", "celu_", "selu_", "fill_", "zero_", "zeros_like"),
+        *("ones_like", "full_like", "dropout", "dropout_", "feature_dropout", "feature_dropout_"),
+        *("alpha_dropout", "feature_alpha_dropout", "clone", "contiguous", "detach", "alias"),
+        *("to", "_to_copy", "type_as", "float"),
+    ),
+    **_names(partial(_windowed, 1), "max_pool1d", "avg_pool1d", "adaptive_avg_pool1d"),
+    **_names(partial(_windowed, 1), "adaptive_max_pool1d", "max_pool1d_with_indices"),
+    **_names(partial(_windowed, 1), "upsample_nearest1d", "_upsample_nearest_exact1d"),
+    **_names(partial(_windowed, 1), "upsample_linear1d"),
+    **_names(partial(_windowed, 2), "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d"),
+    **_names(partial(_windowed, 2), "adaptive_max_pool2d", "max_pool2d_with_indices"),
+    **_names(partial(_windowed, 2), "upsample_nearest2d", "_upsample_nearest_exact2d"),
+    **_names(partial(_windowed, 2), "upsample_bilinear2d", "_upsample_bilinear2d_aa"),
+    **_names(partial(_windowed, 2), "upsample_bicubic2d", "_upsample_bicubic2d_aa"),
+    **_names(partial(_windowed, 3), "max_pool3d", "avg_pool3d", "adaptive_avg_pool3d"),
+    **_names(partial(_windowed, 3), "adaptive_max_pool3d", "max_pool3d_with_indices"),
+    **_names(partial(_windowed, 3), "upsample_nearest3d", "_upsample_nearest_exact3d"),
+    **_names(partial(_windowed, 3), "upsample_trilinear3d"),
+    **_names(partial(_unpooled, 2), "max_unpool2d"),
+    **_names(partial(_unpooled, 3), "max_unpool3d"),
+    **_names(_sampled, "grid_sampler"),
+    **_names(pointwise, "rsub", "where", "masked_fill", "masked_fill_", "copy_", "expand_as"),
+    **_names(_prelu, "prelu"),
+    **_names(shape_rules.cat, "cat", "concat"),
+    **_names(shape_rules.stack, "stack"),
+    **_names(shape_rules.reshape, "flatten", "view", "reshape", "_unsafe_view", "unsqueeze"),
+    **_names(shape_rules.reshape, "squeeze", "unflatten", "reshape_as", "view_as"),
+    **_names(shape_rules.expand, "expand"),
+    **_names(shape_rules.repeat, "repeat", "tile"),
+    **_names(shape_rules.repeat_interleave, "repeat_interleave"),
+    **_names(shape_rules.permute, "permute"),
+    **_names(shape_rules.movedim, "movedim", "moveaxis"),
+    **_names(shape_rules.transpose, "transpose", "swapaxes", "swapdims", "t", "mT"),
+    **_names(_reversed, "numpy_T"),
+    **_names(shape_rules.flip, "flip"),
+    **_names(shape_rules.roll, "roll"),
+    **_names(shape_rules.spread, "im2col", "pixel_unshuffle"),
+    **_names(shape_rules.gather, "col2im", "pixel_shuffle"),
+    **_names(shape_rules.shuffle, "channel_shuffle"),
+    **_names(shape_rules.halve, "glu"),
+    **_names(shape_rules.unlabelled, "new_zeros", "new_ones", "new_full", "new_empty"),
+    **_names(shape_rules.slice_, "slice"),
+    **_names(shape_rules.narrow, "narrow"),
+    **_names(shape_rules.parts, "chunk", "split", "tensor_split"),
+    **_names(shape_rules.split_with_sizes, "split_with_sizes"),
+    **_names(shape_rules.select, "select"),
+    **_names(shape_rules.unbind, "unbind"),
+    **_names(shape_rules.index, "index"),
+    **_names(shape_rules.unfold, "unfold"),
+    **_names(shape_rules.pad, "pad", "constant_pad_nd"),
+    **_names(_reduce, "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "prod"),
+    **_names(_extreme, "max", "min"),
+    **_names(_position, "argmax", "argmin"),
+    **_names(_along, "cumsum", "cumprod", "logcumsumexp", "sort", "argsort"),
+    **_names(_similarity, "cosine_similarity"),
+    **_names(_norm, "linalg_vector_norm", "norm"),
+    **_names(_softmax, "softmax", "log_softmax"),
+    **_names(_embedding, "embedding"),
+    **_names(_addmm, "addmm"),
+    **_names(_matmul, "matmul", "mm"),
+    **_names(_product, "bmm"),
+    **_names(_einsum, "einsum"),
+    **_names(_attention, "scaled_dot_product_attention"),
+}
+"""ATen operator name (without overload) -> rule."""
+
+CHANNEL_WISE = frozenset(
+    {"conv1d", "conv2d", "batch_norm", "layer_norm", "rms_norm", "group_norm"}
+    | {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm", "norm"}
+    | {"logsumexp", "prod"}
+)
+"""Operators that may reduce or convolve over channels: what they compute there depends on how many
+there are. Surgery restricts them to the kept channels, and so does the reference that it is held
+to (`zoo.tracing.contract`)."""

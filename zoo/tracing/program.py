@@ -1,0 +1,350 @@
+"""A traced network, interpreted with channel labels in place of numbers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from zoo.errors import GraphError
+from zoo.spec.groups import InputShape
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.calls import (
+    Inputs,
+    batch_of,
+    image_channels,
+    shapes_of,
+    tensors_of,
+)
+from zoo.tracing.exporting import check_prunable, export
+from zoo.tracing.labels import Labels, Trace, Value, is_channels, rows_of
+from zoo.tracing.operators import RULES, pointwise
+
+__all__ = [
+    "SHAPE_OPERATORS",
+    "Program",
+    "integers",
+    "interpret",
+    "locate",
+    "module_path",
+    "operator_name",
+]
+
+SHAPE_OPERATORS = {"view", "reshape", "_unsafe_view", "unflatten", "expand", "split", "chunk"}
+SHAPE_OPERATORS |= {"split_with_sizes", "slice", "narrow", "repeat", "layer_norm", "rms_norm"}
+SHAPE_OPERATORS |= {"constant_pad_nd", "pad"}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a leaf module: its path, and the labels and shape of what it returns."""
+
+    path: str
+    value: Value
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A row of channels that an operator is told the length of, by a constant or by a shape.
+
+    Attributes:
+        path: of the module whose `forward` has the operator.
+        where: node, module and source line.
+        value: the length.
+        labels: the row.
+        place: of the number within its argument, `.0`, `.1`, ... or `before` and `after`, or "".
+        literal: whether the number stands among the operator's arguments.
+    """
+
+    path: str
+    where: str
+    value: int
+    labels: Labels
+    place: str
+    literal: bool
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced and interpreted network.
+
+    Attributes:
+        exported: the ATen program.
+        trace: its labels.
+        values: node -> its abstract tensor, or a tuple of them.
+        tensors: parameter or buffer -> its abstract tensor.
+        idle: parameters and buffers that nothing is computed from in eval mode.
+        calls: of leaf modules, in order.
+        constants: integers in operators that may be hidden widths.
+        flows: module -> (what flows into its first call, what flows out of its last).
+        outputs: of the network, as `leaves` gives them.
+        image_size, inputs: as in `ChannelGroups`.
+    """
+
+    exported: torch.export.ExportedProgram
+    trace: Trace
+    values: dict[fx.Node, Any]
+    tensors: dict[str, Value]
+    idle: tuple[str, ...]
+    calls: tuple[Call, ...]
+    constants: tuple[Constant, ...]
+    flows: dict[str, tuple[Value, Value]]
+    outputs: tuple[Value, ...]
+    image_size: int
+    inputs: tuple[InputShape, ...]
+
+
+def interpret(module: nn.Module, inputs: Inputs) -> Program:
+    """Trace `module` in eval mode and pass channel labels through every operator.
+
+    What enters an operator without a rule stays whole, so that it sees the shapes it always saw.
+
+    Raises:
+        GraphError: if the network cannot be traced, or returns no tensor.
+    """
+    check_prunable(module)
+    exported = export(module, inputs)
+    names = _input_names(exported, module)
+    trace = Trace(batch_of(inputs))
+    tensors: dict[str, Value] = {}
+    values: dict[fx.Node, Any] = {}
+    leaves = {path for path, layer in module.named_modules() if _is_leaf(layer)}
+    kernels = {f"{n}.weight" for n, layer in module.named_modules() if isinstance(layer, _ConvNd)}
+    calls: dict[str, Call] = {}
+    constants: list[Constant] = []
+    outputs: tuple[Value, ...] = ()
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            name = names.get(node.name)
+            if name is None:  # an input, or a constant
+                values[node] = _without_channels(trace, _shape(node))
+                continue
+            if name not in tensors:
+                tensors[name] = _stored(trace, name, _shape(node), name in kernels)
+            values[node] = tensors[name]
+        elif node.op == "call_function":
+            trace.where = locate(node)
+            values[node] = _apply_rule(trace, node, values)
+            trace.where = ""
+            constants += _constants(node, values)
+            path, key = _module_of(node)
+            if path in leaves and isinstance(values[node], Value):
+                calls[key] = Call(path, values[node])
+        elif node.op == "get_attr":  # the graph of a region that was put in its place
+            values[node] = None
+        elif node.op == "output":
+            results: Any = fx.map_arg(node.args[0], values.__getitem__)
+            outputs = tuple(value for value in results if isinstance(value, Value))
+            for row in rows_of(outputs):
+                trace.fix(row, "")
+    if not outputs:
+        raise GraphError(f"{type(module).__name__} returns no tensor.")
+    return Program(
+        exported=exported,
+        trace=trace,
+        values=values,
+        tensors=tensors,
+        idle=tuple(v.name for n, v in values.items() if n.op == "placeholder" and not n.users),
+        calls=tuple(calls.values()),
+        constants=tuple(constants),
+        flows=_flows(values),
+        outputs=outputs,
+        image_size=next(iter(tensors_of(inputs)[0].shape[::-1]), 1),
+        inputs=() if _are_square_images(module, inputs) else shapes_of(inputs),
+    )
+
+
+def _is_leaf(layer: nn.Module) -> bool:
+    """Whether a layer is called, and calls no other: one without a `forward` just holds tensors."""
+    return not list(layer.children()) and type(layer).forward is not nn.Module.forward
+
+
+def _stored(trace: Trace, name: str, shape: tuple[int, ...], is_kernel: bool) -> Value:
+    """A parameter or buffer: any dimension may hold channels, of a kernel the first two."""
+    channels = 2 if is_kernel else len(shape)
+    rows = (trace.fresh(n, name, d) if d < channels else None for d, n in enumerate(shape))
+    return Value(shape, tuple(rows), name)
+
+
+def _are_square_images(module: nn.Module, inputs: Inputs) -> bool:
+    """Whether `input_shapes` knows inputs like these by the length of their side."""
+    (first, *others) = tensors_of(inputs)
+    if isinstance(inputs, Mapping) or others or first.ndim != 4 or first.dtype != torch.float32:
+        return False
+    _, channels, height, width = first.shape
+    return height == width and channels == image_channels(module)
+
+
+def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> dict[str, str]:
+    """placeholder name -> the parameter's or buffer's full name, the first one of a tied tensor."""
+    tensors = named_tensors(module)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return {
+        spec.arg.name: first[id(tensors[spec.target])]
+        for spec in exported.graph_signature.input_specs
+        if spec.target in tensors and hasattr(spec.arg, "name")
+    }
+
+
+def _flows(values: dict[fx.Node, Any]) -> dict[str, tuple[Value, Value]]:
+    """module -> (what flows into its first call, what flows out of its last)."""
+    into: dict[str, Value] = {}
+    out: dict[str, Value] = {}
+    for node, value in values.items():
+        if node.op != "call_function" or not isinstance(value, Value):
+            continue
+        sources = [values[a] for a in node.all_input_nodes]
+        source = next((v for v in sources if isinstance(v, Value) and not v.name), None)
+        for path, *_ in (node.meta.get("nn_module_stack") or {}).values():
+            if source is not None:
+                into.setdefault(path, source)
+            out[path] = value
+    return {path: (into[path], out[path]) for path in into}
+
+
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(int(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _apply_rule(trace: Trace, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    mapped: Any = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    args, kwargs = mapped
+    name = operator_name(node)
+    if name == "getitem":
+        part = args[0][args[1]]
+        if part is None and node.users:
+            part = _held(trace, node, values, "is searched for a position")
+        return part
+    value = node.meta.get("val")
+    if value is None or not isinstance(value, (torch.Tensor, tuple, list)):
+        if value is None and not name.startswith(_ASSERTING):
+            _held(trace, node, values, f"enters the operator {name!r}, which gives no tensor")
+        return value
+    rule = RULES.get(name)
+    if rule is None and isinstance(value, torch.Tensor) and _is_pointwise(node.target):
+        rule = pointwise
+    if rule is None:
+        return _held(trace, node, values, f"enters the operator {name!r}, which has no rule")
+    try:
+        return rule(trace, _shapes(node), *args, **kwargs)
+    except GraphError as error:
+        return _held(trace, node, values, f"enters {error} ({name!r})")
+    except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
+        reason = f"enters the operator {name!r}, whose rule does not cover its use ({error})"
+        return _held(trace, node, values, reason)
+
+
+def _is_pointwise(target: Any) -> bool:
+    """Whether torch says of the operator that it computes position by position."""
+    return torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+_ASSERTING = ("_assert", "sym_constrain")
+"""How the names of operators begin that give and change nothing."""
+
+
+def _held(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) -> Any:
+    """What leaves an operator all of whose inputs stay whole: nothing that could be cut."""
+    for source in node.all_input_nodes:
+        if node.target is operator.getitem:  # what it is a part of cannot be told from its parts
+            _held(trace, source, values, reason)
+        for row in rows_of(values.get(source)):
+            if is_channels(row):
+                trace.fix(row, reason)
+    return _without_channels(trace, _shapes(node))
+
+
+def _shapes(node: fx.Node) -> Any:
+    """The shape of a node's tensor, or a list of those of its tensors."""
+    value = node.meta.get("val")
+    if isinstance(value, list | tuple):
+        return [tuple(map(int, part.shape)) if hasattr(part, "shape") else () for part in value]
+    return _shape(node)
+
+
+def _without_channels(_: Trace, shapes: Any, *args: Any, **kwargs: Any) -> Any:
+    """Any operator on tensors that no channel lives in: constants, positions, masks."""
+    del args, kwargs
+    if isinstance(shapes, list):
+        return tuple(Value(shape, (None,) * len(shape)) for shape in shapes)
+    return Value(shapes, (None,) * len(shapes))
+
+
+def operator_name(node: fx.Node) -> str:
+    """The name of the node's ATen operator, without its overload."""
+    target = node.target
+    packet = getattr(target, "overloadpacket", None)
+    return packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+
+
+def _module_of(node: fx.Node) -> tuple[str, str]:
+    """(path of the innermost module, key that tells its calls apart)."""
+    stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).items())
+    key, (path, *_) = stack[-1]
+    return path, key
+
+
+def module_path(node: fx.Node) -> str:
+    """Of the innermost module whose `forward` has the node."""
+    return _module_of(node)[0]
+
+
+def locate(node: fx.Node) -> str:
+    """Where a node comes from: its name, module and source line."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    line = next((line for line in reversed(frames) if line.startswith("File ")), "")
+    return f"node {node.name!r} of module {module_path(node)!r}" + (f", {line}" if line else "")
+
+
+def _constants(node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Constant]:
+    """The channel rows that a shape operator splits, slices, pads or reshapes by."""
+    name = operator_name(node)
+    if name not in SHAPE_OPERATORS:
+        return
+    stated = set(integers((*node.args, *node.kwargs.values())))
+    for row, place in _shaped_rows(name, node, values):
+        if is_channels(row):
+            yield Constant(
+                module_path(node), locate(node), len(row), row, place, len(row) in stated
+            )
+
+
+def integers(arguments: Iterable[Any]) -> Iterator[int]:
+    """The integers but for 0, without their signs, in arguments and lists of them."""
+    for argument in arguments:
+        if isinstance(argument, list | tuple):
+            yield from integers(argument)
+        elif isinstance(argument, int) and not isinstance(argument, bool) and argument:
+            yield abs(argument)
+
+
+def _shaped_rows(
+    name: str, node: fx.Node, values: dict[fx.Node, Any]
+) -> Iterator[tuple[Labels, str]]:
+    """(row, place): `place` tells the numbers of one argument apart, as in `Constant`."""
+    given, result = values[node.all_input_nodes[0]], values[node]
+    if name in ("pad", "constant_pad_nd"):
+        for n, width in enumerate(node.args[1]):  # type: ignore[arg-type]
+            row = result.labels[len(result.shape) - 1 - n // 2]
+            if width and is_channels(row):
+                yield (row[:width], "before") if n % 2 == 0 else (row[-width:], "after")
+    elif name == "slice":
+        row = given.labels[node.args[1] if len(node.args) > 1 else 0]
+        for bound in node.args[2:4]:
+            if is_channels(row) and isinstance(bound, int) and 0 < abs(bound) < len(row):
+                yield row[:bound] if bound > 0 else row[bound:], ""
+    elif name == "split_with_sizes":
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
+        yield given.labels[dim], ""
+        for n, part in enumerate(result):
+            yield part.labels[dim], f".{n}"
+    else:
+        parts = result if isinstance(result, tuple) else (result,)
+        for value in (given, *parts):
+            yield from ((row, "") for row in value.labels)

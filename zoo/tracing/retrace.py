@@ -1,0 +1,267 @@
+"""A trace of a trial surgery beside the dense one: the same operators, on the channels that remain.
+
+A width can be a number in a computation: the bound of a slice, the groups of a shuffle or of a
+normalisation, a scale of 1 / sqrt(C). Surgery changes the number with the width, and another
+function of the right shape is what comes of it.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from zoo.surgery.surgery import is_repaired
+from zoo.tracing.calls import Inputs, call
+from zoo.tracing.exporting import export
+from zoo.tracing.labels import Labels, Value, is_channels, parts_of, rows_of
+from zoo.tracing.program import SHAPE_OPERATORS, Program, locate, module_path, operator_name
+
+__all__ = [
+    "Failure",
+    "agree",
+    "first_change",
+    "numbers_in",
+    "predicted",
+    "shown",
+    "slices_channels",
+]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Where a trial surgery went wrong: the module's path, and what was seen.
+
+    `row` are the channels to keep whole for it, `where` the node, and `reason` what holds them, if
+    that much is known; by default it is a constant. `before` are the layers that were called until
+    then, and the rows of what they gave.
+    """
+
+    path: str
+    message: str
+    row: Labels | None = None
+    where: str = ""
+    reason: str = "is a constant"
+    before: tuple[tuple[str, Labels | None], ...] = ()
+
+
+# --- shapes ---------------------------------------------------------------------------------------
+
+
+def predicted(program: Program, value: Value, removed: set[int]) -> tuple[int | None, ...]:
+    """The shape of `value` once the channels with the `removed` labels are gone.
+
+    None where positions are all alike, as after `expand`: whoever takes them says how many.
+    """
+    find = program.trace.find
+
+    def length(size: int, row: Labels | None) -> int | None:
+        if row is None:
+            return size
+        return sum(find(label) not in removed for label in row.tolist()) if len(row) else None
+
+    return tuple(map(length, value.shape, value.labels))
+
+
+def shown(expected: tuple[int | None, ...]) -> str:
+    return f"({', '.join('any' if size is None else str(size) for size in expected)})"
+
+
+def agree(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
+    """Whether the shapes are the same where a size is expected at all."""
+    return len(got) == len(expected) and all(
+        size in (None, own) for own, size in zip(got, expected, strict=True)
+    )
+
+
+# --- numbers --------------------------------------------------------------------------------------
+
+
+def numbers_in(network: nn.Module, inputs: Inputs) -> list[tuple[str, list[float]]]:
+    """The functions that `network` calls, in order, with the numbers that they are told.
+
+    What layers with tensors to go by call is left out: surgery sets their numbers right.
+    """
+    recorder = _Recorder()
+    hooks = []
+    for layer in network.modules():
+        if type(layer).__module__.startswith("torch.nn.") and is_repaired(layer):
+            hooks.append(layer.register_forward_pre_hook(recorder.mute))
+            hooks.append(layer.register_forward_hook(recorder.unmute))
+    try:
+        with torch.no_grad(), recorder:
+            call(network, inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return recorder.calls
+
+
+class _Recorder(TorchFunctionMode):
+    """Notes the functions that are called, but for those that a muted layer calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, list[float]]] = []
+        self._muted = 0  # layers that have not returned: one may call another
+
+    def mute(self, *_: Any) -> None:
+        self._muted += 1
+
+    def unmute(self, *_: Any) -> None:
+        self._muted -= 1
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        name = getattr(func, "__name__", str(func))
+        if not self._muted and name not in _READING:
+            self.calls.append((name, list(_numbers((args, kwargs or {})))))
+        return func(*args, **(kwargs or {}))
+
+
+_READING = ("__get__", "size", "dim", "numel", "__len__", "stride")
+"""What asks a tensor, and does nothing with the answer."""
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """The integers and floats in nested arguments, in order."""
+    if isinstance(value, dict):
+        value = tuple(value.values())
+    elif isinstance(value, slice):
+        value = (value.start, value.stop, value.step)
+    if isinstance(value, tuple | list):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield value if value == value else math.nan  # one object, which lists find equal to itself
+
+
+# --- the trace ------------------------------------------------------------------------------------
+
+
+def first_change(
+    program: Program, pruned: nn.Module, inputs: Inputs, removed: set[int]
+) -> Failure | None:
+    """The first operator of `pruned` that is not the dense one on the channels that remain.
+
+    Args:
+        program: of the dense network.
+        pruned: what a plan made of it.
+        inputs: as it was traced with.
+        removed: the representatives of the labels that the plan removes.
+    """
+    dense, fewer = (list(_operators(p)) for p in (program.exported, export(pruned, inputs)))
+    for old, new in zip(dense, fewer, strict=False):
+        name = operator_name(old)
+        if name != operator_name(new):
+            return _failure(program, old, "decides what is computed")
+        if name in ("slice", "narrow"):
+            failure = _slice_failure(program, old, new, removed)
+            if failure is not None:
+                return failure
+        pairs = zip(parts_of(program.values[old]), parts_of(new.meta.get("val")), strict=False)
+        for value, got in pairs:
+            if isinstance(value, Value) and isinstance(got, Tensor):
+                expected = predicted(program, value, removed)
+                if not agree(tuple(map(int, got.shape)), expected):
+                    return _failure(program, old, "is divided into parts")
+        if _told(old, old) != _told(new, old):
+            return _failure(program, old, "is used as a number")
+    if len(dense) != len(fewer):
+        return _failure(program, dense[-1], "decides what is computed")
+    return None
+
+
+def _operators(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
+    return (node for node in program.graph.nodes if node.op == "call_function")
+
+
+def _told(node: fx.Node, dense: fx.Node) -> list[float]:
+    """The numbers that an operator is told and that surgery must not change.
+
+    Lengths show in the shapes; the groups of a depthwise convolution are as many as its channels.
+    """
+    name, args = operator_name(dense), list(node.args)
+    if name in SHAPE_OPERATORS:
+        return [number for number in _numbers((args, node.kwargs)) if isinstance(number, float)]
+    weight: Any = dense.args[1] if name.startswith("conv") else None
+    if weight is not None and len(args) > GROUPS and weight.meta["val"].shape[1] == 1:
+        del args[GROUPS]
+    return list(_numbers((args, node.kwargs)))
+
+
+GROUPS = 6
+"""The position of the number of groups among the arguments of every convolution."""
+
+
+def _failure(program: Program, node: fx.Node, reason: str) -> Failure:
+    """With the last row of channels up to a node that may be cut at all."""
+    find = program.trace.find
+    fixed = {find(label) for label in program.trace.fixed}
+    nodes = list(program.exported.graph.nodes)
+    for earlier in reversed(nodes[: nodes.index(node) + 1]):
+        if earlier.op != "call_function":
+            continue
+        for row in rows_of(program.values.get(earlier)):
+            if is_channels(row) and not fixed.issuperset(map(find, row.tolist())):
+                where = locate(node)
+                return Failure(module_path(node), f"its width {reason}", row, where, reason)
+    return Failure(module_path(node), f"a width {reason}")
+
+
+# --- slices ---------------------------------------------------------------------------------------
+
+
+def slices_channels(program: Program) -> bool:
+    """Whether an operator takes some of the channels, by their positions."""
+    return any(
+        operator_name(node) in ("slice", "narrow") and _cuts_channels(program, node)
+        for node in _operators(program.exported)
+    )
+
+
+def _slice_failure(
+    program: Program, old: fx.Node, new: fx.Node, removed: set[int]
+) -> Failure | None:
+    """A slice of channels whose bounds have not moved with them.
+
+    Two such slices can agree in every shape that follows, as the halves of a swap do.
+    """
+    row = _sliced_row(program, old)
+    if row is None or not _cuts_channels(program, old):
+        return None
+    stays = [program.trace.find(label) not in removed for label in row.tolist()]
+    step: Any = old.args[4] if len(old.args) > 4 else 1  # what one step skips goes together
+    for bound, got in zip(_bounds(old), _bounds(new), strict=True):
+        within = bound % step
+        at = bound - within
+        moved = sum(stays[:at]) if bound >= 0 else -sum(stays[at:])
+        if abs(bound) < len(row) and got != moved + within:
+            cut = row if got != bound else row[:bound] if bound > 0 else row[bound:]
+            return Failure(module_path(old), "its channels are sliced", cut, locate(old))
+    return None
+
+
+def _sliced_row(program: Program, node: fx.Node) -> Labels | None:
+    given, dim, *_ = (*node.args, 0)
+    return program.values[given].labels[dim]  # type: ignore[index]
+
+
+def _cuts_channels(program: Program, node: fx.Node) -> bool:
+    row = _sliced_row(program, node)
+    return is_channels(row) and any(bound and abs(bound) < len(row) for bound in _bounds(node))
+
+
+def _bounds(node: fx.Node) -> tuple[int, int]:
+    start, end = (*node.args[2:4], None, None)[:2]
+    if operator_name(node) == "narrow":
+        return start, start + end  # type: ignore[return-value, operator]
+    return start or 0, sys.maxsize if end is None else end  # type: ignore[return-value]

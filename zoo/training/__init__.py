@@ -1,0 +1,1 @@
+"""A network and data in; a trained network and its accuracy out."""

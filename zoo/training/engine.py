@@ -1,0 +1,426 @@
+"""The moving parts of a training: forward and backward passes, steps, averages, and their state."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from zoo.common.seeding import random_state, set_random_state
+from zoo.common.strides import UnitStrides
+from zoo.data.batches import DeviceLoader, check_labels, checked_batch
+from zoo.data.images import AnyImages
+from zoo.errors import DataError, ZooError
+from zoo.surgery.surgery import evaluating
+from zoo.training.recipes import Recipe
+
+__all__ = ["Engine", "apart", "first_logits", "make_accelerator", "runs_channels_last"]
+
+LOOK_EVERY = 50
+"""Steps between looks at the loss, each of which waits for the device."""
+
+
+class Engine:
+    """Trains `model` in place, epoch by epoch; `state` after one is all that the next depends on.
+
+    Args:
+        model: on the accelerator's device; channels-last from here on.
+        batches: of (images, labels), with a length.
+        recipe: how to train.
+        accelerator: what to train on.
+        teacher: on the device and in eval mode, or None.
+
+    Attributes:
+        kept: the network whose weights are worth keeping: the average, if the recipe wants one.
+
+    Raises:
+        ZooError: for a precision that the device does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Any,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        teacher: nn.Module | None,
+    ) -> None:
+        self.model, self.batches, self.recipe = model, batches, recipe
+        self.accelerator, self.teacher = accelerator, teacher
+        kind = accelerator.device.type
+        half = _half_precision(recipe, kind)
+        self._autocast = partial(torch.autocast, kind, half, enabled=half is not None)
+        self._scaler = torch.amp.GradScaler(kind, enabled=half is torch.float16)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._optimizer = _optimizer(model, recipe)
+        steps = recipe.epochs * math.ceil(len(batches) / recipe.accumulate)
+        warm = max(1, round(recipe.warmup * steps))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, _warmup_cosine(warm, steps)
+        )
+        self._frozen = [layer for layer in model.modules() if _is_frozen_norm(layer)]
+        self._average = _Average(model, recipe.ema) if recipe.ema else None
+        self._forward = accelerator.prepare_model(model)
+        # The mark of Accelerate would make it leave the network as it is the next time.
+        vars(model).pop("_is_accelerate_prepared", None)
+        self._layout = torch.channels_last
+        self._logits: Any = None
+        self.kept: nn.Module = self._average.module if self._average else model
+
+    def train(self, advance: Callable[..., None]) -> float:
+        """One pass; the mean loss, which is not finite soon after one step's is not.
+
+        Raises:
+            DataError: for labels that the network cannot be asked for.
+        """
+        self._forward.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        total, count, size = torch.zeros((), device=self.accelerator.device), 0, len(self.batches)
+        for layer in self._frozen:
+            layer.eval()
+        for batch in self.batches:
+            first = count - count % self.recipe.accumulate
+            share = min(self.recipe.accumulate, size - first)
+            count += 1
+            last = count == first + share
+            with nullcontext() if last else self.accelerator.no_sync(self._forward):
+                images, labels = self._checked(batch)
+                loss = self._loss(images, labels)
+                self._scaler.scale(loss if share == 1 else loss / share).backward()
+            if last:
+                self._step()
+            total += loss.detach()
+            advance(len(labels))
+            if count % LOOK_EVERY == 0:
+                mean = self._mean(total) / count
+                advance(0, mean)
+                if not math.isfinite(mean):
+                    return mean
+        self._share_statistics()
+        return self._mean(total) / max(count, 1)
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """One batch on the device; of an image set, all labels are looked at with the first."""
+        images, labels = checked_batch(batch)
+        images = images.to(self.accelerator.device, non_blocking=True, memory_format=self._layout)
+        own = isinstance(self.batches, DeviceLoader)
+        if self._logits is None:
+            images = self._settled(images)
+            with evaluating(self.model), torch.no_grad():
+                self._logits = first_logits(self.model, images[:1])
+            if own:
+                check_labels(self.batches.labels, self._logits)
+                _check_classes(self.batches.data, self._logits)
+        if not own:
+            check_labels(labels, self._logits)
+        return images, labels.to(self.accelerator.device, torch.long, non_blocking=True)
+
+    def _settled(self, images: Tensor) -> Tensor:
+        """The first images, and the networks, in a layout that all of these run in."""
+        fits = runs_channels_last(self.model, images[:1])
+        if self.teacher is not None:
+            with self._autocast():
+                fits = fits and runs_channels_last(self.teacher, images[:1])
+        if fits:
+            return images
+        self._layout = torch.contiguous_format
+        for network in (self.model, self.kept, self.teacher):
+            if network is not None:
+                network.to(memory_format=self._layout)  # type: ignore[call-overload]
+        return images.contiguous()
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = self._mixed(images, labels)
+        try:
+            with self._autocast(), UnitStrides():
+                logits = self._forward(images)
+        except ValueError as error:
+            if len(images) == 1 and "more than 1 value per channel" in str(error):
+                raise DataError(
+                    "A batch of one image leaves batch norm nothing to measure: give the "
+                    "DataLoader drop_last=True, or take another batch size."
+                ) from error
+            raise
+        logits = logits.float()
+        loss = functional.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        if self.teacher is not None:
+            with torch.no_grad(), self._autocast():
+                target = self.teacher(images).float()
+            if target.shape != logits.shape:
+                raise DataError(
+                    f"The teacher has {target.shape[1]} outputs, the network {logits.shape[1]}."
+                )
+            share = self.recipe.distill
+            loss = (1 - share) * loss + share * _distillation(logits, target)
+        return loss
+
+    @cached_property
+    def _mixed(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Mixes images with one another, and makes their labels probabilities (N, classes)."""
+        if not (self.recipe.mixup or self.recipe.cutmix):
+            return lambda images, labels: (images, labels)
+        from torchvision.transforms import v2
+
+        kinds = ((v2.MixUp, self.recipe.mixup), (v2.CutMix, self.recipe.cutmix))
+        classes = self._logits.shape[1]
+        wanted = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
+        return v2.RandomChoice(wanted)
+
+    def _step(self) -> None:
+        if self.recipe.clip_norm is not None:
+            self._scaler.unscale_(self._optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip_norm)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.step()
+        if self._average is not None:
+            self._average.update(self.model, step=self._schedule.last_epoch)
+
+    def _share_statistics(self) -> None:
+        """Statistics that every process gathered of its own images become their mean."""
+        if self.accelerator.num_processes > 1:
+            for network in dict.fromkeys((self.model, self.kept)):
+                for buffer in network.buffers():
+                    if buffer.is_floating_point():
+                        buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+
+    def _mean(self, value: Tensor) -> float:
+        """`value`, averaged over the processes."""
+        return self.accelerator.reduce(value, "mean").item()
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain values, from which `restore` goes on bit by bit on the same device."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return parts | {"random": random_state(), "order": self._order()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, inside the caller's fork of the random generators."""
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        set_random_state(state["random"])
+        if isinstance(self.batches, DeviceLoader):
+            self.batches.epoch = state["order"]
+            return
+        passes, generators = state["order"]
+        if len(generators) != len(_generators(self.batches)):
+            raise ZooError(
+                "The savepoint is of a training on another kind of data, or another DataLoader: "
+                "resume with what it began with."
+            )
+        if hasattr(self.batches, "iteration"):
+            self.batches.iteration = passes
+        for generator, own in zip(_generators(self.batches), generators, strict=True):
+            generator.set_state(own)
+
+    def _order(self) -> Any:
+        """What the order of the next pass depends on, beside the global random state."""
+        if isinstance(self.batches, DeviceLoader):
+            return self.batches.epoch
+        states = [generator.get_state() for generator in _generators(self.batches)]
+        return getattr(self.batches, "iteration", 0), states
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {
+            "model": self.model, "optimizer": self._optimizer, "schedule": self._schedule,
+            "scaler": self._scaler,
+        }  # fmt: skip
+        return parts | ({"average": self._average} if self._average else {})
+
+
+class _Average(ModelEmaV3):
+    """timm's average, which walks through the modules once and not at every update."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, decay, use_warmup=True)
+        pairs = zip(_places(self.module), _places(model), strict=True)
+        # by identity: a tied weight is held in several places, and moves once
+        self._places = list({id(mine[name]): ((mine, name), theirs)
+                             for (mine, name), theirs in pairs}.values())  # fmt: skip
+
+    def apply_update_(self, model: nn.Module, decay: float) -> None:
+        del model
+        pairs = [(mine[name], theirs[name]) for (mine, name), (theirs, _) in self._places]
+        averages, values = zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)
+        torch._foreach_lerp_(averages, values, weight=1 - decay)
+        counts = [p for p in pairs if not p[0].is_floating_point()]
+        if counts:
+            copies, originals = zip(*counts, strict=True)
+            torch._foreach_copy_(copies, originals)
+
+
+def _places(network: nn.Module) -> list[tuple[Mapping[str, Any], str]]:
+    """Where the tensors of the state dict are held: DDP, for one, puts other buffers there."""
+    return [
+        (held, name)
+        for module in network.modules()
+        for held in (module._parameters, module._buffers)
+        for name, tensor in held.items()
+        if tensor is not None and name not in module._non_persistent_buffers_set
+    ]
+
+
+def runs_channels_last(network: nn.Module, images: Tensor) -> bool:
+    """Whether a network does not ask for contiguous maps, as `x.view(len(x), -1)` does.
+
+    Most are faster in channels-last. What else may go wrong is `first_logits`' to say.
+    """
+    try:
+        with evaluating(network), torch.no_grad():
+            network(images.contiguous(memory_format=torch.channels_last))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return "view size is not compatible" not in str(error)
+    return True
+
+
+def first_logits(model: nn.Module, images: Tensor) -> Any:
+    """What a network gives for the first images that it is shown.
+
+    Raises:
+        DataError: if it does not run on them.
+    """
+    try:
+        return model(images)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise DataError(
+            f"The network does not run on images of shape {tuple(images.shape)}: {reason}"
+        ) from error
+
+
+def _is_frozen_norm(layer: nn.Module) -> bool:
+    """Whether a batch norm's scales are not trained, and so its statistics are not either."""
+    own = list(layer.parameters(recurse=False))
+    return isinstance(layer, _BatchNorm) and bool(own) and not any(p.requires_grad for p in own)
+
+
+def _check_classes(data: AnyImages, logits: Tensor) -> None:
+    if len(data.classes) != logits.shape[1]:
+        raise DataError(
+            f"{data.name} has {len(data.classes)} classes, the network {logits.shape[1]} outputs."
+        )
+
+
+def _generators(batches: Any) -> list[torch.Generator]:
+    """What the order of a DataLoader's batches is drawn from, beside the global generators."""
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    sampler = getattr(batch_sampler, "sampler", None)
+    holders = (batches, getattr(batches, "sampler", None), batch_sampler, sampler)
+    found = (getattr(holder, "generator", None) for holder in holders)
+    return list(dict.fromkeys(generator for generator in found if generator is not None))
+
+
+def _half_precision(recipe: Recipe, device: str) -> torch.dtype | None:
+    """What a forward pass computes in, None for single precision."""
+    if recipe.precision == "fp16" and device == "cpu":
+        raise ZooError("A CPU does not train in fp16: choose the precision bf16, fp32 or auto.")
+    if recipe.precision == "auto":
+        cuda = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if cuda else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
+
+
+_ONE_TRAINING = threading.RLock()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Accelerate's state is as it was afterwards, unless processes are joined through it.
+
+    Threads take turns: that state is the whole process's, and so are torch's random generators.
+    """
+    kinds = (PartialState, AcceleratorState)
+    with _ONE_TRAINING:
+        before = [dict(kind._shared_state) for kind in kinds]
+        try:
+            yield
+        finally:
+            if PartialState._shared_state.get("num_processes", 1) == 1:
+                for kind, state in zip(kinds, before, strict=True):
+                    kind._shared_state.clear()
+                    kind._shared_state.update(state)
+
+
+def make_accelerator(
+    recipe: Recipe, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
+    """An accelerator on CUDA where there is one unless `cpu`, which compiles if the recipe asks.
+
+    Processes that a launcher started are joined on the CPU too.
+
+    Args:
+        trackers: names that Accelerate knows; what they write goes into `folder`.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
+        cpu = True  # without this word Accelerate would let each of them train alone
+    # Accelerate keeps one state per process and refuses another device after the first; unless
+    # processes are joined through it, it can simply be forgotten.
+    processes = PartialState(cpu=cpu)
+    # CUDA graphs keep gradients where the next pass writes, so that they cannot add up.
+    graphs = processes.device.type == "cuda" and recipe.accumulate == 1
+    AcceleratorState._reset_state(reset_partial_state=processes.num_processes == 1)
+    compiler = TorchDynamoPlugin(
+        backend="inductor" if recipe.compile else "no",
+        mode="reduce-overhead" if graphs else "default",
+    )
+    return Accelerator(
+        mixed_precision="no",  # the engine's affair: Accelerate would change the network's forward
+        cpu=cpu,
+        dynamo_plugin=compiler,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        log_with=list(trackers) or None,
+        project_dir=folder,
+    )
+
+
+def _distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
+    student = functional.log_softmax(logits.float() / temperature, dim=1)
+    wanted = functional.log_softmax(target / temperature, dim=1)
+    divergence = functional.kl_div(student, wanted, reduction="batchmean", log_target=True)
+    return divergence * temperature**2
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    if not matrices and not vectors:
+        raise ZooError(f"Nothing in this {type(model).__name__} can be trained: all is frozen.")
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
+
+
+def _warmup_cosine(warmup: int, steps: int) -> Callable[[int], float]:
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+    return factor

@@ -1,0 +1,151 @@
+"""Whatever a user gives as data (a name, a Dataset, a DataLoader) as batches for a network."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from zoo.common.sizes import sides
+from zoo.data.batches import WORKERS, Augmentation, DeviceLoader, check_pair, collated
+from zoo.data.datasets import AnyImages, load_data
+from zoo.errors import DataError
+from zoo.spec.plan import record_of
+from zoo.training.recipes import Recipe
+
+__all__ = ["Data", "found", "measured_batches", "training_batches"]
+
+Data = Dataset | DataLoader | str
+
+EVALUATED_AT_ONCE, PIXELS_AT_ONCE = 500, 2**22
+"""Most images, and pixels of images, per batch where nothing is trained."""
+
+
+def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
+    """The data that was given, or a split of the data set of that name, as `model` takes it.
+
+    `cifar10@FOLDER` says where the files of a data set are. Images are of the size that a pruned
+    network is for, or 32 pixels per side.
+
+    Raises:
+        DataError: for what is no data, or has no length.
+    """
+    if isinstance(data, str):
+        name, _, folder = data.partition("@")
+        if ":" in name:  # imagefolder:PATH and hf:ORG/NAME@REVISION say it themselves
+            name, folder = data, ""
+        record = record_of(model)
+        size = 32 if record is None else record.size
+        return getattr(load_data(name, Path(folder) if folder else None, size=size), split)
+    if not isinstance(data, Dataset | DataLoader):
+        raise DataError(
+            f"The {split} data is a torch Dataset or DataLoader, or the name of a data set; got "
+            f"{type(data).__name__}."
+        )
+    if isinstance(getattr(data, "dataset", data), IterableDataset):
+        raise DataError(
+            f"The {split} data, a {type(data).__name__}, has no length to plan a training by: give "
+            "a Dataset with __len__ and __getitem__, or a DataLoader of one."
+        )
+    return data
+
+
+def training_batches(
+    data: Dataset | DataLoader, recipe: Recipe, accelerator: Accelerator, seed: int
+) -> Any:
+    """Batches of `data`, shuffled, and shared out between the accelerator's processes.
+
+    Raises:
+        DataError: if there are none, or the recipe asks for what this kind of data does not do.
+    """
+    size, processes = recipe.batch_size, accelerator.num_processes
+    batches: Any
+    if isinstance(data, AnyImages):
+        batches = DeviceLoader(
+            data,
+            size,
+            device=accelerator.device,
+            augment=Augmentation(recipe.augment, recipe.crop_scale, recipe.rand_augment),
+            shuffle=True,
+            drop_last=len(data) >= size * processes,
+            seed=seed,
+            rank=accelerator.process_index,
+            world_size=processes,
+            accumulate=recipe.accumulate,
+        )
+    else:
+        if recipe.rand_augment:
+            raise DataError(
+                f"rand_augment={recipe.rand_augment} is for the zoo's own image sets: put "
+                "torchvision.transforms.v2.RandAugment into the transforms of the "
+                f"{type(data).__name__}."
+            )
+        if isinstance(data, Dataset):
+            whole = len(data) >= size * processes  # type: ignore[arg-type]
+            data = _loader(data, size, accelerator.device, seed, shuffle=True, drop_last=whole)
+        batches = accelerator.prepare_data_loader(data, device_placement=False)
+    if len(batches) == 0:
+        few = len(data.dataset if isinstance(data, DataLoader) else data)  # type: ignore[arg-type]
+        raise DataError(
+            f"The training data holds {few or 'no'} images{', less than one batch' if few else ''}."
+        )
+    return batches
+
+
+def measured_batches(
+    data: Dataset | DataLoader | Iterable,
+    device: torch.device,
+    batch_size: int | None = None,
+    seed: int = 0,
+) -> Any:
+    """Batches of `data` in order, of a size that fits most memories; batches as they are."""
+    if isinstance(data, AnyImages):
+        pixels = math.prod(sides(data.image_size))
+        return DeviceLoader(data, batch_size or _at_once(pixels), device=device)
+    if isinstance(data, IterableDataset):
+        return DataLoader(data, batch_size or EVALUATED_AT_ONCE, collate_fn=collated)
+    if isinstance(data, Dataset):
+        return _loader(data, batch_size, device, seed)
+    return data
+
+
+def _loader(
+    data: Dataset,
+    batch_size: int | None,
+    device: torch.device,
+    seed: int,
+    shuffle: bool = False,
+    drop_last: bool = False,
+) -> DataLoader:
+    """Batches of a data set, made by other processes if the network is on a GPU.
+
+    Raises:
+        DataError: if it is empty, or gives no pairs of an image and its label.
+    """
+    if len(data) == 0:  # type: ignore[arg-type]
+        raise DataError("The data holds no images.")
+    first, _ = check_pair(data[0])
+    # what lies on a GPU cannot be given to other processes, nor pinned
+    elsewhere = device.type == "cuda" and not first.is_cuda
+    return DataLoader(
+        data,
+        batch_size or _at_once(first[0].numel()),
+        shuffle=shuffle,
+        num_workers=min(WORKERS, os.cpu_count() or 1) if elsewhere else 0,
+        generator=torch.Generator().manual_seed(seed),
+        drop_last=drop_last,
+        pin_memory=elsewhere,
+        collate_fn=collated,
+    )
+
+
+def _at_once(pixels: int) -> int:
+    """Images of so many pixels that are evaluated in one batch."""
+    return max(1, min(EVALUATED_AT_ONCE, PIXELS_AT_ONCE // max(1, pixels)))
