@@ -17,18 +17,19 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, BinaryIO
 
 import tyro
 from tyro.conf import Positional, arg
 
-from zoo.common.documents import read_json, write_json
-from zoo.errors import ZooError
-from zoo.search.ledger import FILE, merge
+from zoo.common.documents import decode, read_json, write_json
+from zoo.errors import DocumentError, ZooError, integer
+from zoo.search.ledger import FILE, merge, open_alone
 from zoo.search.schedule import (
     Job,
     Plan,
@@ -115,37 +116,69 @@ class One(Shared):
 
 @dataclass
 class _Running:
-    """A job in a process of its own; `before` are the seconds that earlier runs spent on it."""
+    """A job in a process of its own; `estimated` before its first run, `spent` by earlier ones."""
 
     job: Job
     process: subprocess.Popen
     started: float
     estimated: float
-    before: float
+    spent: float
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """What is kept of a job between its runs."""
+
+    estimated: float
+    spent: float
 
 
 def run(options: Run) -> None:
-    """Start jobs while one fits, and stop what has not ended when the budget has."""
-    jobs = options.jobs
+    """Start jobs while one fits, and stop what has not ended when the budget has.
+
+    Raises:
+        ZooError: for options that nothing can be done by, another run in the same folder, and at
+            the end if a job failed.
+    """
+    jobs, budget = options.jobs, parse_budget(options.budget)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     on = machine()
     if options.device == "cuda" and on.startswith("cpu"):
         raise ZooError("No CUDA device is to be seen.")
-    together = options.together or (os.cpu_count() or 1 if on.startswith("cpu") else 8)
-    deadline = time.monotonic() + parse_budget(options.budget)
-    passed_by = {n for n in jobs if options.only and not n.startswith(options.only)}
-    running: dict[str, _Running] = {}
+    if not options.data_dir.is_dir():
+        raise ZooError(f"--data-dir {options.data_dir} is not a folder.")
+    for start in options.only:
+        if not any(name.startswith(start) for name in jobs):
+            raise ZooError(f"--only {start}: no job's name begins so.")
+    together = os.cpu_count() or 1 if on.startswith("cpu") else 8
+    if options.together is not None:
+        together = integer("--together", options.together, 1)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with open_alone(options.out / TOOK) as took:
+        failed = _carry_on(options, jobs, on, together, time.monotonic() + budget, took)
+    status(options)
+    if failed:
+        raise ZooError(f"These failed, and their folders' log.txt say why: {', '.join(failed)}.")
+
+
+def _carry_on(
+    options: Run, jobs: dict[str, Job], on: str, together: int, deadline: float, took: BinaryIO
+) -> list[str]:
+    """Run jobs until the deadline, or until none fits; the names of those that failed."""
+    others = {n for n in jobs if options.only and not n.startswith(options.only)}
+    failed: list[str] = []
+    running: dict[str, _Running] = {}
     try:
         while (left := deadline - time.monotonic()) > 0:
             for name in [n for n, own in running.items() if own.process.poll() is not None]:
-                if not _finish(options, running.pop(name), on, together):
-                    passed_by.add(name)
+                if not _finish(options, running.pop(name), on, together, took):
+                    failed.append(name)
             rows = options.took
             costs = {name: estimate(job, rows, on) for name, job in jobs.items()}
             seconds = {name: _remaining(options.out / name, cost) for name, cost in costs.items()}
-            job = next_job(jobs, {r.job for r in rows}, passed_by | running.keys(), seconds, left)
+            passed_by = {*others, *failed, *running}
+            job = next_job(jobs, {r.job for r in rows}, passed_by, seconds, left)
             if job is not None and len(running) < together:
                 say(f"{job.name}: about {seconds[job.name] / 60:.1f} min")
                 running[job.name] = _start(options, job, costs[job.name])
@@ -159,18 +192,7 @@ def run(options: Run) -> None:
         for own in running.values():
             own.process.wait()
             _note(options.out / own.job.name, own)
-    status(options)
-
-
-@dataclass
-class _Running:
-    """A job in a process of its own; `estimated` before its first run."""
-
-    job: Job
-    process: subprocess.Popen
-    started: float
-    estimated: float
-    spent: float
+    return failed
 
 
 def _start(options: Run, job: Job, estimated: float) -> _Running:
@@ -185,11 +207,11 @@ def _start(options: Run, job: Job, estimated: float) -> _Running:
             list(map(str, command)), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
             env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
         )  # fmt: skip
-    estimated = earlier.get("estimated", estimated)
-    return _Running(job, process, time.monotonic(), estimated, earlier.get("spent", 0.0))
+    spent = earlier or _Spent(estimated, 0.0)
+    return _Running(job, process, time.monotonic(), spent.estimated, spent.spent)
 
 
-def _finish(options: Run, own: _Running, on: str, together: int) -> bool:
+def _finish(options: Run, own: _Running, on: str, together: int, took: BinaryIO) -> bool:
     """Keep what a job that ended took; false if it failed."""
     folder, job = options.out / own.job.name, own.job
     seconds = _note(folder, own)
@@ -199,8 +221,8 @@ def _finish(options: Run, own: _Running, on: str, together: int) -> bool:
     row = Took(
         job.name, job.stage, job.network.arch, job.work, seconds, own.estimated, on, together
     )
-    with (options.out / TOOK).open("a") as stream:
-        stream.write(told(row))
+    took.write(told(row).encode())
+    took.flush()
     say(f"{job.name}: done in {seconds / 60:.1f} min, {own.estimated / 60:.1f} were estimated")
     return True
 
@@ -208,24 +230,37 @@ def _finish(options: Run, own: _Running, on: str, together: int) -> bool:
 def _note(folder: Path, own: _Running) -> float:
     """The seconds that all runs of a job took until now, which are kept."""
     seconds = own.spent + time.monotonic() - own.started
-    write_json(folder / SPENT, {"estimated": own.estimated, "spent": round(seconds, 1)})
+    write_json(folder / SPENT, _Spent(own.estimated, round(seconds, 1)))
     return round(seconds, 1)
 
 
-def _noted(folder: Path) -> dict[str, float]:
-    return read_json(folder / SPENT) if (folder / SPENT).exists() else {}
+def _noted(folder: Path) -> _Spent | None:
+    """None where nothing is, or nothing that can be read: it is but a cost."""
+    try:
+        return decode(_Spent, read_json(folder / SPENT), SPENT)
+    except DocumentError:
+        return None
 
 
 def _remaining(folder: Path, estimated: float) -> float:
     """Of a job that was stopped, what is left; at least a tenth, for it may take longer."""
-    return max(estimated - _noted(folder).get("spent", 0.0), 0.1 * estimated)
+    earlier = _noted(folder)
+    return max(estimated - (earlier.spent if earlier else 0.0), 0.1 * estimated)
 
 
 def one(options: One) -> None:
+    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
     job = options.jobs[options.job]
     data = Plan.read(options.plan).data
     known = tuple(options.ledgers.glob("campaign-*.parquet"))
     perform(job, Workshop(options.out, options.data_dir, data, (options.merged,), known))
+
+
+def _follow_parent(parent: int) -> None:
+    """End with the process that started this one, however it ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 # --- status ---------------------------------------------------------------------------------------
@@ -273,6 +308,8 @@ def merge_all(options: Merge) -> None:
     jobs = options.jobs
     known = {row.job for row in read_took([options.merged / TOOK])}
     for folder in options.folders:
+        if not folder.is_dir():
+            raise ZooError(f"{folder} is not a folder.")
         fresh = [r for r in read_took([folder / TOOK]) if r.job not in known and r.job in jobs]
         for row in fresh:
             for file in (folder / row.job).iterdir():
@@ -307,5 +344,7 @@ def main(options: Run | Status | Merge | One) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.extras.subcommand_cli_from_dict(STEPS, description=__doc__))
-    except ZooError as error:
+    except (ZooError, OSError) as error:
         sys.exit(f"campaign: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -58,6 +58,7 @@ campaign() {
 	done
 	timeout 540 "$PYTHON" scripts/campaign.py run --plan "$PLAN" --out "$RUN/out" --budget "$BUDGET" \
 		--device "$DEVICE" --data-dir "$data" 2>&1 | tee "$1/campaign.txt" || true
+	[ -d "$RUN/out" ] || exit 1
 	(
 		cd "$RUN/out"
 		find . -type f -size -12M \( -name '*.json' -o -name '*.jsonl' -o -name '*.safetensors' -o \
@@ -99,10 +100,17 @@ take() {
 	cp "$1"/* "$KEPT/"
 }
 
+usage() {
+	sed -n '2,/^set/p' scripts/gpu.sh | sed '$d; s/^# \{0,1\}//' >&2
+	exit 2
+}
+
 step=${1:-}
 case $step in
 checks | campaign | bench | pieces | take)
 	shift
+	case $step in campaign | pieces) needed=2 ;; *) needed=1 ;; esac
+	[ $# -ge "$needed" ] || usage
 	if [ "$step" != pieces ] && [ "$step" != take ]; then
 		mkdir -p "$1" "$SITE"
 		set -- "$(realpath "$1")" "${@:2}"
@@ -110,7 +118,6 @@ checks | campaign | bench | pieces | take)
 	"$step" "$@"
 	;;
 *)
-	sed -n '2,/^set/p' "$0" | sed '$d; s/^# \{0,1\}//' >&2
-	exit 2
+	usage
 	;;
 esac

@@ -16,7 +16,8 @@ import torch
 from zoo.errors import ZooError
 from zoo.registry.store import stored_groups
 from zoo.search.ledger import read
-from zoo.search.schedule import Plan, jobs_of, read_took
+from zoo.search.schedule import Plan, Took, jobs_of, read_took
+from zoo.search.schedule import told as told_line
 from zoo.search.stages import BASE, ROWS, Workshop, perform
 from zoo.spec.cost import cost_model
 from zoo.spec.profile import Profile
@@ -141,8 +142,9 @@ def test_a_job_that_fails_is_named(tmp_path) -> None:
     done = command(broken, tmp_path / "out", "--budget", "1m", "--only", BASES[0])
     told, _ = done.communicate(timeout=100)
     assert f"{BASES[0]} failed: see" in told
+    assert told.splitlines()[-1].startswith("campaign: These failed, and their folders' log.txt")
     assert "none has no train/ folder" in (tmp_path / "out" / BASES[0] / "log.txt").read_text()
-    assert done.returncode == 0
+    assert done.returncode == 1
 
 
 def test_a_budget_is_kept(plan, tmp_path) -> None:
@@ -151,7 +153,7 @@ def test_a_budget_is_kept(plan, tmp_path) -> None:
     told, _ = done.communicate(timeout=60)
     assert done.returncode == 0, told
     assert "done" in told
-    assert not (tmp_path / "out" / campaign.TOOK).exists()
+    assert not read_took([tmp_path / "out" / campaign.TOOK])
     assert time.monotonic() - started < 60
 
 
@@ -176,3 +178,56 @@ def test_a_base_network_that_is_not_at_hand_is_named(plan, tmp_path) -> None:
     job = jobs_of(Plan.read(plan))[REST[1]]
     with pytest.raises(ZooError, match=r"base/cnet/8/digits-0 is done, but its base\.safetensors"):
         perform(job, Workshop(tmp_path, tmp_path, {"digits": "digits"}))
+
+
+def test_one_run_at_a_time_and_no_job_outlives_its_run(tmp_path) -> None:
+    out, long = tmp_path / "out", tmp_path / "plan.toml"
+    long.write_text(PLAN.replace("epochs = 6", "epochs = 2000", 1))
+    log = out / BASES[0] / "training" / "history.jsonl"
+    first = command(long, out, "--budget", "9h")
+    until(log.exists)
+    second = command(long, out, "--budget", "9h")
+    told, _ = second.communicate(timeout=60)
+    assert second.returncode == 1
+    assert "is being written by another run" in told
+    first.kill()
+    first.communicate(timeout=60)
+    until(lambda: not _running(out))
+
+
+def _running(out: Path) -> list[str]:
+    processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
+    return [line for line in processes.stdout.splitlines() if f"--out {out}" in line]
+
+
+def test_damaged_notes_cost_no_more_than_a_job_done_again(plan, tmp_path) -> None:
+    out = tmp_path / "out"
+    job = out / BASES[0]
+    job.mkdir(parents=True)
+    for text in ("{bad", "[1]", '{"estimated": 1, "spent": "x"}'):
+        (job / campaign.SPENT).write_text(text)
+        assert campaign._remaining(job, 10.0) == 10.0
+    row = Took("a", "base", "cnet", 1.0, 2.0, 3.0, "cpu")
+    (out / campaign.TOOK).write_text('{"job": "half a li')
+    with (out / campaign.TOOK).open("a") as stream:
+        stream.write(told_line(row))
+    assert read_took([out / campaign.TOOK]) == [row]
+    assert campaign.Status(plan=plan, out=out, merged=tmp_path).took == [row]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--only", "bsae"), "--only bsae: no job's name begins so"),
+        (("--together", "0"), "--together must be an integer of at least 1"),
+        (("--budget", "soon"), "'soon' is no budget"),
+        (("--data-dir", "/no/such"), "--data-dir /no/such is not a folder"),
+        (("--out", "/dev/null/x"), "Not a directory"),
+    ],
+)
+def test_options_that_nothing_can_be_done_by(plan, tmp_path, arguments, message) -> None:
+    done = command(plan, tmp_path / "out", "--budget", "1m", *arguments)
+    told, _ = done.communicate(timeout=60)
+    assert done.returncode == 1
+    assert message in told
+    assert "Traceback" not in told

@@ -6,6 +6,7 @@ stay whole.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import zoo
-from zoo.errors import GraphError
+from zoo.errors import FactorError, GraphError
 
 MAPS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -245,6 +246,39 @@ def test_what_training_adds_without_channels_is_kept(auxiliary: Build) -> None:
     outputs.sum().backward()
     assert outputs.shape == (2, 4)
     assert all(p.grad is not None for p in pruned.parameters())
+
+
+# --- widths that say how much ---------------------------------------------------------------------
+
+
+def padded(n: nn.Module, x: Tensor) -> Tensor:
+    """The shortcut of a ResNet without parameters, whose padding is read from the tensors."""
+    small, large = n.a(x), n.c(n.a(x))
+    missing = large.shape[1] - small.shape[1]
+    sides = (0, 0, 0, 0, missing // 2, missing - missing // 2)
+    return n.head(n.b(large + F.pad(small, sides)).mean((2, 3)))
+
+
+def quarter(n: nn.Module, x: Tensor) -> Tensor:
+    count = x.shape[1] // 4
+    return torch.cat([n.c(x[:, :count]), x[:, count:]], 1)
+
+
+@pytest.mark.parametrize("cf", [1.2, 1.5, 2.0, 2.5, 3.0])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: Net(padded, a=conv(3, 24), c=conv(24, 40), b=conv(40, 30), head=nn.Linear(30, 4)),
+        lambda: net(quarter, c=conv(2, 2)),
+        lambda: net(lambda _, x: x * min(x.shape[1], 3)),
+        lambda: net(lambda _, x: x.tanh() if x.shape[1] > 3 else x),
+    ],
+    ids=["padding", "a quarter", "at most three", "more than three"],
+)
+def test_what_a_width_decides_is_right_at_every_factor(build: Build, cf: float) -> None:
+    """Verified, or out of reach with a reason; never a fault."""
+    with contextlib.suppress(FactorError):
+        assert zoo.prune(build(), IMAGES, cf=cf).pruning.plan.got > 1.1
 
 
 # --- nothing is left ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zoo.errors import DocumentError
+from zoo.errors import ZooError
 from zoo.search.schedule import START, Job, Plan, Took, estimate, jobs_of, next_job, read_took, told
 
 PLAN = """
@@ -84,12 +84,17 @@ def test_the_work_of_a_training_is_three_passes_of_its_images(jobs: dict[str, Jo
         ('"resnet20"\nsize = 32', '"cnet"\nsize = 16', "cnet at 16 pixels twice"),
         ("epochs = 10", "epoch = 10", "unknown key 'epoch'. Did you mean 'epochs'"),
         ("[data]", "[data", "is no plan"),
+        ("size = 16", "size = 0", "cnet's size must be an integer of at least 1"),
+        ("cf = [2, 4]", "cf = [0.5]", "cnet's cf must be over 1"),
+        ("value = 2", "value = 2\nlr = nan", "cnet's lr must be over 0"),
+        ('["params"]', '["flops"]', "cnet's metric"),
+        ("cf = [2, 4]", 'cf = [2]\npolicies = ["eqal"]', "cnet's policy.*Did you mean 'equal'"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(PLAN.replace(old, new, 1))
-    with pytest.raises(DocumentError, match=message):
+    with pytest.raises(ZooError, match=message):
         Plan.read(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -51,3 +52,20 @@ def test_networks_trained_in_threads_are_those_of_one() -> None:
 
     for got, expected in zip(in_threads(train), map(train, range(4)), strict=True):
         assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_threads_that_prune_leave_the_process_and_a_shared_network_as_they_were() -> None:
+    shared = network().train()
+    before, state = copy.deepcopy(shared.state_dict()), torch.get_rng_state()
+    filters = list(warnings.filters)
+
+    def prune(number: int) -> dict:
+        return [zoo.prune(shared, IMAGES[:2], cf=2, seed=n) for n in range(3)][
+            number % 3
+        ].state_dict()
+
+    in_threads(prune, 6)
+    assert warnings.filters == filters
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(layer.training for layer in shared.modules())
+    assert all(torch.equal(before[name], tensor) for name, tensor in shared.state_dict().items())

@@ -11,6 +11,7 @@ import torch
 from helpers import same_state
 from odd import IMAGES, conv, net, param
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 import zoo
 from zoo import loading
@@ -102,6 +103,33 @@ def test_what_cannot_be_told_is_said(middle: object) -> None:
     with pytest.warns(UserWarning, match="Net could not be verified"):
         zoo.prune(net(middle), IMAGES, cf=2)
     zoo.prune(net(middle), IMAGES, cf=2, verify=False)
+
+
+def test_what_has_no_numbers_cannot_be_verified() -> None:
+    with pytest.warns(UserWarning, match="could not be verified"):
+        pruned = zoo.prune(net().to("meta"), IMAGES.to("meta"), cf=2)
+    assert next(pruned.parameters()).is_meta
+
+
+def kept_by_itself(n: nn.Module, x: Tensor) -> Tensor:
+    if n.grid is None:
+        n.grid = torch.linspace(0, 1, 8)
+    n.seen.append(x)
+    n.last = {"x": x}
+    return x + n.grid
+
+
+@pytest.mark.parametrize("ran", [False, True])
+def test_tensors_that_a_network_keeps_beside_its_own_are_no_obstacle(ran: bool) -> None:
+    """Ones of a graph, of an earlier call, too; copies of the network have copies of them."""
+    keeping = net(kept_by_itself, grid=None, seen=[], last={})
+    if ran:
+        keeping(IMAGES)
+    pruned = zoo.prune(keeping, IMAGES, cf=2)
+    assert pruned(IMAGES).shape == (2, 4)
+    assert pruned.last["x"].shape[1] < keeping(IMAGES).shape[0] * 4
+    assert pruned.seen is not keeping.seen
+    assert not any(isinstance(x, FakeTensor) for x in (*keeping.seen, keeping.grid))
 
 
 # --- what it costs --------------------------------------------------------------------------------

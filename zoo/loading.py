@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from zoo.common.quiet import ONE_AT_A_TIME
 from zoo.common.seeding import seeded
 from zoo.common.sizes import Size
 from zoo.errors import GraphError, ZooError, first_line, unknown
@@ -303,6 +304,22 @@ def _live(
     data: Dataset | DataLoader | None,
     rewrite: bool,
 ) -> _Live:
+    with ONE_AT_A_TIME:  # threads may share the network, whose modes are switched meanwhile
+        traced = _traced(module, example_input, asked, rewrite)
+    network, inputs, program, groups, classes = traced
+    if not groups.groups:
+        kept = "; ".join(f"{name!r} {reason}" for name, reason in groups.unprunable.items())
+        raise GraphError(
+            f"{type(module).__name__} has no channel group that can be pruned"
+            f"{f': {kept}' if kept else ''}."
+        )
+    return _Live(network, inputs, groups, program, planned(module, groups, asked, data), classes)
+
+
+def _traced(
+    module: nn.Module, example_input: Inputs, asked: Request, rewrite: bool
+) -> tuple[nn.Module, Inputs, Program | None, ChannelGroups, int]:
+    """What is traced and with which inputs, what came of it, and its classes."""
     classes = _classes(module, example_input)
     # what was made in torch.inference_mode() is copied, because autograd refuses it
     if any(tensor.is_inference() for tensor in named_tensors(module).values()):
@@ -312,13 +329,7 @@ def _live(
         raise ZooError("With rewrite=True the metric is params or macs: latency is of layers.")
     network = rewritten(module, inputs) if rewrite else module
     program, groups = (analyse if rewrite else traced_groups)(network, inputs)
-    if not groups.groups:
-        kept = "; ".join(f"{name!r} {reason}" for name, reason in groups.unprunable.items())
-        raise GraphError(
-            f"{type(module).__name__} has no channel group that can be pruned"
-            f"{f': {kept}' if kept else ''}."
-        )
-    return _Live(network, inputs, groups, program, planned(module, groups, asked, data), classes)
+    return network, inputs, program, groups, classes
 
 
 def _cut(

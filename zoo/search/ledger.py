@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows has no flock: runs are not guarded there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FILE", "Key", "Ledger", "Row", "merge", "read"]
+__all__ = ["FILE", "Key", "Ledger", "Row", "merge", "open_alone", "read"]
 
 FILE = "ledger.jsonl"
 """the name of a ledger in its run's folder"""
@@ -84,7 +84,7 @@ class Ledger:
         self._rows: dict[Key, Row] = {}
         self._stream: BinaryIO | None = None
         if path is not None:
-            self._stream = _open_alone(path)
+            self._stream = open_alone(path)
             try:
                 self._rows = {row.key: row for row in _read_lines(path)}
                 _drop_torn_line(path)
@@ -138,7 +138,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_close_inherited)
 
 
-def _open_alone(path: Path) -> BinaryIO:
+def open_alone(path: Path) -> BinaryIO:
+    """The file at `path`, to append to, for this process alone.
+
+    Raises:
+        ZooError: if another one has it open so.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = path.open("ab")
     if fcntl is not None:

@@ -10,6 +10,7 @@ import json
 import statistics
 import tomllib
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -17,8 +18,9 @@ from typing import Literal
 import torch
 
 from zoo.common.documents import decode, encode
-from zoo.errors import DocumentError
+from zoo.errors import DocumentError, ZooError, integer, unknown
 from zoo.models import architecture
+from zoo.planning.policies import POLICIES
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
 
@@ -89,6 +91,20 @@ class Network:
     seeds: tuple[int, ...] = (0, 1)
     finetune_epochs: int = 10
     finetune_images: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name in ("size", "epochs", "random", "episodes", "finetune_epochs", "finetune_images"):
+            integer(f"{self.arch}'s {name}", getattr(self, name), 1)
+        for name, numbers, least in (("lr", (self.lr,), 0), ("cf", self.cf, 1)):
+            if not all(least < number < float("inf") for number in numbers):
+                raise ZooError(f"{self.arch}'s {name} must be over {least}, got {numbers}.")
+        for name, given, known in (
+            ("metric", self.metrics, ("params", "macs")),
+            ("policy", self.policies, POLICIES),
+        ):
+            for value in given:
+                if value not in known:
+                    raise unknown(f"{self.arch}'s {name}", value, known)
 
 
 @dataclass(frozen=True)
@@ -231,18 +247,22 @@ class Took:
 
 
 def read_took(paths: Iterable[Path]) -> list[Took]:
-    """The rows of the files that there are; of one job, the first."""
+    """The rows of the files that there are; of one job, the first.
+
+    A line that was cut short is left out: its job is done once more, from what it left.
+    """
     rows: dict[str, Took] = {}
     for path in paths:
         for line in path.read_text().splitlines() if path.exists() else ():
-            row = decode(Took, json.loads(line), str(path))
-            rows.setdefault(row.job, row)
+            with suppress(ValueError):
+                row = decode(Took, json.loads(line), str(path))
+                rows.setdefault(row.job, row)
     return list(rows.values())
 
 
 def told(row: Took) -> str:
-    """The row as one line."""
-    return json.dumps(encode(row)) + "\n"
+    """The row as one line, which a line cut short before it does not touch."""
+    return "\n" + json.dumps(encode(row))
 
 
 def machine() -> str:

@@ -87,9 +87,26 @@ def resized(
     for name, old in named_tensors(skeleton).items():
         if id(old) not in memo:
             memo[id(old)] = _like(old, tensors[name] if name in tensors else old.detach().clone())
+    for tensor in _plain_tensors(skeleton):  # of a graph, or beside fake ones, not to be copied
+        memo.setdefault(id(tensor), tensor.detach().clone())
     result = copy.deepcopy(skeleton, memo)
     _repair(result, attributes)
     return result
+
+
+def _plain_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Those that the layers keep as ordinary attributes, in lists and dicts too."""
+    waiting: list[Any] = [
+        value
+        for layer in module.modules()
+        for name, value in layer.__dict__.items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    ]
+    for value in waiting:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple | dict):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 def resize(module: nn.Module, tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> None:

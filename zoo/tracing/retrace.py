@@ -167,6 +167,10 @@ def first_change(
             failure = _slice_failure(program, old, new, removed)
             if failure is not None:
                 return failure
+        if name in ("pad", "constant_pad_nd"):
+            failure = _padding_failure(program, old, new, removed)
+            if failure is not None:
+                return failure
         pairs = zip(parts_of(program.values[old]), parts_of(new.meta.get("val")), strict=False)
         for value, got in pairs:
             if isinstance(value, Value) and isinstance(got, Tensor):
@@ -247,6 +251,23 @@ def _slice_failure(
         if abs(bound) < len(row) and got != moved + within:
             cut = row if got != bound else row[:bound] if bound > 0 else row[bound:]
             return Failure(module_path(old), "its channels are sliced", cut, locate(old))
+    return None
+
+
+def _padding_failure(
+    program: Program, old: fx.Node, new: fx.Node, removed: set[int]
+) -> Failure | None:
+    """Channels that are padded by other numbers than remain of them, though their sum be right."""
+    result = program.values[old]
+    widths: Any = (old.args[1], new.args[1])
+    for n, (width, got) in enumerate(zip(*widths, strict=True)):
+        row = result.labels[len(result.shape) - 1 - n // 2]
+        if width <= 0 or not is_channels(row):
+            continue
+        padded = row[:width] if n % 2 == 0 else row[-width:]
+        if got != sum(program.trace.find(label) not in removed for label in padded.tolist()):
+            reason = "is padded by numbers that other widths decide"
+            return Failure(module_path(old), f"its width {reason}", row, locate(old), reason)
     return None
 
 
