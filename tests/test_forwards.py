@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 import zoo
 from zoo.errors import FactorError, GraphError
+from zoo.tracing.contract import randomised, violation
+from zoo.tracing.graph import analyse
 
 MAPS = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -272,13 +275,19 @@ def quarter(n: nn.Module, x: Tensor) -> Tensor:
         lambda: net(quarter, c=conv(2, 2)),
         lambda: net(lambda _, x: x * min(x.shape[1], 3)),
         lambda: net(lambda _, x: x.tanh() if x.shape[1] > 3 else x),
+        lambda: net(lambda _, x: x / torch.tensor(x.shape[1:]).prod()),
+        lambda: net(lambda _, x: x * torch.tensor(x.shape[1] ** -0.5)),
+        lambda: net(lambda _, x: x * np.float32(x.shape[1] ** -0.5)),
     ],
-    ids=["padding", "a quarter", "at most three", "more than three"],
+    ids=["padding", "quarter", "at most", "more than", "sizes", "a tensor", "of NumPy"],
 )
 def test_what_a_width_decides_is_right_at_every_factor(build: Build, cf: float) -> None:
-    """Verified, or out of reach with a reason; never a fault."""
+    """Held to the contract, or out of reach with a reason; never a fault."""
+    dense = randomised(build())
     with contextlib.suppress(FactorError):
-        assert zoo.prune(build(), IMAGES, cf=cf).pruning.plan.got > 1.1
+        plan = zoo.prune(dense, IMAGES.double(), cf=cf).pruning.plan
+        assert plan.got > 1.1
+        assert violation(dense, *analyse(dense, IMAGES.double()), plan, IMAGES.double()) < 1e-9
 
 
 # --- nothing is left ------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -140,8 +141,10 @@ def _numbers(value: Any) -> Iterator[float]:
     if isinstance(value, tuple | list):
         for part in value:
             yield from _numbers(part)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield value if value == value else math.nan  # one object, which lists find equal to itself
+    elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's too
+        yield (
+            float(value) if value == value else math.nan
+        )  # one object, which lists find equal to itself
 
 
 # --- the trace ------------------------------------------------------------------------------------
@@ -158,7 +161,11 @@ def first_change(
         inputs: as it was traced with.
         removed: the representatives of the labels that the plan removes.
     """
-    dense, fewer = (list(_operators(p)) for p in (program.exported, export(pruned, inputs)))
+    traced = export(pruned, inputs)
+    failure = _constant_failure(program, traced)
+    if failure is not None:
+        return failure
+    dense, fewer = (list(_operators(p)) for p in (program.exported, traced))
     for old, new in zip(dense, fewer, strict=False):
         name = operator_name(old)
         if name != operator_name(new):
@@ -181,6 +188,23 @@ def first_change(
             return _failure(program, old, "is used as a number")
     if len(dense) != len(fewer):
         return _failure(program, dense[-1], "decides what is computed")
+    return None
+
+
+def _constant_failure(program: Program, traced: torch.export.ExportedProgram) -> Failure | None:
+    """A number that became a tensor, as by `torch.tensor(x.shape[1])`, and is another one now."""
+    after = traced.constants
+    changed = {
+        name
+        for name, old in program.exported.constants.items()
+        if isinstance(old, Tensor) and isinstance(new := after.get(name), Tensor)
+        if old.shape == new.shape and not torch.equal(old.to(new), new)
+    }
+    specs = program.exported.graph_signature.input_specs
+    givers = {spec.arg.name for spec in specs if spec.target in changed}
+    for node in program.exported.graph.nodes:
+        if node.op == "call_function" and any(n.name in givers for n in node.all_input_nodes):
+            return _failure(program, node, "is used as a number")
     return None
 
 
