@@ -16,7 +16,8 @@ from zoo.data.batches import check_labels
 from zoo.data.datasets import load_data
 from zoo.errors import DataError
 from zoo.models import build_model
-from zoo.training.finetuning import evaluate, finetune, loaders
+from zoo.training import loaders
+from zoo.training.finetuning import evaluate, finetune
 
 
 @pytest.mark.parametrize("kind", ["image set", "dataset", "loader"])

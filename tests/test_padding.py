@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.deployment.export import export
-from zoo.deployment.options import ExportOptions, padding
+from zoo.deployment import padding
+from zoo.deployment.options import ExportOptions
 from zoo.deployment.padding import padded
 from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ZooError

@@ -17,7 +17,8 @@ from PIL import Image
 from torch import nn
 
 from zoo.data import datasets as data
-from zoo.data.datasets import images, load_data
+from zoo.data import images
+from zoo.data.datasets import load_data
 from zoo.data.images import ImageFiles, open_picture, to_rgb
 from zoo.deployment.export import export
 from zoo.deployment.metadata import Metadata

@@ -292,7 +292,7 @@ def test_factors_are_not_mixed(tmp_path):
 
 
 def test_without_matplotlib_there_is_a_report_that_says_so(tmp_path, monkeypatch):
-    monkeypatch.delattr(zoo, "plots")
+    monkeypatch.delattr(zoo.common, "plots")
     monkeypatch.delitem(sys.modules, "zoo.common.plots")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write_report(tmp_path, [profile()], EPISODES, ROWS, MODEL, {})

@@ -16,7 +16,8 @@ from zoo.data.batches import DeviceLoader
 from zoo.data.datasets import ImageSet
 from zoo.errors import DivergenceError, ZooError
 from zoo.training import finetuning as training
-from zoo.training.finetuning import engine, evaluate, finetune
+from zoo.training import engine
+from zoo.training.finetuning import evaluate, finetune
 from zoo.training.recipes import RECIPES, Recipe
 
 QUICK = Recipe(epochs=3, batch_size=16, lr=0.05)

@@ -142,9 +142,8 @@ def _numbers(value: Any) -> Iterator[float]:
         for part in value:
             yield from _numbers(part)
     elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's too
-        yield (
-            float(value) if value == value else math.nan
-        )  # one object, which lists find equal to itself
+        plain = value if isinstance(value, int) else float(value)
+        yield plain if plain == plain else math.nan  # one object, which lists find equal to itself
 
 
 # --- the trace ------------------------------------------------------------------------------------
