@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
-from zoo.deployment.export import export
 from zoo.deployment import padding
+from zoo.deployment.export import export
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.padding import padded
 from zoo.deployment.runtime import InferenceSession

@@ -15,8 +15,8 @@ from torch.utils.data import TensorDataset
 from zoo.data.batches import DeviceLoader
 from zoo.data.datasets import ImageSet
 from zoo.errors import DivergenceError, ZooError
-from zoo.training import finetuning as training
 from zoo.training import engine
+from zoo.training import finetuning as training
 from zoo.training.finetuning import evaluate, finetune
 from zoo.training.recipes import RECIPES, Recipe
 
