@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from tyro.conf import Positional, arg
 
 from zoo.common.documents import decode, read_json, write_json
 from zoo.errors import DocumentError, ZooError, integer
+from zoo.registry.store import folder_name
 from zoo.search.ledger import FILE, merge, open_alone
 from zoo.search.schedule import (
     Job,
@@ -174,18 +176,19 @@ def _carry_on(
             for name in [n for n, own in running.items() if own.process.poll() is not None]:
                 if not _finish(options, running.pop(name), on, together, took):
                     failed.append(name)
-            rows = options.took
-            costs = {name: estimate(job, rows, on) for name, job in jobs.items()}
-            seconds = {name: _remaining(options.out / name, cost) for name, cost in costs.items()}
-            passed_by = {*others, *failed, *running}
-            job = next_job(jobs, {r.job for r in rows}, passed_by, seconds, left)
-            if job is not None and len(running) < together:
-                say(f"{job.name}: about {seconds[job.name] / 60:.1f} min")
-                running[job.name] = _start(options, job, costs[job.name])
-            elif running:
-                time.sleep(min(1.0, left))
-            else:
+            if len(running) < together:
+                rows = options.took
+                costs = {name: estimate(job, rows, on) for name, job in jobs.items()}
+                seconds = {n: _remaining(options.out / n, cost) for n, cost in costs.items()}
+                passed_by = {*others, *failed, *running}
+                job = next_job(jobs, {r.job for r in rows}, passed_by, seconds, left)
+                if job is not None:
+                    say(f"{job.name}: about {seconds[job.name] / 60:.1f} min")
+                    running[job.name] = _start(options, job, costs[job.name])
+                    continue
+            if not running:
                 break
+            time.sleep(min(1.0, left))
     finally:
         for own in running.values():
             own.process.terminate()
@@ -294,9 +297,9 @@ def status(options: Shared) -> None:
         if job is not None:
             passed.add(job.name)
             print(f"next: {job.name}, {costs[job.name] / 60:.0f} min here")
-    ratios = sorted(row.seconds / row.estimated for row in rows if row.machine == here)
+    ratios = [row.seconds / row.estimated for row in rows if row.machine == here]
     if ratios:
-        middle = ratios[len(ratios) // 2]
+        middle = statistics.median(ratios)
         print(f"Jobs took {middle:.2f} times what was estimated here (median of {len(ratios)}).")
 
 
@@ -326,7 +329,7 @@ def merge_all(options: Merge) -> None:
     for folder in options.folders:
         for name, job in jobs.items():
             if (file := folder / name / FILE).is_file():
-                ledgers[job.network.arch.replace(":", "--")].append(file)
+                ledgers[folder_name(job.network.arch)].append(file)
     for arch, files in ledgers.items():
         target = options.ledgers / f"campaign-{arch}.parquet"
         earlier = [target] if target.exists() else []

@@ -91,7 +91,7 @@ def test_a_feature_pyramid_of_torchvision(tmp_path: Path) -> None:
 
 def test_what_undoes_a_pooling_sees_the_places_that_it_gave(tmp_path: Path) -> None:
     build: Build = lambda: net(unpooled, pool=nn.MaxPool2d(2, return_indices=True))  # noqa: E731
-    cut(build, tmp_path)
+    assert list(cut(build, tmp_path).pruning.plan.kept) == ["a", "b"]
 
 
 # --- copies ---------------------------------------------------------------------------------------

@@ -305,8 +305,15 @@ def _live(
     rewrite: bool,
 ) -> _Live:
     with ONE_AT_A_TIME:  # threads may share the network, whose modes are switched meanwhile
-        traced = _traced(module, example_input, asked, rewrite)
-    network, inputs, program, groups, classes = traced
+        classes = _classes(module, example_input)
+        # what was made in torch.inference_mode() is copied, because autograd refuses it
+        if any(tensor.is_inference() for tensor in named_tensors(module).values()):
+            module = surgery.resized(module, {})
+        inputs = mapped(_ordinary, checked_inputs(example_input))
+        if rewrite and asked.metric == "latency":
+            raise ZooError("With rewrite=True the metric is params or macs: latency is of layers.")
+        network = rewritten(module, inputs) if rewrite else module
+        program, groups = (analyse if rewrite else traced_groups)(network, inputs)
     if not groups.groups:
         kept = "; ".join(f"{name!r} {reason}" for name, reason in groups.unprunable.items())
         raise GraphError(
@@ -316,20 +323,8 @@ def _live(
     return _Live(network, inputs, groups, program, planned(module, groups, asked, data), classes)
 
 
-def _traced(
-    module: nn.Module, example_input: Inputs, asked: Request, rewrite: bool
-) -> tuple[nn.Module, Inputs, Program | None, ChannelGroups, int]:
-    """What is traced and with which inputs, what came of it, and its classes."""
-    classes = _classes(module, example_input)
-    # what was made in torch.inference_mode() is copied, because autograd refuses it
-    if any(tensor.is_inference() for tensor in named_tensors(module).values()):
-        module = surgery.resized(module, {})
-    inputs = mapped(lambda t: t.clone() if t.is_inference() else t, checked_inputs(example_input))
-    if rewrite and asked.metric == "latency":
-        raise ZooError("With rewrite=True the metric is params or macs: latency is of layers.")
-    network = rewritten(module, inputs) if rewrite else module
-    program, groups = (analyse if rewrite else traced_groups)(network, inputs)
-    return network, inputs, program, groups, classes
+def _ordinary(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _cut(

@@ -21,6 +21,7 @@ from zoo.common.documents import decode, encode
 from zoo.errors import DocumentError, ZooError, integer, unknown
 from zoo.models import architecture
 from zoo.planning.policies import POLICIES
+from zoo.registry.store import folder_name
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
 
@@ -180,7 +181,7 @@ def jobs_of(plan: Plan) -> dict[str, Job]:
 
 
 def _jobs(network: Network) -> Iterator[Job]:
-    place = f"{network.arch.replace(':', '--')}/{network.size}"
+    place = f"{folder_name(network.arch)}/{network.size}"
 
     def bases(*names: str) -> tuple[str, ...]:
         return tuple(f"base/{place}/{name}" for name in names)

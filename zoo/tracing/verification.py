@@ -1,9 +1,9 @@
 """What a plan makes of a network, held to the contract of surgery before the user gets it.
 
 The network is filled with random numbers and run on one small batch: pruned, and dense with zeros
-in place of what is pruned. Where the two differ, a layer may compute over
-channels, as layer normalisation does: then the dense one is its traced program, run as the contract
-says (`zoo.tracing.contract`).
+in place of what is pruned. Where the two differ, a layer may compute over channels, as layer
+normalisation does: then the dense one is its traced program, run as the contract says
+(`zoo.tracing.contract`).
 """
 
 from __future__ import annotations
@@ -56,13 +56,6 @@ def verify(
     Raises:
         GraphError: if the pruned network computes anything else, or does not run.
     """
-    with ONE_AT_A_TIME:  # warnings' filters and random generators are the whole process's
-        _verify(module, groups, plan, inputs, program)
-
-
-def _verify(
-    module: nn.Module, groups: ChannelGroups, plan: Plan, inputs: Inputs, program: Program | None
-) -> None:
     small = _small(module, inputs)
     worst = partial(_worst, module, groups, plan, small, program if small is inputs else None)
     quick = worst(torch.float32, True)
@@ -81,7 +74,7 @@ def _verify(
                 return
     warnings.warn(
         f"{type(module).__name__} could not be verified: its output is random, or no number.",
-        stacklevel=5,
+        stacklevel=4,
     )
 
 
@@ -139,7 +132,7 @@ def _small(module: nn.Module, inputs: Inputs) -> Inputs:
         return tensor[:BATCH] if tensor.ndim and len(tensor) == count else tensor
 
     few = mapped(first, inputs)
-    with evaluating(module):
+    with ONE_AT_A_TIME, evaluating(module):  # threads may share the network
         return inputs if _outputs(partial(call, module), few) is None else few
 
 
@@ -154,7 +147,8 @@ def _outputs(
 
 
 def _run(forward: Callable[[Inputs], Any], inputs: Inputs, seed: int = 0) -> tuple[Tensor, ...]:
-    with seeded(seed), torch.no_grad(), warnings.catch_warnings():
+    # random generators and warnings' filters are the whole process's
+    with ONE_AT_A_TIME, seeded(seed), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return leaves(forward(inputs))
 
