@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import threading
@@ -379,6 +380,8 @@ def make_accelerator(
     # Accelerate keeps one state per process and refuses another device after the first; unless
     # processes are joined through it, it can simply be forgotten.
     processes = PartialState(cpu=cpu)
+    if processes.num_processes > 1:  # gloo's threads abort a process that ends with them running
+        atexit.register(processes.destroy_process_group)
     # CUDA graphs keep gradients where the next pass writes, so that they cannot add up.
     graphs = processes.device.type == "cuda" and recipe.accumulate == 1
     AcceleratorState._reset_state(reset_partial_state=processes.num_processes == 1)
