@@ -82,7 +82,7 @@ def bench_search(config: Search) -> None:
     pool.close()
     medians = {name: statistics.median(own) for name, own in seconds.items()}
     for name, own in medians.items():
-        print(f"{name:<44}{own:8.2f} s a candidate")
+        print(f"{name:<44}{own:10.4f} s a candidate")
     for text, loop, side in (
         ("engine, the same fine-tune", "naive loop, an epoch", "engine, an epoch"),
         ("ladder, equal ranks", "naive loop, a quarter", "engine, recalibration"),
