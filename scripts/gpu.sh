@@ -68,14 +68,14 @@ campaign() {
 }
 
 bench() {
-	timeout 150 "$PYTHON" scripts/bench.py train $TRAIN 2>&1 | tee "$1/train.txt" || true
+	timeout 150 "$PYTHON" scripts/bench train $TRAIN 2>&1 | tee "$1/train.txt" || true
 	if compgen -G "$KEPT/*.whl.*" >/dev/null; then
 		local whole
 		whole=$(basename "$(compgen -G "$KEPT/*.whl.*" | head -n 1)")
 		cat "$KEPT"/*.whl.* | xz --decompress | tar x -C "$SITE"
 		echo "joined ${whole%%.whl.*}"
 	fi
-	timeout 330 "$PYTHON" scripts/bench.py deploy --out "$1/deploy.jsonl" $DEPLOY 2>&1 |
+	timeout 330 "$PYTHON" scripts/bench deploy --out "$1/deploy.jsonl" $DEPLOY 2>&1 |
 		tee "$1/deploy.txt"
 }
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import zoo
 from zoo.data.datasets import ImageSet, Splits
+from zoo.storage.artefacts import save_checkpoint
 
-__all__ = ["SAMPLE", "halves", "logits", "trained"]
+__all__ = ["SAMPLE", "base_networks", "halves", "logits", "trained"]
 
 SAMPLE = {
     "cnet": (8, 4, 0.02),
@@ -53,3 +55,16 @@ def trained(arch: str) -> tuple[nn.Module, Splits]:
 def logits(model: nn.Module, images: Tensor) -> Tensor:
     with torch.no_grad():
         return model.eval()(images)
+
+
+def base_networks(folder: Path) -> tuple[str, ...]:
+    """Two checkpoints of cnet for the digits."""
+    splits = zoo.load_data("digits", size=8)
+    paths = []
+    for seed in range(2):
+        module = zoo.create_model("cnet", 10, image_size=8, seed=seed)
+        recipe = zoo.Recipe(epochs=6, lr=0.03, batch_size=64, augment=False)
+        zoo.finetune(module, splits.train, splits.val, recipe=recipe, seed=seed, progress=False)
+        paths.append(str(folder / f"base-{seed}.safetensors"))
+        save_checkpoint(module, paths[-1], {"split_digest": splits.digest})
+    return tuple(paths)

@@ -34,7 +34,7 @@ class UnitStrides(TorchFunctionMode):
     and channels-last (one of them is enough, and a 1x1 weight that was ever made channels-last is)
     and the input has fewer channels than a block: 8 with AVX2, 16 with AVX-512. The open issue is
     github.com/uxlfoundation/oneDNN/issues/6035. Wider ones are right, and faster as they are.
-    `scripts/gradient_grid.py` looks for others of the kind.
+    `scripts/evidence/gradient_grid.py` looks for others of the kind.
     """
 
     def __torch_function__(

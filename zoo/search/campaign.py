@@ -128,7 +128,7 @@ class _Search:
         if config.env.metric not in RANKED and config.episode_images is None:
             say(
                 f"Recalibration is not known to rank the best profiles by {config.env.metric} as a "
-                f"long fine-tune does; scripts/gate.py measures it."
+                f"long fine-tune does; scripts/evidence/gate.py measures it."
             )
         if not judges:
             say("No base network is held back: finalists are compared on the tasks themselves.")
