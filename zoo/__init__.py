@@ -11,9 +11,12 @@ module when it is first used.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
+
     from zoo.common.strides import UnitStrides
     from zoo.data.datasets import load_data
     from zoo.deployment.export import export
@@ -78,6 +81,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("prunezoo")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'zoo' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME_OF[name]), name)

@@ -12,6 +12,7 @@ from typing import Any
 
 import tyro
 
+import zoo
 from zoo.commands.deploying import (
     BenchmarkCommand,
     CompareCommand,
@@ -20,6 +21,7 @@ from zoo.commands.deploying import (
     compare,
     export,
 )
+from zoo.commands.doctor import DoctorCommand, doctor
 from zoo.commands.networks import (
     EvaluateCommand,
     FinetuneCommand,
@@ -52,6 +54,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "compare": (CompareCommand, compare),
     "search": (SearchCommand, search),
     "ledger": (LedgerCommand, ledger),
+    "doctor": (DoctorCommand, doctor),
 }
 """Name -> (flags, what carries it out)."""
 
@@ -59,6 +62,9 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is 2 on a user's error and 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if given[0] == "--version":
+        print(f"zoo {zoo.__version__}")
+        return 0
     try:
         if given[0] not in COMMANDS and not given[0].startswith("-"):
             raise unknown("command", given[0], COMMANDS)
