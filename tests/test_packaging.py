@@ -53,6 +53,8 @@ def test_the_wheel_holds_the_package_and_its_registry_and_nothing_else(wheel):
     sources = {p.relative_to(ROOT) for p in (ROOT / "zoo").rglob("*.py")}
     assert {Path(name) for name in names if name.endswith(".py")} == sources
     assert {f"zoo/training/recipes/{name}.toml" for name in zoo.RECIPES} <= set(names)
+    assert "zoo/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_an_installed_wheel_lists_its_profiles_from_another_folder(installed, tmp_path):

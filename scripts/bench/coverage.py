@@ -168,7 +168,7 @@ class Options:
     """
 
     out: Path = Path("runs/coverage")
-    table: Path = Path("COVERAGE.md")
+    table: Path = Path("docs/coverage.md")
     families: tuple[str, ...] = field(default_factory=tuple)
     rival: bool = True
 

@@ -91,8 +91,8 @@ def test_a_body_that_is_no_picture_is_refused_and_the_server_goes_on(
     assert len(post(address, whole.getvalue())["logits"]) == 6
 
 
-def test_the_readme_quotes_the_server() -> None:
-    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
-    (quoted,) = re.findall(r"```py\n(.*?)```", readme, flags=re.DOTALL)
+def test_the_guide_quotes_the_server() -> None:
+    guide = (SCRIPTS.parent / "docs" / "training.md").read_text(encoding="utf-8")
+    (quoted,) = re.findall(r"```py\n(.*?)```", guide, flags=re.DOTALL)
     assert "InferenceSession" in quoted
     assert quoted in (SCRIPTS / "serve.py").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ try:
     from matplotlib import colormaps, rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 except ImportError:
     raise ZooError("Plots need matplotlib: pip install 'prunezoo[plots]'.") from None
 
@@ -28,6 +28,7 @@ __all__ = [
     "SUFFIXES",
     "Panel",
     "accuracy_against_factor",
+    "accuracy_against_size",
     "keep_ratios",
     "reward_curve",
     "reward_landscape",
@@ -90,6 +91,34 @@ def accuracy_against_factor(panels: Sequence[Panel], metric: str) -> Figure:
         axes.legend()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
+    return figure
+
+
+def accuracy_against_size(title: str, series: Mapping[str, Points], dense: float) -> Figure:
+    """One line per policy, each point labelled; the dense network is a dashed line.
+
+    Args:
+        title: above the plot.
+        series: policy -> (parameters, accuracy in [0, 1]) of its profiles.
+        dense: accuracy of the dense network, in [0, 1].
+    """
+    figure, axes = _single("parameters, in thousands", "accuracy")
+    axes.set_title(title)
+    axes.axhline(dense, color="grey", linestyle="--")
+    axes.annotate(f"dense {dense:.1%}", (0, dense), xycoords=("axes fraction", "data"), va="bottom")
+    axes.margins(0.08, 0.12)
+    for index, (name, points) in enumerate(series.items()):
+        sizes, accuracies = zip(*sorted(points), strict=True)
+        colour, above = COLOURS.get(name), 12 if index else -6  # the first line is the upper one
+        thousands = [size / 1000 for size in sizes]
+        axes.plot(thousands, accuracies, "o-", color=colour, label=name)
+        for at in zip(thousands, accuracies, strict=True):
+            axes.annotate(
+                f"{at[1]:.1%}", at, (0 if above < 0 else 10, -above), textcoords="offset points",
+                ha="center", va="bottom" if above < 0 else "center", color=colour,
+            )  # fmt: skip
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend()
     return figure
 
 
@@ -213,7 +242,7 @@ def save(figure: Figure, path: Path) -> None:
         raise unknown(f"kind of image for {path.name}:", path.suffix, SUFFIXES)
     path.parent.mkdir(parents=True, exist_ok=True)
     undated = {"Date": None} if path.suffix == ".svg" else {}
-    with rc_context({"svg.hashsalt": "zoo"}):
+    with rc_context({"svg.hashsalt": "zoo", "svg.fonttype": "none"}):
         figure.savefig(path, dpi=120, metadata=undated)
 
 

@@ -17,7 +17,7 @@ ENOUGH = 0.7
 
 
 RANKED = ("params",)
-"""Metrics whose best profiles recalibration ranks well enough (EVIDENCE.md, cheap accuracies)."""
+"""Metrics whose best profiles recalibration ranks well enough (docs/evidence.md)."""
 
 
 @dataclass(frozen=True)
