@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import typing
 import zipfile
 from pathlib import Path
 
@@ -91,6 +92,10 @@ def test_every_public_name_resolves_and_is_listed():
     for name in zoo.__all__:
         assert getattr(zoo, name) is not None
     assert set(zoo.__all__) <= set(dir(zoo))
+    for name in ("load", "prune", "plan", "finetune", "evaluate", "export", "list_profiles"):
+        returned = typing.get_type_hints(getattr(zoo, name))["return"]
+        types = typing.get_args(returned) or (returned,)
+        assert all(t.__module__.startswith("torch") or t is getattr(zoo, t.__name__) for t in types)
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = zoo.lod
 

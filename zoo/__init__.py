@@ -18,29 +18,58 @@ if TYPE_CHECKING:
     __version__: str
 
     from zoo.common.strides import UnitStrides
-    from zoo.data.datasets import load_data
-    from zoo.deployment.export import export
-    from zoo.deployment.measurement import benchmark, compare
+    from zoo.data.datasets import Splits, load_data
+    from zoo.data.images import ImageSet
+    from zoo.deployment.export import ExportResult, export
+    from zoo.deployment.measurement import BenchmarkRow, ComparisonRow, benchmark, compare
     from zoo.deployment.options import BenchmarkOptions, ExportOptions
     from zoo.deployment.runtime import InferenceSession
-    from zoo.errors import ZooError
-    from zoo.iterative import Schedule, prune_iteratively
+    from zoo.errors import (
+        CheckpointError,
+        DataError,
+        DivergenceError,
+        DocumentError,
+        ExportError,
+        FactorError,
+        GraphError,
+        ZooError,
+    )
+    from zoo.iterative import IterativeResult, Schedule, prune_iteratively
     from zoo.loading import create_model, load, load_pruned, plan, prune, save
-    from zoo.registry.store import get_profile, list_profiles
+    from zoo.registry.store import ProfileEntry, get_profile, list_profiles
     from zoo.search.campaign import SearchConfig, search_profile
+    from zoo.spec.plan import Plan, PruningRecord
     from zoo.spec.profile import Profile
-    from zoo.training.finetuning import evaluate, finetune
+    from zoo.training.finetuning import Evaluation, TrainResult, evaluate, finetune
     from zoo.training.recipes import RECIPES, Recipe
 
 __all__ = [
     "RECIPES",
     "BenchmarkOptions",
+    "BenchmarkRow",
+    "CheckpointError",
+    "ComparisonRow",
+    "DataError",
+    "DivergenceError",
+    "DocumentError",
+    "Evaluation",
+    "ExportError",
     "ExportOptions",
+    "ExportResult",
+    "FactorError",
+    "GraphError",
+    "ImageSet",
     "InferenceSession",
+    "IterativeResult",
+    "Plan",
     "Profile",
+    "ProfileEntry",
+    "PruningRecord",
     "Recipe",
     "Schedule",
     "SearchConfig",
+    "Splits",
+    "TrainResult",
     "UnitStrides",
     "ZooError",
     "benchmark",
@@ -62,20 +91,31 @@ __all__ = [
 ]
 
 _HOMES = {
-    "zoo.data.datasets": ("load_data",),
-    "zoo.deployment.options": ("BenchmarkOptions", "ExportOptions"),
-    "zoo.errors": ("ZooError",),
-    "zoo.iterative": ("Schedule", "prune_iteratively"),
-    "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
-    "zoo.deployment.measurement": ("benchmark", "compare"),
-    "zoo.deployment.export": ("export",),
-    "zoo.spec.profile": ("Profile",),
-    "zoo.training.recipes": ("RECIPES", "Recipe"),
-    "zoo.registry.store": ("get_profile", "list_profiles"),
-    "zoo.deployment.runtime": ("InferenceSession",),
-    "zoo.search.campaign": ("SearchConfig", "search_profile"),
     "zoo.common.strides": ("UnitStrides",),
-    "zoo.training.finetuning": ("evaluate", "finetune"),
+    "zoo.data.datasets": ("Splits", "load_data"),
+    "zoo.data.images": ("ImageSet",),
+    "zoo.deployment.export": ("ExportResult", "export"),
+    "zoo.deployment.measurement": ("BenchmarkRow", "ComparisonRow", "benchmark", "compare"),
+    "zoo.deployment.options": ("BenchmarkOptions", "ExportOptions"),
+    "zoo.deployment.runtime": ("InferenceSession",),
+    "zoo.errors": (
+        "CheckpointError",
+        "DataError",
+        "DivergenceError",
+        "DocumentError",
+        "ExportError",
+        "FactorError",
+        "GraphError",
+        "ZooError",
+    ),
+    "zoo.iterative": ("IterativeResult", "Schedule", "prune_iteratively"),
+    "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
+    "zoo.registry.store": ("ProfileEntry", "get_profile", "list_profiles"),
+    "zoo.search.campaign": ("SearchConfig", "search_profile"),
+    "zoo.spec.plan": ("Plan", "PruningRecord"),
+    "zoo.spec.profile": ("Profile",),
+    "zoo.training.finetuning": ("Evaluation", "TrainResult", "evaluate", "finetune"),
+    "zoo.training.recipes": ("RECIPES", "Recipe"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
