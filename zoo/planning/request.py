@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Real
@@ -17,6 +17,7 @@ from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.models import architecture
 from zoo.planning.latency import latency_table
 from zoo.planning.policies import POLICIES, policy_solution
+from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.planning.solver import Limits, round_widths, scale_curve, solve
 from zoo.registry.store import find_profile, get_profile
 from zoo.spec.cost import CostModel, LatencyTable, cost_model
@@ -80,12 +81,13 @@ def request(
         )
     elif profile == "searched" and arch and cf is not None:
         name, resolved = find_profile(arch, cf, metric)
-    elif profile in POLICIES:
+    elif profile in POLICIES or profile in RANKINGS:
         name = profile
     elif ":" in profile or "/" in profile or profile.endswith(".json"):
         name, resolved = profile, get_profile(profile)
     else:
-        choices = [*(["searched"] if arch else []), *POLICIES, "bundled:...", "file:...", "hf:..."]
+        policies = [*POLICIES, *RANKINGS]
+        choices = [*(["searched"] if arch else []), *policies, "bundled:...", "file:...", "hf:..."]
         raise unknown("profile", profile, choices)
     if resolved is not None:
         if arch and resolved.architecture not in (arch, architecture(arch).profiles_from):
@@ -129,20 +131,31 @@ def planned(
     A `latency` is measured on the device that `module` is on, or remembered from before.
 
     Raises:
+        ZooError: when the policy or the criterion needs data and there is none.
         FactorError: when the factor is out of reach, with what stays whole and why.
         GraphError: when the profile's groups, or those to keep, are not the network's.
     """
+    ranking = RANKINGS.get(request.name) if request.profile is None else None
+    if ranking is not None and CRITERIA[ranking.criterion].needs_data and data is None:
+        raise ZooError(
+            f"The policy {request.name!r} ranks channels by {ranking.criterion!r}, which needs "
+            f"data: pass data=, a Dataset or DataLoader."
+        )
     latency = latency_table(module, groups) if request.metric == "latency" else None
     model = cost_model(groups, latency)
     limits, whole = _limits(groups, request)
     groups = replace(groups, unprunable={**groups.unprunable, **whole})
-    try:
-        widths = _widths(model, groups.names, request, limits)
-    except FactorError as error:
-        raise FactorError(f"{error}{_stays_whole(groups.unprunable)}") from None
     device = next(module.parameters()).device
     batches = None if data is None else labelled_batches(data, device, request.seed)
-    scores = channel_scores(request.criterion, module, groups, request.seed, batches)
+
+    def scores_by(criterion: str) -> Scores:
+        return channel_scores(criterion, module, groups, request.seed, batches)
+
+    try:
+        widths = _widths(model, groups.names, request, limits, scores_by)
+    except FactorError as error:
+        raise FactorError(f"{error}{_stays_whole(groups.unprunable)}") from None
+    scores = scores_by(request.criterion)
     return plan_of(request, groups, widths, scores, latency)
 
 
@@ -156,11 +169,19 @@ def _stays_whole(unprunable: Mapping[str, str], most: int = 5) -> str:
 
 
 def _widths(
-    model: CostModel, names: Sequence[str], request: Request, limits: Limits
+    model: CostModel,
+    names: Sequence[str],
+    request: Request,
+    limits: Limits,
+    scores_by: Callable[[str], Scores],
 ) -> Mapping[str, int]:
     """Group name -> width, by the request's policy or profile."""
     profile = request.profile
-    if profile is None:
+    if profile is None and request.name in RANKINGS:
+        ranking = RANKINGS[request.name]
+        scores = scores_by(ranking.criterion)
+        solved = ranking_solution(ranking, scores, model, request.cf, request.metric, limits)
+    elif profile is None:
         solved = policy_solution(
             request.name, model, request.cf, request.metric, request.seed, limits
         )

@@ -1,0 +1,128 @@
+"""Channels of all groups ranked together: the highest stay, the factor is met."""
+
+from __future__ import annotations
+
+import copy
+from itertools import cycle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from odd import Net, conv
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import zoo
+from zoo.criteria.scores import CRITERIA
+from zoo.errors import GraphError, ZooError
+from zoo.models import build_model
+from zoo.planning.rankings import (
+    RANKINGS,
+    Ranking,
+    _rank_curve,
+    by_mean,
+    by_those_above,
+    ranking_solution,
+)
+from zoo.spec.cost import cost_model
+from zoo.tracing.graph import channel_groups
+
+scores = st.lists(
+    st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=12),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(scores, st.floats(0, 1))
+def test_the_best_channels_stay_wherever_they_are(own: list[list[float]], t: float) -> None:
+    kept = [
+        round(ratio * len(group)) for ratio, group in zip(_rank_curve(own)(t), own, strict=True)
+    ]
+    everyone = sorted((score for group in own for score in group), reverse=True)
+    best = everyone[: int(t * len(everyone))]
+    threshold = best[-1] if best else float("inf")
+    for group, count in zip(own, kept, strict=True):
+        above = sum(score > threshold for score in group)
+        level = sum(score == threshold for score in group)
+        assert max(1, above) <= count <= max(1, above + level)
+    taken = sum(count for group, count in zip(own, kept, strict=True) if max(group) >= threshold)
+    assert taken >= len(best)
+
+
+@given(st.lists(st.floats(0.01, 1), min_size=1, max_size=9), st.floats(0.01, 100))
+def test_normalised_scores_do_not_depend_on_the_groups_scale(
+    group: list[float], scale: float
+) -> None:
+    for normalise in (by_mean, by_those_above):
+        scaled = normalise([scale * score for score in group])
+        assert scaled == pytest.approx(normalise(group), rel=1e-6)
+    assert sum(by_mean(group)) == pytest.approx(len(group))
+    assert max(by_those_above(group)) == 1.0
+
+
+def two_groups() -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        return n.head(n.b(n.a(x).relu()).relu().mean((2, 3)))
+
+    return Net(run, a=conv(3, 16), b=conv(16, 16), head=nn.Linear(16, 4))
+
+
+DATA = TensorDataset(
+    torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 4
+)
+
+
+@pytest.mark.parametrize("name", ["global", "global-fisher", "global-l2"])
+def test_channels_that_do_nothing_go_first(name: str) -> None:
+    module = two_groups()
+    with torch.no_grad():
+        for tensor in (module.a.weight, module.a.bias):
+            tensor[4:] = 0.0
+    plan = zoo.plan(module, DATA[:1][0], cf=3.0, profile=name, data=DATA, criterion="l1")
+    assert set(plan.kept["a"][:4]) == {0, 1, 2, 3}
+    assert len(plan.kept["a"]) <= 5  # one more, where the factor asks for it
+    assert len(plan.kept["b"]) > 8
+
+
+def test_equal_scores_per_cost_are_cut_where_a_channel_costs_most() -> None:
+    module = two_groups()
+    groups = channel_groups(module, DATA[:1][0])
+    model = cost_model(groups)
+    flat = [[1.0] * 16, [1.0] * 16]
+    costs = [model.marginal(model.sizes, group).params for group in range(2)]
+    solution = ranking_solution(Ranking("l1", per_cost=True), flat, model, 1.5)
+    cheap = min(range(2), key=lambda group: costs[group])
+    assert solution.widths[cheap] > solution.widths[1 - cheap]
+
+
+@pytest.mark.parametrize(("name", "metric"), zip(RANKINGS, cycle(["params", "macs"])))
+def test_the_factor_is_met_again_and_again_and_nothing_is_edited(name: str, metric: str) -> None:
+    module = build_model("resnet20-16", 4)
+    before = copy.deepcopy(module.state_dict())
+    data = TensorDataset(torch.rand(32, 3, 16, 16), torch.arange(32) % 4)
+
+    def plan(**options: object) -> zoo.Plan:
+        return zoo.plan(
+            module, data[:1][0], cf=4, metric=metric, profile=name, data=data, **options
+        )
+
+    first = plan()
+    assert first == plan()
+    assert first.got == pytest.approx(4, rel=0.01)
+    assert first.profile == name
+    assert all(torch.equal(tensor, before[key]) for key, tensor in module.state_dict().items())
+    assert {len(units) % 8 for units in plan(align=8).kept.values()} == {0}
+
+
+def test_a_ranking_by_data_says_that_it_needs_them() -> None:
+    module = two_groups()
+    for name, ranking in RANKINGS.items():
+        if CRITERIA[ranking.criterion].needs_data:
+            with pytest.raises(ZooError, match=f"policy '{name}' ranks .* needs data: pass data="):
+                zoo.plan(module, DATA[:1][0], cf=2, profile=name)
+    with pytest.raises(GraphError, match="needs a batch norm"):
+        zoo.plan(module, DATA[:1][0], cf=2, profile="global-bn")
+    with pytest.raises(ZooError, match="global-lamp"):
+        zoo.plan(module, DATA[:1][0], cf=2, profile="globl")
