@@ -14,6 +14,7 @@ from zoo.criteria.weight_scores import Scores
 from zoo.errors import DataError, ZooError, integer
 from zoo.loading import Weights, load, prune
 from zoo.planning.latency import latency_table
+from zoo.planning.rankings import RANKINGS
 from zoo.planning.request import Request, plan_of, planned, request
 from zoo.planning.solver import solve
 from zoo.spec.cost import CostModel, cost_model
@@ -110,7 +111,8 @@ def prune_iteratively(
     )  # fmt: skip
     model, groups = _whole(weights, arch, example_input)
     record: Any = model.pruning
-    goal = planned(model, groups, replace(asked, criterion="random"), None)
+    data = train if asked.name in RANKINGS else None
+    goal = planned(model, groups, replace(asked, criterion="random"), data)
     times = latency_table(model, groups) if asked.metric == "latency" else None
     costs = cost_model(groups, times)
     groups = replace(groups, unprunable=goal.unprunable)

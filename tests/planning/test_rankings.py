@@ -116,6 +116,14 @@ def test_the_factor_is_met_again_and_again_and_nothing_is_edited(name: str, metr
     assert {len(units) % 8 for units in plan(align=8).kept.values()} == {0}
 
 
+def test_steps_end_at_the_widths_of_the_ranking() -> None:
+    module = two_groups()
+    schedule = zoo.Schedule(cf=2, steps=2, profile="global", recipe=zoo.Recipe(epochs=1, lr=1e-6))
+    result = zoo.prune_iteratively(module, DATA, DATA, schedule, example_input=DATA[:1][0])
+    whole = zoo.plan(module, DATA[:1][0], cf=2, profile="global", data=DATA)
+    assert result.model.pruning.plan.widths == whole.widths
+
+
 def test_a_ranking_by_data_says_that_it_needs_them() -> None:
     module = two_groups()
     for name, ranking in RANKINGS.items():
