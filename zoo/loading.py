@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.common.quiet import ONE_AT_A_TIME
-from zoo.common.seeding import seeded
 from zoo.common.sizes import Size
 from zoo.errors import GraphError, ZooError, first_line, unknown
 from zoo.models import architecture, build_model
@@ -26,6 +25,7 @@ from zoo.storage.artefacts import MODEL, read_model, write_model
 from zoo.storage.checkpoints import RECORD
 from zoo.storage.dense import load_dense
 from zoo.surgery import surgery
+from zoo.surgery.initialisation import reinitialise
 from zoo.surgery.surgery import evaluating, named_tensors
 from zoo.tracing.calls import Inputs, call, checked_inputs, described, leaves, mapped
 from zoo.tracing.exporting import check_prunable
@@ -343,7 +343,7 @@ def _cut(
 ) -> nn.Module:
     pruned = surgery.apply(module, groups, made)
     if init == "random":
-        _reinitialise(pruned, made.seed)
+        reinitialise(pruned, made.seed)
     packages = ("prunezoo", "torch", "torchvision", "timm")
     record = PruningRecord(
         architecture=arch,
@@ -360,19 +360,6 @@ def _cut(
     )
     pruned.pruning = record  # type: ignore[assignment]
     return pruned.eval()
-
-
-def _reinitialise(module: nn.Module, seed: int) -> None:
-    with seeded(seed):
-        for name, layer in module.named_modules():
-            reset = getattr(layer, "reset_parameters", None)
-            if callable(reset):
-                reset()
-            elif own := [key for key, _ in layer.named_parameters(recurse=False)]:
-                raise ZooError(
-                    f"init='random' does not know how to initialise {own[0]!r} of the "
-                    f"{type(layer).__name__} {name!r}, which has no reset_parameters()."
-                )
 
 
 def _classes(module: nn.Module, example_input: Inputs) -> int:

@@ -21,7 +21,7 @@ import torch_pruning
 import tyro
 from torch import Tensor, nn
 
-from zoo.models import architecture, build_model
+from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plan import Plan
 
@@ -132,7 +132,7 @@ def _halved(arch: str, size: int) -> Outcome:
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     classifier = [layer for layer in layers if len(layer.weight) == CLASSES]
     widths = {layer: len(layer.weight) for layer in layers if layer not in classifier}
-    dense = _parameters(module)
+    dense = parameter_count(module)
     started = time.perf_counter()
     try:
         torch_pruning.BasePruner(
@@ -149,16 +149,12 @@ def _halved(arch: str, size: int) -> Outcome:
         reason = (str(error).strip().splitlines() or [""])[0]
         seconds = time.perf_counter() - started
         return Outcome(f"failed: {type(error).__name__}: {reason}", dense, seconds=seconds)
-    pruned = _parameters(module)
+    pruned = parameter_count(module)
     if shape != (1, CLASSES):
         return Outcome(f"failed: gives the shape {shape}", dense, seconds=seconds)
     verdict = "ok" if pruned < LARGEST * dense else "not halved"
     whole = sum(len(layer.weight) == width for layer, width in widths.items())
     return Outcome(verdict, dense, pruned, len(widths), whole, seconds)
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def main(

@@ -166,7 +166,8 @@ def largest_error(convolution: Convolution, precision: str) -> float:
 
 
 def _engine_step(probe: nn.Module, images: Tensor, labels: Tensor, precision: str) -> None:
-    from zoo.training.engine import Engine, make_accelerator
+    from zoo.training.accelerators import make_accelerator
+    from zoo.training.engine import Engine
     from zoo.training.recipes import Recipe
 
     recipe = Recipe(epochs=1, lr=0.0, clip_norm=None, precision=precision)  # type: ignore[arg-type]

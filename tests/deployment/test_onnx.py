@@ -147,7 +147,7 @@ def test_a_file_that_computes_something_else_never_appears(
     path = tmp_path / "small.onnx"
     if old is not None:
         path.write_bytes(old)
-    right = zoo.deployment.export._runner
+    right = zoo.deployment.acceptance._runner
 
     def perturbed(file: Path) -> Callable[[Tensor], tuple[Tensor, ...]]:
         """Another value in the first image of every batch."""
@@ -159,7 +159,7 @@ def test_a_file_that_computes_something_else_never_appears(
 
         return run
 
-    monkeypatch.setattr(zoo.deployment.export, "_runner", perturbed)
+    monkeypatch.setattr(zoo.deployment.acceptance, "_runner", perturbed)
     with pytest.raises(ExportError, match="differ by"):
         export(small, path, inputs=noise(10))
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([old] if old else [])
@@ -356,7 +356,7 @@ def test_an_unwritable_path_is_an_error_before_any_work(
     def never(*_: object) -> None:
         raise AssertionError("the export had started")
 
-    monkeypatch.setattr(zoo.deployment.export, "_sample", never)
+    monkeypatch.setattr(zoo.deployment.export, "sample_of", never)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "model.onnx", tmp_path, tmp_path / ("x" * 300)):
         with pytest.raises(ExportError, match=r"cannot be written|is a folder"):

@@ -148,7 +148,7 @@ def test_large_weights_have_a_file_of_their_own(
     images = splits.test.normalise(splits.test.images[:20])
     export(model, path, inputs=splits.val, precision=precision)
     whole = InferenceSession(path, CPU)(images)
-    monkeypatch.setattr(zoo.deployment.export, "EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr(zoo.deployment.files, "EXTERNAL_BYTES", 1000)
     result = export(model, path, inputs=splits.val, precision=precision)
     files = {entry.name: entry.stat().st_size for entry in tmp_path.iterdir()}
     assert sum(files.values()) == result.bytes
@@ -173,7 +173,7 @@ def test_large_weights_have_a_file_of_their_own(
 
 def test_lost_weights_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, splits = trained("cnet")
-    monkeypatch.setattr(zoo.deployment.export, "EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr(zoo.deployment.files, "EXTERNAL_BYTES", 1000)
     export(model, tmp_path / "m.onnx", inputs=splits.val)
     next(tmp_path.glob("*.data")).unlink()
     with pytest.raises(ExportError, match=r"cannot load .*m\.onnx"):

@@ -364,7 +364,7 @@ def test_tensorrts_engines_are_kept_by_the_weights(
 
     path = tmp_path / "m.onnx"
     for external in (1 << 30, 1000):
-        monkeypatch.setattr("zoo.deployment.export.EXTERNAL_BYTES", external)
+        monkeypatch.setattr("zoo.deployment.files.EXTERNAL_BYTES", external)
         export(model, path, inputs=splits.val)
         first = engines(path)
         assert Path(first).is_dir()

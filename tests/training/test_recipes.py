@@ -18,7 +18,8 @@ from zoo.data.rand_augment import KINDS, rand_augmented
 from zoo.errors import DataError, DocumentError, ZooError
 from zoo.search import fidelities
 from zoo.search.fidelities import FineTuning
-from zoo.training.engine import Engine, make_accelerator
+from zoo.training.accelerators import make_accelerator
+from zoo.training.engine import Engine
 from zoo.training.finetuning import finetune
 from zoo.training.recipes import RECIPES, Recipe, read_recipe
 

@@ -17,7 +17,10 @@ from zoo.data.datasets import ImageSet
 from zoo.errors import DivergenceError, ZooError
 from zoo.training import engine
 from zoo.training import finetuning as training
+from zoo.training.accelerators import make_accelerator
+from zoo.training.averaging import WeightAverage
 from zoo.training.finetuning import evaluate, finetune
+from zoo.training.optimization import make_optimizer, warmup_cosine
 from zoo.training.recipes import RECIPES, Recipe
 
 QUICK = Recipe(epochs=3, batch_size=16, lr=0.05)
@@ -304,7 +307,7 @@ def test_biases_and_norms_do_not_decay(recipe):
     model = network()
     decays = {
         id(parameter): group["weight_decay"]
-        for group in engine._optimizer(model, recipe).param_groups
+        for group in make_optimizer(model, recipe).param_groups
         for parameter in group["params"]
     }
     assert len(decays) == len(list(model.parameters()))
@@ -312,7 +315,7 @@ def test_biases_and_norms_do_not_decay(recipe):
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
-    rates = [engine._warmup_cosine(10, 100)(step) for step in range(101)]
+    rates = [warmup_cosine(10, 100)(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == 1.0
     assert rates[:10] == sorted(rates[:10])
@@ -391,7 +394,7 @@ def test_every_ingredient_learns_on_cuda_and_resumes(toy_images, tmp_path, monke
 @pytest.mark.parametrize("change", [{}, {"ema": 0.5}, {"mixup": 0.4}])
 def test_a_step_waits_for_nothing_on_cuda(toy_images, change):
     recipe = replace(QUICK, precision="bf16", **change)
-    accelerator = engine.make_accelerator(recipe, cpu=False)
+    accelerator = make_accelerator(recipe, cpu=False)
     loader = DeviceLoader(toy_images, 16, device="cuda", augment=True, shuffle=True)
     model, teacher = network().cuda().train(), network(seed=9).cuda().eval()
     trainer = engine.Engine(model, loader, recipe, accelerator, teacher)
@@ -483,7 +486,7 @@ def test_a_tied_weight_moves_once_in_the_average():
     model[6].weight = nn.Parameter(torch.zeros(3, 8))
     model.add_module("twin", nn.Linear(8, 3))
     model.twin.weight = model[6].weight
-    average = engine._Average(model, 0.5)
+    average = WeightAverage(model, 0.5)
     with torch.no_grad():
         model[6].weight.fill_(1.0)
         average.apply_update_(model, 0.75)

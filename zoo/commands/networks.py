@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -72,11 +71,12 @@ class TrainCommand(_Training):
 
 def train(command: TrainCommand) -> int | None:
     from zoo.storage.artefacts import save_checkpoint
+    from zoo.training.savepoints import check_folder
 
     recipe = _recipe(command)
     if command.out.is_dir():
         raise ZooError(f"{command.out} is a folder; name a file in it, as base.safetensors.")
-    _check_writable(command.out)
+    check_folder(command.out.absolute().parent)
     folder = command.out.with_name(f"{command.out.name}.training")
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
     model = zoo.create_model(
@@ -202,6 +202,7 @@ class FinetuneCommand(_Training):
 def finetune(command: FinetuneCommand) -> int | None:
     from zoo.storage.artefacts import check_place
     from zoo.storage.dense import load_dense
+    from zoo.training.savepoints import check_folder
 
     recipe = _recipe(command)
     model = zoo.load_pruned(command.folder)
@@ -209,7 +210,7 @@ def finetune(command: FinetuneCommand) -> int | None:
     size = command.size or record.size
     out = command.out or command.folder
     check_place(out)
-    _check_writable(out)
+    check_folder(out.absolute().parent)
     splits = zoo.load_data(command.data, command.data_dir, size=size)
     teacher: Any = None if command.teacher == "none" else command.teacher
     if teacher not in (None, "auto", "source"):
@@ -282,14 +283,6 @@ def _fit(
         resume=command.resume,
         trackers=command.track,
     )
-
-
-def _check_writable(path: Path) -> None:
-    """Make the folder that `path` will be written to, and fail before the work if it can't be."""
-    folder = path.absolute().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ZooError(f"{path} cannot be written: no permission in {folder}.")
 
 
 def _main_process() -> bool:

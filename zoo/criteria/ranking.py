@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from zoo.common.correlation import rank_correlation
 from zoo.criteria.data_scores import Batches
 from zoo.data.batches import check_labels
 from zoo.errors import ZooError
@@ -129,24 +130,10 @@ def spearman(scores: Sequence[Sequence[float]], oracle: Oracle) -> Correlation:
     truth = [np.array(row) for row in oracle.scores]
     given = [np.array(row, dtype=float) for row in scores]
     per_group = {
-        name: _rank_correlation(row, changes)
+        name: rank_correlation(row, changes)
         for name, row, changes in zip(oracle.changes, given, truth, strict=True)
     }
     normalised = [row / (np.linalg.norm(row) or 1) for row in given]
     return Correlation(
-        per_group, _rank_correlation(np.concatenate(normalised), np.concatenate(truth))
+        per_group, rank_correlation(np.concatenate(normalised), np.concatenate(truth))
     )
-
-
-def _rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Pearson's correlation of the ranks."""
-    a, b = (ranks - ranks.mean() for ranks in (_ranks(left), _ranks(right)))
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b) / scale if scale else math.nan
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ascending ranks from 0; tied values share the mean of theirs."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts) - 1
-    return (last - (counts - 1) / 2)[which]

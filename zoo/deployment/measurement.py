@@ -29,6 +29,7 @@ from zoo.deployment.program import PRECISIONS
 from zoo.deployment.providers import GPUS, onnxruntime_module
 from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError, ZooError, integer, unknown
+from zoo.models import parameter_count
 from zoo.planning.latency import device_name
 from zoo.spec.plan import record_of
 from zoo.tracing.calls import checked_inputs, input_shapes, shapes_of
@@ -183,7 +184,7 @@ def compare(
     return tuple(
         ComparisonRow(
             name,
-            sum(parameter.numel() for parameter in network.parameters()),
+            parameter_count(network),
             macs[name],
             None if data is None else evaluate(network, data).accuracy,
             tuple(row for row in measured if row.network == name),

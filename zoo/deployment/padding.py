@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from zoo.deployment.parity import compare_outputs, outputs_of
 from zoo.errors import ExportError, ZooError
+from zoo.models import parameter_count
 from zoo.spec.groups import ChannelGroups, Group
 from zoo.spec.plan import attribute_values, kept_positions, record_of
 from zoo.storage.artefacts import skeleton_of
@@ -44,7 +45,7 @@ def padded_alike(model: nn.Module, inputs: Inputs, asked: int | None) -> tuple[n
         return model, 1, ""
     try:
         wider = padded(model, multiple)
-        if _size(wider) == _size(model):
+        if parameter_count(wider) == parameter_count(model):
             return model, 1, ""
         try:
             own, padded_ones = (outputs_of(network, inputs) for network in (model, wider))
@@ -61,10 +62,6 @@ def padded_alike(model: nn.Module, inputs: Inputs, asked: int | None) -> tuple[n
             raise
         return model, 1, str(error)
     return wider, multiple, ""
-
-
-def _size(network: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def padded(model: nn.Module, multiple: int) -> nn.Module:

@@ -21,7 +21,14 @@ from zoo.models.resnet import ResNet, Shortcut, small_stem_resnet
 from zoo.models.stem import RGB, take_channels
 from zoo.models.vgg import VGG
 
-__all__ = ["ARCHITECTURES", "STORED", "Architecture", "architecture", "build_model"]
+__all__ = [
+    "ARCHITECTURES",
+    "STORED",
+    "Architecture",
+    "architecture",
+    "build_model",
+    "parameter_count",
+]
 
 
 @dataclass(frozen=True)
@@ -341,3 +348,8 @@ def build_model(
                 f"{arch} cannot be built for images of {in_channels} channels: {error}"
             ) from error
         return module
+
+
+def parameter_count(network: nn.Module) -> int:
+    """The numbers in its parameters; a tied one counts once."""
+    return sum(parameter.numel() for parameter in network.parameters())

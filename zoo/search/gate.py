@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zoo.common.correlation import rank_correlation
 from zoo.errors import ZooError
 
 __all__ = ["ENOUGH", "RANKED", "Agreement", "agreement"]
@@ -52,23 +53,18 @@ def agreement(accuracies: Sequence[float], long: Sequence[float]) -> Agreement:
     cheap, truth = np.asarray(accuracies), np.asarray(long)
     top = np.argsort(-truth, kind="stable")[: (len(truth) + 1) // 2]
     interval = _interval(cheap[top], truth[top])
-    within = _spearman(cheap[top], truth[top])
-    return Agreement(_spearman(cheap, truth), within, interval, len(truth))
+    within = rank_correlation(cheap[top], truth[top])
+    return Agreement(rank_correlation(cheap, truth), within, interval, len(truth))
 
 
 def _interval(left: np.ndarray, right: np.ndarray) -> tuple[float, float]:
     """The middle 95 % of the correlation over 2,000 resamples (seed 0)."""
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(left), size=(2000, len(left)))
+    resampled = (rank_correlation(left[i], right[i]) for i in drawn)
     # a resample of equal values has no correlation
-    found = [_spearman(left[i], right[i]) for i in drawn if min(np.ptp(left[i]), np.ptp(right[i]))]
+    found = [correlation for correlation in resampled if not math.isnan(correlation)]
     if not found:
         return math.nan, math.nan
     low, high = np.quantile(found, [0.025, 0.975])
     return float(low), float(high)
-
-
-def _spearman(left: np.ndarray, right: np.ndarray) -> float:
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(left, right).statistic)

@@ -27,7 +27,7 @@ from zoo.common.documents import (
     write_text,
 )
 from zoo.errors import CheckpointError, ZooError
-from zoo.models import architecture, build_model
+from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.cost import cost_model
 from zoo.spec.plan import PruningRecord, Source, kept_positions, record_of
 from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
@@ -184,7 +184,7 @@ def _read_back(folder: Path, model: nn.Module, record: PruningRecord) -> None:
                 f"{changed} {advice}"
             ) from None
         return
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = parameter_count(model)
     if count != record.plan.pruned.params:
         raise CheckpointError(
             f"The network is no longer the one that was pruned: {count:,} parameters, the plan has "

@@ -7,151 +7,17 @@ which weights produce channels. Adding an operator is adding a function, or a na
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from zoo.errors import GraphError
-from zoo.tracing import shape_rules
+from zoo.tracing import layer_rules, shape_rules
 from zoo.tracing.labels import Labels, Trace, Value, is_channels
 
 __all__ = ["CHANNEL_WISE", "RULES", "pointwise"]
 
 Shape = tuple[int, ...]
 Rule = Callable[..., "Value | tuple[Value, ...]"]
-
-
-def _convolution(
-    trace: Trace,
-    shape: Shape,
-    x: Value,
-    weight: Value,
-    bias: Value | None = None,
-    stride: object = 1,
-    padding: object = 0,
-    dilation: object = 1,
-    groups: int = 1,
-) -> Value:
-    del stride, padding, dilation
-    trace.count(weight, shape[0] * math.prod(shape[2:]))
-    outputs, fan_in = weight.labels[0], weight.labels[1]
-    if outputs is None or fan_in is None:
-        raise GraphError("a convolution whose weight has no labels")
-    channels = x.labels[1]
-    if groups > 1 and weight.shape[1] == 1:  # depthwise: the output channels are the input's
-        repeated = None if channels is None else np.repeat(channels, weight.shape[0] // groups)
-        trace.tie(outputs, repeated)
-    else:
-        if channels is None:
-            trace.fix(fan_in, "")
-        else:
-            trace.tie(channels, np.tile(fan_in, groups))
-        trace.tie(outputs, np.tile(outputs[: len(outputs) // groups], groups))
-        trace.produce(outputs)
-    if bias is not None:
-        trace.tie(outputs, bias.labels[0])
-    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
-
-
-def _transposed_convolution(
-    trace: Trace,
-    shape: Shape,
-    x: Value,
-    weight: Value,
-    bias: Value | None = None,
-    stride: object = 1,
-    padding: object = 0,
-    output_padding: object = 0,
-    groups: int = 1,
-    dilation: object = 1,
-) -> Value:
-    """Depthwise ones pass channels on; the outputs of others are cut with those they meet."""
-    del stride, padding, output_padding, dilation
-    trace.count(weight, x.shape[0] * math.prod(x.shape[2:]))
-    fan_in, outputs = weight.labels[0], weight.labels[1]
-    if weight.shape[1] == 1 and groups > 1:
-        outputs = trace.tie(x.labels[1], fan_in)
-    else:
-        if groups > 1:
-            trace.fix(x.labels[1], "is the input of a grouped transposed convolution")
-            trace.fix(outputs, "is produced by a grouped transposed convolution")
-        trace.tie(x.labels[1], fan_in)
-        if outputs is None:
-            raise GraphError("a transposed convolution whose weight has no labels")
-        trace.produce(outputs)
-        outputs = np.tile(outputs, groups)
-    if bias is not None:
-        trace.tie(outputs, bias.labels[0])
-    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
-
-
-def _image_rows(trace: Trace, shape: Shape, x: Value) -> list[Labels | None]:
-    """A convolution along channels (efficient channel attention) leaves them in their places."""
-    rows: list[Labels | None] = []
-    for old, new, row in zip(x.shape[2:], shape[2:], x.labels[2:], strict=True):
-        if is_channels(row) and old != new:
-            trace.fix(row, "is convolved over, to another length")
-            row = None
-        rows.append(row)
-    return rows
-
-
-def _linear(
-    trace: Trace, shape: Shape, x: Value, weight: Value, bias: Value | None = None
-) -> Value:
-    trace.count(weight, math.prod(x.shape[:-1]))
-    outputs, fan_in = weight.labels
-    if outputs is None or fan_in is None:
-        raise GraphError("a dense layer whose weight has no labels")
-    if x.labels[-1] is None:
-        trace.fix(fan_in, "")
-    else:
-        trace.tie(x.labels[-1], fan_in)
-    trace.produce(outputs)
-    if bias is not None:
-        trace.tie(outputs, bias.labels[0])
-    return Value(shape, (*x.labels[:-1], outputs))
-
-
-def _addmm(trace: Trace, shape: Shape, bias: Value, x: Value, weight: Value) -> Value:
-    return _linear(trace, shape, x, _transposed(trace, weight), bias)
-
-
-def _transposed(trace: Trace, matrix: Value) -> Value:
-    return shape_rules.transpose(trace, matrix.shape[::-1], matrix, 0, 1)
-
-
-def _batch_norm(trace: Trace, shape: Shape, x: Value, *tensors: Any, **options: Any) -> Value:
-    for tensor in (*tensors, *options.values()):
-        if isinstance(tensor, Value):
-            trace.tie(x.labels[1], tensor.labels[0])
-    return Value(shape, x.labels)
-
-
-def _prelu(trace: Trace, shape: Shape, x: Value, weight: Value) -> Value:
-    return _batch_norm(trace, shape, x, *([weight] if weight.shape[0] > 1 else []))
-
-
-def _layer_norm(
-    trace: Trace, shape: Shape, x: Value, normalized: list[int], *tensors: Any, **options: Any
-) -> Value:
-    for tensor in (*tensors, *options.values()):
-        if isinstance(tensor, Value):
-            for d in range(-len(normalized), 0):
-                trace.tie(x.labels[d], tensor.labels[d])
-    return Value(shape, x.labels)
-
-
-def _group_norm(
-    trace: Trace, shape: Shape, x: Value, groups: int, *tensors: Any, **options: Any
-) -> Value:
-    row = x.labels[1]
-    if groups > 1 and is_channels(row):
-        trace.tie(row, np.tile(row[: len(row) // groups], groups))
-    return _batch_norm(trace, shape, x, *tensors, **options)
 
 
 def _same(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
@@ -263,12 +129,6 @@ def _similarity(trace: Trace, shape: Shape, x: Value, y: Value, dim: int = 1, *_
     return _reduce(trace, shape, both, dim)
 
 
-def _embedding(trace: Trace, shape: Shape, table: Value, *rest: Any, **options: Any) -> Value:
-    del rest, options
-    trace.fix(table.labels[0], "is addressed by a position")
-    return Value(shape, (*[None] * (len(shape) - 1), table.labels[1]))
-
-
 def _norm(
     trace: Trace, shape: Shape, x: Value, order: float = 2, *rest: Any, **options: Any
 ) -> Value:
@@ -282,58 +142,18 @@ def _softmax(trace: Trace, shape: Shape, x: Value, dim: int, *rest: Any, **optio
     return Value(shape, x.labels)
 
 
-def _product(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
-    """Products of activations (attention): their widths stay whole."""
-    values = [v for v in (*operands, *options.values()) if isinstance(v, Value)]
-    for value in values:
-        for row in value.labels:
-            trace.fix(row, "is multiplied by other activations (attention)")
-    contracted = values[0].shape[-1]
-    trace.fixed_macs += math.prod(shape) * contracted // trace.batch
-    return Value(shape, (None,) * len(shape))
-
-
-def _matmul(trace: Trace, shape: Shape, x: Value, y: Value) -> Value:
-    """A dense layer where the second factor is a stored matrix, or its transpose."""
-    homes = {trace.home(row) for row in y.labels}
-    if len(y.shape) == len(homes) == 2 and len({name for name, _ in homes} - {""}) == 1:
-        return _linear(trace, shape, x, _transposed(trace, y))
-    return _product(trace, shape, x, y)
-
-
-def _einsum(trace: Trace, shape: Shape, equation: str, factors: Sequence[Value], **_: Any) -> Value:
-    terms = equation.replace(" ", "").partition("->")[0].split(",")
-    sizes: dict[str, int] = {}
-    for term, factor in zip(terms, factors, strict=True):
-        sizes.update(zip(term, factor.shape, strict=True))
-    _product(trace, (), *factors)
-    trace.fixed_macs += math.prod(sizes.values()) // trace.batch
-    return Value(shape, (None,) * len(shape))
-
-
-def _attention(
-    trace: Trace, shape: Shape, query: Value, key: Value, value: Value, *rest: Any, **options: Any
-) -> Value:
-    scores = math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
-    trace.fixed_macs += scores // trace.batch
-    return _product(
-        trace, shape, Value((*query.shape[:-1], key.shape[-2]), query.labels), key, value, *rest,
-        **options,
-    )  # fmt: skip
-
-
 def _names(rule: Rule, *operators: str) -> dict[str, Rule]:
     return dict.fromkeys(operators, rule)
 
 
 RULES: dict[str, Rule] = {
-    **_names(_convolution, "conv1d", "conv2d", "conv3d"),
-    **_names(_transposed_convolution, "conv_transpose1d", "conv_transpose2d"),
-    **_names(_transposed_convolution, "conv_transpose3d"),
-    **_names(_linear, "linear"),
-    **_names(_batch_norm, "batch_norm", "instance_norm"),
-    **_names(_layer_norm, "layer_norm", "rms_norm"),
-    **_names(_group_norm, "group_norm"),
+    **_names(layer_rules.convolution, "conv1d", "conv2d", "conv3d"),
+    **_names(layer_rules.transposed_convolution, "conv_transpose1d", "conv_transpose2d"),
+    **_names(layer_rules.transposed_convolution, "conv_transpose3d"),
+    **_names(layer_rules.linear, "linear"),
+    **_names(layer_rules.batch_norm, "batch_norm", "instance_norm"),
+    **_names(layer_rules.layer_norm, "layer_norm", "rms_norm"),
+    **_names(layer_rules.group_norm, "group_norm"),
     **_names(
         _same,
         *("gelu_", "hardswish", "hardswish_", "mish_", "log_sigmoid", "threshold_", "rrelu"),
@@ -359,7 +179,7 @@ RULES: dict[str, Rule] = {
     **_names(partial(_unpooled, 3), "max_unpool3d"),
     **_names(_sampled, "grid_sampler"),
     **_names(pointwise, "rsub", "where", "masked_fill", "masked_fill_", "copy_", "expand_as"),
-    **_names(_prelu, "prelu"),
+    **_names(layer_rules.prelu, "prelu"),
     **_names(shape_rules.cat, "cat", "concat"),
     **_names(shape_rules.stack, "stack"),
     **_names(shape_rules.reshape, "flatten", "view", "reshape", "_unsafe_view", "unsqueeze"),
@@ -394,12 +214,12 @@ RULES: dict[str, Rule] = {
     **_names(_similarity, "cosine_similarity"),
     **_names(_norm, "linalg_vector_norm", "norm"),
     **_names(_softmax, "softmax", "log_softmax"),
-    **_names(_embedding, "embedding"),
-    **_names(_addmm, "addmm"),
-    **_names(_matmul, "matmul", "mm"),
-    **_names(_product, "bmm"),
-    **_names(_einsum, "einsum"),
-    **_names(_attention, "scaled_dot_product_attention"),
+    **_names(layer_rules.embedding, "embedding"),
+    **_names(layer_rules.addmm, "addmm"),
+    **_names(layer_rules.matmul, "matmul", "mm"),
+    **_names(layer_rules.product, "bmm"),
+    **_names(layer_rules.einsum, "einsum"),
+    **_names(layer_rules.attention, "scaled_dot_product_attention"),
 }
 """ATen operator name (without overload) -> rule."""
 

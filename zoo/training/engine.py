@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import atexit
 import math
-import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, TorchDynamoPlugin
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,9 +20,12 @@ from zoo.data.batches import DeviceLoader, check_labels, checked_batch
 from zoo.data.images import AnyImages
 from zoo.errors import DataError, ZooError
 from zoo.surgery.surgery import evaluating
+from zoo.training.accelerators import half_precision
+from zoo.training.averaging import WeightAverage
+from zoo.training.optimization import distillation, make_optimizer, warmup_cosine
 from zoo.training.recipes import Recipe
 
-__all__ = ["Engine", "apart", "first_logits", "make_accelerator", "runs_channels_last"]
+__all__ = ["Engine", "first_logits", "runs_channels_last"]
 
 LOOK_EVERY = 50
 """Steps between looks at the loss, each of which waits for the device."""
@@ -63,18 +59,18 @@ class Engine:
         self.model, self.batches, self.recipe = model, batches, recipe
         self.accelerator, self.teacher = accelerator, teacher
         kind = accelerator.device.type
-        half = _half_precision(recipe, kind)
+        half = half_precision(recipe, kind)
         self._autocast = partial(torch.autocast, kind, half, enabled=half is not None)
         self._scaler = torch.amp.GradScaler(kind, enabled=half is torch.float16)
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._optimizer = _optimizer(model, recipe)
+        self._optimizer = make_optimizer(model, recipe)
         steps = recipe.epochs * math.ceil(len(batches) / recipe.accumulate)
         warm = max(1, round(recipe.warmup * steps))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer, _warmup_cosine(warm, steps)
+            self._optimizer, warmup_cosine(warm, steps)
         )
         self._frozen = [layer for layer in model.modules() if _is_frozen_norm(layer)]
-        self._average = _Average(model, recipe.ema) if recipe.ema else None
+        self._average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self._forward = accelerator.prepare_model(model)
         # The mark of Accelerate would make it leave the network as it is the next time.
         vars(model).pop("_is_accelerate_prepared", None)
@@ -171,7 +167,7 @@ class Engine:
                     f"The teacher has {target.shape[1]} outputs, the network {logits.shape[1]}."
                 )
             share = self.recipe.distill
-            loss = (1 - share) * loss + share * _distillation(logits, target)
+            loss = (1 - share) * loss + share * distillation(logits, target)
         return loss
 
     @cached_property
@@ -248,38 +244,6 @@ class Engine:
         return parts | ({"average": self._average} if self._average else {})
 
 
-class _Average(ModelEmaV3):
-    """timm's average, which walks through the modules once and not at every update."""
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        super().__init__(model, decay, use_warmup=True)
-        pairs = zip(_places(self.module), _places(model), strict=True)
-        # by identity: a tied weight is held in several places, and moves once
-        self._places = list({id(mine[name]): ((mine, name), theirs)
-                             for (mine, name), theirs in pairs}.values())  # fmt: skip
-
-    def apply_update_(self, model: nn.Module, decay: float) -> None:
-        del model
-        pairs = [(mine[name], theirs[name]) for (mine, name), (theirs, _) in self._places]
-        averages, values = zip(*(p for p in pairs if p[0].is_floating_point()), strict=True)
-        torch._foreach_lerp_(averages, values, weight=1 - decay)
-        counts = [p for p in pairs if not p[0].is_floating_point()]
-        if counts:
-            copies, originals = zip(*counts, strict=True)
-            torch._foreach_copy_(copies, originals)
-
-
-def _places(network: nn.Module) -> list[tuple[Mapping[str, Any], str]]:
-    """Where the tensors of the state dict are held: DDP, for one, puts other buffers there."""
-    return [
-        (held, name)
-        for module in network.modules()
-        for held in (module._parameters, module._buffers)
-        for name, tensor in held.items()
-        if tensor is not None and name not in module._non_persistent_buffers_set
-    ]
-
-
 def runs_channels_last(network: nn.Module, images: Tensor) -> bool:
     """Whether a network does not ask for contiguous maps, as `x.view(len(x), -1)` does.
 
@@ -332,98 +296,3 @@ def _generators(batches: Any) -> list[torch.Generator]:
     holders = (batches, getattr(batches, "sampler", None), batch_sampler, sampler)
     found = (getattr(holder, "generator", None) for holder in holders)
     return list(dict.fromkeys(generator for generator in found if generator is not None))
-
-
-def _half_precision(recipe: Recipe, device: str) -> torch.dtype | None:
-    """What a forward pass computes in, None for single precision."""
-    if recipe.precision == "fp16" and device == "cpu":
-        raise ZooError("A CPU does not train in fp16: choose the precision bf16, fp32 or auto.")
-    if recipe.precision == "auto":
-        cuda = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if cuda else None
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
-
-
-_ONE_TRAINING = threading.RLock()
-
-
-@contextmanager
-def apart() -> Iterator[None]:
-    """Accelerate's state is as it was afterwards, unless processes are joined through it.
-
-    Threads take turns: that state is the whole process's, and so are torch's random generators.
-    """
-    kinds = (PartialState, AcceleratorState)
-    with _ONE_TRAINING:
-        before = [dict(kind._shared_state) for kind in kinds]
-        try:
-            yield
-        finally:
-            if PartialState._shared_state.get("num_processes", 1) == 1:
-                for kind, state in zip(kinds, before, strict=True):
-                    kind._shared_state.clear()
-                    kind._shared_state.update(state)
-
-
-def make_accelerator(
-    recipe: Recipe, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None
-) -> Accelerator:
-    """An accelerator on CUDA where there is one unless `cpu`, which compiles if the recipe asks.
-
-    Processes that a launcher started are joined on the CPU too.
-
-    Args:
-        trackers: names that Accelerate knows; what they write goes into `folder`.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
-        cpu = True  # without this word Accelerate would let each of them train alone
-    # Accelerate keeps one state per process and refuses another device after the first; unless
-    # processes are joined through it, it can simply be forgotten.
-    processes = PartialState(cpu=cpu)
-    if processes.num_processes > 1:  # gloo's threads abort a process that ends with them running
-        atexit.register(processes.destroy_process_group)
-    # CUDA graphs keep gradients where the next pass writes, so that they cannot add up.
-    graphs = processes.device.type == "cuda" and recipe.accumulate == 1
-    AcceleratorState._reset_state(reset_partial_state=processes.num_processes == 1)
-    compiler = TorchDynamoPlugin(
-        backend="inductor" if recipe.compile else "no",
-        mode="reduce-overhead" if graphs else "default",
-    )
-    return Accelerator(
-        mixed_precision="no",  # the engine's affair: Accelerate would change the network's forward
-        cpu=cpu,
-        dynamo_plugin=compiler,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        log_with=list(trackers) or None,
-        project_dir=folder,
-    )
-
-
-def _distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    student = functional.log_softmax(logits.float() / temperature, dim=1)
-    wanted = functional.log_softmax(target / temperature, dim=1)
-    divergence = functional.kl_div(student, wanted, reduction="batchmean", log_target=True)
-    return divergence * temperature**2
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
-    if not matrices and not vectors:
-        raise ZooError(f"Nothing in this {type(model).__name__} can be trained: all is frozen.")
-    groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.lr)
-    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=True)
-
-
-def _warmup_cosine(warmup: int, steps: int) -> Callable[[int], float]:
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-    return factor

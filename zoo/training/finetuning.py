@@ -21,7 +21,8 @@ from zoo.common.strides import laid_out
 from zoo.data.batches import check_labels, checked_batch
 from zoo.errors import DataError, DivergenceError, ZooError, integer
 from zoo.surgery.surgery import evaluating
-from zoo.training.engine import Engine, apart, first_logits, make_accelerator, runs_channels_last
+from zoo.training.accelerators import make_accelerator, separate_state
+from zoo.training.engine import Engine, first_logits, runs_channels_last
 from zoo.training.loaders import Data, found, measured_batches, training_batches
 from zoo.training.recipes import Recipe, read_recipe
 from zoo.training.reporting import check_trackers, progress_bar, tracking
@@ -102,7 +103,7 @@ class _Standing:
         return cls(**{**state, "history": history})
 
 
-@apart()
+@separate_state()
 def finetune(
     model: nn.Module,
     train: Data,

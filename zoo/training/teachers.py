@@ -12,6 +12,7 @@ from torch import nn
 
 from zoo.common.strides import laid_out
 from zoo.errors import CheckpointError, ZooError, unknown
+from zoo.models import parameter_count
 from zoo.spec.plan import PruningRecord, record_of
 from zoo.storage.dense import load_dense
 from zoo.surgery.surgery import evaluating
@@ -101,7 +102,7 @@ def _record(model: nn.Module) -> PruningRecord:
 def _as_pruned(model: nn.Module) -> bool:
     """Whether `model` is as it was cut: another classifier asks another question."""
     record = record_of(model)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = parameter_count(model)
     if record is None or record.new_classifier:
         return False
     return count == record.plan.pruned.params

@@ -1,0 +1,119 @@
+"""Whether a written ONNX file may stand: its outputs beside those of the network it is from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zoo.deployment.options import ExportOptions
+from zoo.deployment.parity import (
+    TOLERANCES,
+    Comparison,
+    Outputs,
+    by_batches,
+    compare_outputs,
+    items,
+    outputs_of,
+)
+from zoo.deployment.program import input_names
+from zoo.deployment.providers import CPU, open_session
+from zoo.deployment.samples import Sample
+from zoo.errors import ExportError, first_line
+from zoo.tracing.calls import Inputs, batch_of, mapped, tensors_of
+
+__all__ = ["check_file"]
+
+HALF_IMAGES = 4
+
+
+def check_file(
+    file: Path,
+    network: nn.Module,
+    reference: Outputs,
+    sample: Sample,
+    precision: str,
+    options: ExportOptions,
+) -> Comparison:
+    """The written file beside its network.
+
+    Raises:
+        ExportError: if it computes something else, on images of another size included.
+    """
+    tolerance = TOLERANCES[precision.partition("-")[0]]
+    if options.min_agreement is not None:
+        tolerance = replace(tolerance, agreement=options.min_agreement)
+    run = _runner(file)
+    got = by_batches(run, sample.inputs)
+    result = compare_outputs(reference, got, tolerance.tie, sample.labels)
+    if not tolerance.allows(result):
+        raise ExportError(
+            f"{result} on {batch_of(sample.inputs)} images ({sample.origin}); allowed are "
+            f"{tolerance}. {file.name} was not written."
+        )
+    if precision == "fp16":
+        some = items(sample.inputs, slice(HALF_IMAGES))
+        other = compare_outputs(
+            outputs_of(network, some), _half_outputs(network, some), tolerance.tie
+        )
+        if not tolerance.allows(other):
+            raise ExportError(
+                f"With all of its arithmetic in fp16 the module gives something else: {other}; "
+                f"allowed are {tolerance}."
+            )
+    if options.dynamic_size:
+        larger = mapped(
+            lambda images: nn.functional.interpolate(images[:4], scale_factor=2.0), sample.inputs
+        )
+        try:
+            other = compare_outputs(
+                outputs_of(network, larger), by_batches(run, larger), tolerance.tie
+            )
+        except ExportError as error:
+            raise ExportError(f"{error} Export without dynamic_size.") from error
+        # classes are not asked for: the network may never have seen images of this size
+        if not other.relative_difference <= tolerance.difference:
+            sides = tuple(tensors_of(larger)[0].shape[2:])
+            raise ExportError(f"{other} on images of {sides}. Export without dynamic_size.")
+    return result
+
+
+def _runner(file: Path) -> Callable[[Inputs], Outputs]:
+    """ONNX Runtime on the CPU, of inputs as the network takes them.
+
+    Raises:
+        ExportError: from the function, if ONNX Runtime fails.
+    """
+    session = open_session(file, [CPU], None, False)
+    halves = {given.name: given.type == "tensor(float16)" for given in session.get_inputs()}
+
+    def run(inputs: Inputs) -> Outputs:
+        named = zip(input_names(inputs), tensors_of(inputs), strict=True)
+        arrays = {
+            name: (tensor.half() if halves[name] else tensor).numpy()
+            for name, tensor in named
+            if name in halves
+        }
+        try:
+            return tuple(torch.from_numpy(array) for array in session.run(None, arrays))
+        except Exception as error:  # its errors share no other base class
+            reason = first_line(error)
+            raise ExportError(f"ONNX Runtime failed on {file.name}: {reason}") from error
+
+    return run
+
+
+def _half_outputs(network: nn.Module, inputs: Inputs) -> Outputs:
+    """What the network gives with everything in fp16, as on a GPU.
+
+    ONNX Runtime computes the fp16 operators of a file in fp32 on the CPU, where none overflows.
+    """
+    half = mapped(lambda t: t.half() if t.is_floating_point() else t, inputs)
+    try:
+        return outputs_of(copy.deepcopy(network).half(), half)
+    except ExportError as error:
+        raise ExportError(f"The module cannot compute in fp16. {error}") from error

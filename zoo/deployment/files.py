@@ -1,0 +1,70 @@
+"""The files of an ONNX model: written beside their place, and moved there when all are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from zoo.errors import ExportError
+
+__all__ = ["move_files", "scratch_folder", "write_files"]
+
+
+EXTERNAL_BYTES = 1 << 30
+"""Weights of more than this are written to a file of their own: one ONNX file holds 2 GiB."""
+
+
+@contextlib.contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path`, which shows before any work that `path` can be written."""
+    try:
+        if path.is_dir():
+            raise ExportError(f"{path} is a folder; name a file in it, {path / 'model.onnx'} say.")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error}.") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_files(file: Any, folder: Path, path: Path) -> list[Path]:
+    """The files of a model in `folder`: first that of its weights, if it is large."""
+    import onnx
+    from onnxscript import ir
+
+    weights = [item.const_value for item in file.graph.initializers.values()]
+    digest, large = hashlib.sha256(), sum(item.nbytes for item in weights) > EXTERNAL_BYTES
+    for item in weights if large else ():
+        digest.update(item.numpy().tobytes())
+    beside = f"{path.name}.{digest.hexdigest()[:16]}.data" if large else None
+    try:
+        ir.save(file, folder / path.name, external_data=beside)
+        onnx.checker.check_model(str(folder / path.name), full_check=True)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error}.") from error
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"onnx.checker refuses the exported program: {error}") from error
+    return [folder / name for name in (beside, path.name) if name is not None]
+
+
+def move_files(written: list[Path], path: Path) -> None:
+    """Put the files in their place: the weights first, so that no file ever lacks its own."""
+    try:
+        for file in written:
+            os.chmod(file, 0o644)
+            os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise ExportError(f"{path} cannot be written: {error}.") from error
+    for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"):
+        if old.name not in [file.name for file in written]:
+            old.unlink(missing_ok=True)

@@ -1,0 +1,147 @@
+"""What an exported file is compared on: images or other inputs, their labels and normalisation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from zoo.data.datasets import ImageSet
+from zoo.deployment.options import ExportOptions
+from zoo.deployment.parity import checked, gather, items
+from zoo.errors import ExportError
+from zoo.spec.groups import InputShape
+from zoo.tracing.calls import Inputs, batch_of, example_of, mapped, shapes_of
+
+__all__ = [
+    "NOISE_IMAGES",
+    "Normalisation",
+    "Sample",
+    "data_set_of",
+    "folded",
+    "normalisation_of",
+    "sample_of",
+]
+
+PARITY_IMAGES = 256
+NOISE_IMAGES = 16
+
+
+Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
+"""(mean, std), per channel."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Inputs on the CPU to compare on, their labels, and what they are.
+
+    `calibration` are others, which set the ranges of int8 activations.
+    """
+
+    inputs: Inputs
+    labels: Tensor | None
+    origin: str
+    calibration: Inputs
+
+    @property
+    def image_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of images; None of anything else."""
+        if isinstance(self.inputs, Tensor) and self.inputs.ndim == 4:
+            return tuple(self.inputs.shape[1:])
+        return None
+
+
+def sample_of(
+    inputs: Dataset | DataLoader | Inputs | None,
+    example: Inputs | None,
+    own: tuple[InputShape, ...],
+    precision: str,
+) -> Sample:
+    """The items of `inputs`, or noise of the shapes of `example` or else the module's `own`."""
+    int8 = precision.startswith("int8")
+    if inputs is not None:
+        found, labels = gather(inputs, PARITY_IMAGES * (2 if int8 else 1))
+        found = checked("inputs", found)
+        compared = slice(1, None, 2) if int8 else slice(None)
+        if int8 and batch_of(found) < 2:
+            raise ExportError(
+                "int8 needs at least two images: one half sets the ranges of its activations, the "
+                "other is compared on."
+            )
+        labels = None if labels is None else labels[compared]
+        origin = inputs.name if isinstance(inputs, ImageSet) else "given"
+        return Sample(items(found, compared), labels, origin, items(found, slice(0, None, 2)))
+    if int8:
+        raise ExportError("int8 needs inputs=: images that set the ranges of its activations.")
+    shapes = own if example is None else shapes_of(checked("example_input", example))
+    if not shapes:
+        raise ExportError(
+            "Exporting needs images: pass inputs= (a data set to compare on) or example_input= "
+            "(a tensor of the shape the network takes)."
+        )
+    generator = torch.Generator().manual_seed(0)
+    noise = example_of(shapes, NOISE_IMAGES, partial(torch.randn, generator=generator))
+    noise = checked("example_input", noise)
+    return Sample(noise, None, "noise", noise)
+
+
+def normalisation_of(options: ExportOptions, inputs: Any, sample: Sample) -> Normalisation | None:
+    """(mean, std) of the images, as asked or as the data set says, if either does."""
+    given = options if options.mean or options.std else data_set_of(inputs)
+    mean, std = getattr(given, "mean", None), getattr(given, "std", None)
+    if not (isinstance(mean, tuple) and isinstance(std, tuple)):
+        if options.fold or given is options:
+            raise ExportError(
+                "Normalisation needs both a mean and a std per channel: name both in "
+                "ExportOptions, or pass inputs= that know theirs."
+            )
+        return None
+    if sample.image_shape is None:
+        raise ExportError("mean and std are of networks of one batch of images (N, C, H, W).")
+    channels = sample.image_shape[0]
+    if len(mean) != channels or len(std) != channels or not min(std) > 0:
+        raise ExportError(
+            f"mean={mean} and std={std} must be {channels} numbers each, one per channel, and "
+            f"each std positive."
+        )
+    return mean, std
+
+
+def data_set_of(inputs: Any) -> Any:
+    """What may know the mean, std and classes of `inputs`: a DataLoader's or Subset's data set."""
+    while hasattr(inputs, "dataset"):
+        inputs = inputs.dataset
+    return inputs
+
+
+class _Folded(nn.Module):
+    """A network that takes images of 0 to 1 and normalises them itself."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network((images - self.mean) / self.std)
+
+
+def folded(
+    network: nn.Module, sample: Sample, normalisation: Normalisation
+) -> tuple[nn.Module, Sample]:
+    """The network with its normalisation, and the images as they were before it."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalisation)
+    inputs, calibration = (
+        mapped(lambda images: images * std + mean, part)
+        for part in (sample.inputs, sample.calibration)
+    )
+    folded = _Folded(network, mean, std).eval()
+    return folded, replace(sample, inputs=inputs, calibration=calibration)
