@@ -80,8 +80,8 @@ def create_model(
 @_ordinary_mode
 def load(
     arch: str,
-    cf: float,
-    weights: Weights,
+    cf: float | None = None,
+    weights: Weights | None = None,
     *,
     profile: str | Profile = "searched",
     metric: str = "params",
@@ -105,8 +105,9 @@ def load(
 
     Args:
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
-        cf: compression factor, dense / pruned.
-        weights: a checkpoint's path, a state dict, a module, or `hf:<org>/<repo>[/<file>][@<rev>]`.
+        cf: compression factor, dense / pruned; a `Profile` or a reference has one of its own.
+        weights: a checkpoint's path, a state dict, a module, or
+            `hf:<org>/<repo>[/<file>][@<rev>]`. There is no default.
         profile: `searched` (the bundled one), a policy's name, a reference, or a `Profile`.
         metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on this
             machine's CPU, at batch 1, and cached.
@@ -150,6 +151,8 @@ def load(
             f"init='rewound' and rewind=, the checkpoint to go back to, need each other; got "
             f"init={init!r} {'without' if rewind is None else 'with'} rewind=."
         )
+    if weights is None:
+        raise ZooError(f"Which checkpoint of {arch} is to be pruned? Pass weights=.")
     # before the weights are read: a missing profile costs nothing
     asked = request(profile, arch, cf, metric, criterion, seed, align, floor, keep, refit)
     dense = load_dense(

@@ -107,15 +107,15 @@ class PruneCommand:
 
     arch: Annotated[Positional[str], arg(metavar="ARCH")]
     """architecture of the checkpoint"""
-    cf: float
-    """compression factor, dense / pruned: at least 1"""
+    cf: float | None = None
+    """compression factor, dense / pruned: at least 1; a reference has one of its own"""
     weights: str
     """checkpoint: a path (.safetensors, .pt, .pth) or hf:ORG/REPO[/FILE][@REVISION]"""
     out: Path
     """folder to write the pruned network to"""
     profile: str = "searched"
-    """searched, a policy (equal, increasing, decreasing, random, greedy), or a reference
-    (file:PATH, bundled:ARCH/NAME, hf:ORG/REPO)"""
+    """searched, a policy (equal, increasing, decreasing, random, greedy; or, with --data, global,
+    global-fisher), or a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO)"""
     metric: Metric = "params"
     """what the factor counts; latency is measured once, on this machine's CPU at batch 1"""
     criterion: str = "random"

@@ -22,19 +22,24 @@ class ListCommand:
     """only of this architecture"""
     metric: Metric | None = None
     """only of this metric"""
-    source: str = "bundled"
-    """bundled, or hf:ORG/REPO[@REVISION]"""
+    source: str | None = None
+    """bundled, published, or hf:ORG/REPO[@REVISION]; by default bundled and published ones"""
 
 
 def list_profiles(command: ListCommand) -> None:
     from zoo.commands.rendering import print_policies, print_profiles
     from zoo.registry.store import list_architectures
 
-    entries = zoo.list_profiles(arch=command.arch, metric=command.metric, source=command.source)
+    sources = ("bundled", "published") if command.source is None else (command.source,)
+    entries = [
+        entry
+        for source in sources
+        for entry in zoo.list_profiles(arch=command.arch, metric=command.metric, source=source)
+    ]
     print_profiles(entries, command.arch)
-    if command.arch is None and command.source == "bundled":
-        searched = {entry.architecture for entry in entries}
-        print_policies([name for name in list_architectures() if name not in searched])
+    if command.arch is None and command.source in (None, "bundled"):
+        listed = {entry.architecture for entry in entries}
+        print_policies([name for name in list_architectures() if name not in listed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +47,8 @@ class ShowCommand:
     """One profile: a bar per channel group, what it costs, and its evidence."""
 
     profile: Annotated[Positional[str], arg(metavar="PROFILE")]
-    """a reference (bundled:resnet20-16/params-cf4, file:PATH), or an architecture with --cf"""
+    """a reference (bundled:resnet20-16/params-cf4, published:resrep, file:PATH), or an architecture
+    with --cf"""
     cf: float | None = None
     """compression factor, with an architecture"""
     metric: Metric = "params"

@@ -85,6 +85,13 @@ def print_profile(reference: str, profile: Profile, arch: str | None = None) -> 
     _print_evidence(profile.evidence, console)
     if profile.provenance is not None:
         console.print(f"\nFound by: {profile.provenance.command}", highlight=False)
+    if (origin := profile.published) is not None:
+        lines = [f"Published by: {origin.source} ({origin.licence})"]
+        if origin.claimed:
+            lines.append(f"The authors' claim, not measured here: {origin.claimed}")
+        if origin.note:
+            lines.append(f"Note: {origin.note}")
+        console.print("\n" + "\n".join(lines), highlight=False)
 
 
 def headline(profile: Profile) -> str:

@@ -213,6 +213,11 @@ STORED = (
     "torchvision:efficientnet_b0",
     "timm:resnet18",
     "timm:resnet50",
+    "timm:ecaresnet50d",
+    "timm:ecaresnet101d",
+    "timm:efficientnet_b1",
+    "timm:efficientnet_b2",
+    "timm:efficientnet_b3",
 )
 """The libraries' architectures whose groups are bundled, as those of `ARCHITECTURES` are."""
 

@@ -86,11 +86,12 @@ def request(
     elif ":" in profile or "/" in profile or profile.endswith(".json"):
         name, resolved = profile, get_profile(profile)
     else:
-        policies = [*POLICIES, *RANKINGS]
-        choices = [*(["searched"] if arch else []), *policies, "bundled:...", "file:...", "hf:..."]
+        sources = ("bundled:...", "published:...", "file:...", "hf:...")
+        choices = [*(["searched"] if arch else []), *POLICIES, *RANKINGS, *sources]
         raise unknown("profile", profile, choices)
     if resolved is not None:
-        if arch and resolved.architecture not in (arch, architecture(arch).profiles_from):
+        untagged = arch.partition(".")[0] if arch.startswith("timm:") else arch
+        if arch and resolved.architecture not in (untagged, architecture(arch).profiles_from):
             raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
         if cf is None:
             cf, metric = resolved.cf, resolved.metric

@@ -1,7 +1,7 @@
 """The registry of profiles: references to `Profile`s, and the stored groups of architectures.
 
-A reference names its source: `bundled:<architecture>/<metric>-cf<k>`, `file:<path>`, or
-`hf:<org>/<repo>[/<path>][@<revision>]`.
+A reference names its source: `bundled:<architecture>/<metric>-cf<k>`, `published:<name>`,
+`file:<path>`, or `hf:<org>/<repo>[/<path>][@<revision>]`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
-from zoo.errors import FactorError, ZooError, unknown
+from zoo.errors import DocumentError, FactorError, ZooError, unknown
 from zoo.registry import hub
+from zoo.registry.published import digest_of, read_published
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import METRICS, Profile
 
@@ -27,7 +28,12 @@ __all__ = [
     "store_groups",
     "stored_groups",
     "write_index",
+    "write_published_index",
 ]
+
+
+PUBLISHED = "published"
+"""The registry's folder of profiles that others published; one with its own index."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def list_profiles(
     Args:
         arch: an architecture's name.
         metric: `params`, `macs` or `latency`.
-        source: `bundled`, or `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
+        source: `bundled`, `published` for those that others found, or
+            `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
 
     Returns:
         The profiles in order. For an architecture that has none, those of the one it takes its
@@ -124,7 +131,8 @@ def get_profile(ref: str) -> Profile:
     """The profile that a reference names.
 
     Args:
-        ref: `bundled:<architecture>/<name>`, `file:<path>`, or `hf:<org>/<repo>[/<path>][@<rev>]`.
+        ref: `bundled:<architecture>/<name>`, `published:<name>`, `file:<path>`, or
+            `hf:<org>/<repo>[/<path>][@<rev>]`.
 
     Raises:
         ZooError: for a reference without a source, with the spellings; for a bundled one that the
@@ -138,6 +146,11 @@ def get_profile(ref: str) -> Profile:
         if ref not in references:
             raise unknown("profile", ref, references)
         return Profile.read(registry_folder() / path)
+    if source == "published" and rest:
+        entries = {entry.reference: entry for entry in _index("published")}
+        if ref not in entries:
+            raise unknown("published profile", ref, entries)
+        return _read_published(registry_folder() / PUBLISHED / f"{rest}.json")
     if source == "file" and rest:
         return Profile.read(Path(rest).expanduser())
     if source == "hf" and rest:
@@ -145,8 +158,16 @@ def get_profile(ref: str) -> Profile:
         return Profile.read(hub.download(repository, name or "profile.json", revision))
     raise ZooError(
         f"The profile reference {ref!r} names no source: write 'bundled:<architecture>/<name>', "
-        f"'file:{ref}' or 'hf:<org>/<repo>[/<path>][@<revision>]'."
+        f"'published:<name>', 'file:{ref}' or 'hf:<org>/<repo>[/<path>][@<revision>]'."
     )
+
+
+def _read_published(path: Path) -> Profile:
+    arch = str(read_json(path).get("architecture"))
+    groups = stored_groups(arch)
+    if groups is None:
+        raise DocumentError(f"{path}: the channel groups of {arch!r} are not stored.")
+    return read_published(path, groups)
 
 
 def _bundled_path(name: str) -> Path:
@@ -204,12 +225,31 @@ def write_index(folder: Path) -> None:
     write_json(folder / "index.json", encode_document(_Index(tuple(entries))))
 
 
+def write_published_index(folder: Path) -> None:
+    """Make the index of the published profiles of the registry at `folder` anew."""
+    entries = []
+    for path in sorted((folder / PUBLISHED).glob("*.json")):
+        if path.name != "index.json":
+            profile = _read_published(path)
+            reference, digest = f"published:{path.stem}", digest_of(path)
+            entries.append(
+                ProfileEntry(
+                    reference, profile.architecture, profile.metric, profile.cf, profile.got, digest
+                )
+            )
+    entries.sort(key=lambda entry: (entry.architecture, entry.cf, entry.reference))
+    write_json(folder / PUBLISHED / "index.json", encode_document(_Index(tuple(entries))))
+
+
 def _index(source: str) -> tuple[ProfileEntry, ...]:
+    if source == "published":
+        path = registry_folder() / PUBLISHED / "index.json"
+        return decode_document(_Index, read_json(path), str(path)).profiles if path.exists() else ()
     if source == "bundled":
         path = registry_folder() / "index.json"
         return decode_document(_Index, read_json(path), str(path)).profiles
     if not source.startswith("hf:"):
-        raise unknown("profile source", source, ["bundled", "hf:<org>/<repo>"])
+        raise unknown("profile source", source, ["bundled", "published", "hf:<org>/<repo>"])
     repository, _, revision = hub.parse_hub_reference(source.removeprefix("hf:"))
     path = hub.download(repository, "index.json", revision)
     at = f"@{revision}" if revision else ""

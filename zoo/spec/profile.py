@@ -9,7 +9,7 @@ from typing import Any
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError, unknown
 
-__all__ = ["METRICS", "Evidence", "Profile", "Provenance", "Reference"]
+__all__ = ["METRICS", "Evidence", "Profile", "Provenance", "Publication", "Reference"]
 
 METRICS = ("params", "macs", "latency")
 
@@ -73,6 +73,23 @@ class Provenance:
 
 
 @dataclass(frozen=True)
+class Publication:
+    """Where published channel counts come from.
+
+    Attributes:
+        source: the paper, and the file of the authors that the counts were read from.
+        licence: of that file, as SPDX writes it.
+        claimed: the authors' word on its accuracy, by their own training; not measured here.
+        note: what else to know.
+    """
+
+    source: str
+    licence: str
+    claimed: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Profile:
     """One keep ratio per channel group of an architecture, for one factor of one metric.
 
@@ -80,6 +97,8 @@ class Profile:
         keep_ratios: group name -> fraction of channels kept, in (0, 1].
         kept: group name -> channels kept; what `zoo.load` applies, verbatim.
         reference: the factor `cf` is `got` exactly for this network.
+        policy: `searched` or `published`.
+        published: where the channel counts of a `published` one come from.
     """
 
     architecture: str
@@ -92,6 +111,7 @@ class Profile:
     policy: str = "searched"
     provenance: Provenance | None = None
     evidence: tuple[Evidence, ...] = ()
+    published: Publication | None = None
 
     def __post_init__(self) -> None:
         where = f"profile of {self.architecture}"
