@@ -73,7 +73,7 @@ def knapsack_solution(
     budget = model.total(model.sizes, metric) / cf
     smallest, largest = problem.smallest, problem.largest
     below, price = smallest, 0.0
-    if problem.cost(smallest) < budget:
+    if problem.cost(smallest) <= budget:
         below, price = problem.within(budget)
     above = problem.stepped(below) or below
     widths = meet(model, cf, metric, limits, (smallest, below, above, largest))
@@ -87,9 +87,7 @@ def knapsack_solution(
 class _Problem:
     """Values and costs over the widths that the limits allow."""
 
-    def __init__(
-        self, scores: Scores, model: CostModel, metric: str, limits: Limits
-    ) -> None:
+    def __init__(self, scores: Scores, model: CostModel, metric: str, limits: Limits) -> None:
         self.model, self.metric, self.limits = model, metric, limits
         best_first = (sorted(own, reverse=True) for own in scores)
         self.values = [np.concatenate(([0.0], np.cumsum(own))) for own in best_first]
@@ -108,7 +106,7 @@ class _Problem:
         least, most, align = self.smallest[group], self.largest[group], self.limits.align
         return sorted({least, most, *range(math.ceil(least / align) * align, most, align)})
 
-    # --- one price ---------------------------------------------------------------------------------
+    # --- one price --------------------------------------------------------------------------------
 
     @cached_property
     def grids(self) -> list[list[int]] | None:
@@ -142,9 +140,9 @@ class _Problem:
         """An order to eliminate the groups in, the one whose table is smallest first."""
         near: list[set[int]] = [set() for _ in counts]
         for scope in self.scopes:
-            for left, right in itertools.permutations(scope, 2):
-                near[left].add(right)
-        left, order = set(range(len(counts))), []
+            for one, other in itertools.permutations(scope, 2):
+                near[one].add(other)
+        left, order = set(range(len(counts))), list[int]()
         while left:
             group = min(left, key=lambda g: (math.prod(counts[n] for n in near[g]), g))
             for one, other in itertools.permutations(near[group], 2):
@@ -212,24 +210,28 @@ class _Problem:
 
     def climbed(self, price: float, start: Widths) -> Widths:
         """One group after the other at its best width beside the others, until none changes."""
-        widths = list(start)
+        widths = start
         for _ in range(50):
-            before = tuple(widths)
+            before = widths
             for group in range(len(widths)):
-                ladder = self.ladder(group)
-                if len(ladder) > 1:
-                    gains = []
-                    for width in _thinned(ladder, GRIDS[0]):
-                        widths[group] = width
-                        gains.append(
-                            (self.values[group][width] - price * self.cost(widths), width)
-                        )
-                    widths[group] = max(gains)[1]
-            if tuple(widths) == before:
+                ladder = np.array(self.ladder(group))
+                worth = self.values[group][ladder] - price * self.costs(widths, group, ladder)
+                widths = (*widths[:group], int(ladder[worth.argmax()]), *widths[group + 1 :])
+            if widths == before:
                 break
-        return tuple(widths)
+        return widths
 
-    # --- the price of a budget ---------------------------------------------------------------------
+    def costs(self, widths: Widths, group: int, choices: np.ndarray) -> np.ndarray:
+        """The cost at each width that one group may have beside the others; up to a constant."""
+        if self.metric == "latency":
+            totals = (self.cost((*widths[:group], w, *widths[group + 1 :])) for w in choices)
+            return np.fromiter(totals, float, len(choices))
+        # at most quadratic in one width: the price of a unit is a line through those of two
+        ends = ((*widths[:group], width, *widths[group + 1 :]) for width in (1, 2))
+        one, two = (getattr(self.model.marginal(end, group), self.metric) for end in ends)
+        return one * choices + (two - one) * choices * (choices - 1) / 2
+
+    # --- the price of a budget --------------------------------------------------------------------
 
     def within(self, budget: float) -> tuple[Widths, float]:
         """Good widths of at most this cost, with the price that found them."""
@@ -242,7 +244,7 @@ class _Problem:
         low, high = 0.0, self.value(self.largest) / self.cost(self.largest)
         while self.cost(at(high)) > budget and high < 1e30:
             low, high = high, high * 4
-        found = {at(high)}
+        found = at(high)
         for _ in range(BISECTIONS):
             price = (low + high) / 2
             widths = at(price)
@@ -250,11 +252,12 @@ class _Problem:
                 low = price
             else:
                 high = price
-                found.add(widths)
+                found = max(found, widths, key=self.value)
             if high - low <= 1e-6 * high:
                 break
-        fitting = [widths for widths in found if self.cost(widths) <= budget] or [self.smallest]
-        return max((self.filled(w, budget) for w in fitting), key=self.value), high
+        if self.cost(found) > budget:
+            found = self.smallest
+        return self.filled(found, budget), high
 
     def filled(self, widths: Widths, budget: float) -> Widths:
         """`widths`, and step by step what is worth most for its cost while the budget allows."""
@@ -272,11 +275,11 @@ class _Problem:
             if width >= self.largest[group]:
                 continue
             more = min(self.largest[group], width - width % self.limits.align + self.limits.align)
-            grown = (*widths[:group], more, *widths[group + 1 :])
-            spent = self.cost(grown) - total
+            now, then = self.costs(widths, group, np.array([width, more]))
+            spent = float(then - now)
             worth = (self.values[group][more] - self.values[group][width]) / max(spent, 1e-12)
             if total + spent <= budget and worth > most:
-                best, most = grown, worth
+                best, most = (*widths[:group], more, *widths[group + 1 :]), worth
         return best
 
     def bound(self, price: float, cost: float) -> float:

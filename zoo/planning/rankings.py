@@ -1,7 +1,7 @@
 """Rankings: policies that decide widths by the scores of the network's own channels.
 
 A criterion scores the channels of all groups. They are ranked together, and the lowest are cut
-until the factor is met.
+until the factor is met; or those are kept that are worth most together within the budget.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zoo.criteria.weight_scores import Scores
+from zoo.planning.knapsack import knapsack_solution
 from zoo.planning.solver import FREE, Curve, Limits, Solution, solve
 from zoo.spec.cost import CostModel
 
@@ -47,11 +48,13 @@ class Ranking:
         criterion: what scores them.
         normalise: the scores of one group -> those that are ranked.
         per_cost: divide by what one channel of the group costs in the asked metric at dense widths.
+        knapsack: keep the largest sum of scores within the budget, instead of cutting the lowest.
     """
 
     criterion: str
     normalise: Normalise = list
     per_cost: bool = False
+    knapsack: bool = False
 
 
 RANKINGS: dict[str, Ranking] = {
@@ -62,9 +65,11 @@ RANKINGS: dict[str, Ranking] = {
     "global-l2": Ranking("l2", by_mean),
     "global-bn": Ranking("bn_scale"),
     "global-lamp": Ranking("l2", by_those_above),
+    "knapsack": Ranking("taylor", knapsack=True),
 }
 """Name -> ranking: Molchanov et al. (2017) without and with their cost term, Theis et al. (2018)
-likewise, DepGraph, network slimming (Liu et al., 2017), LAMP."""
+likewise, DepGraph, network slimming (Liu et al., 2017), LAMP; knapsack pruning (Aflalo et al.,
+2020)."""
 
 
 def ranking_solution(
@@ -75,7 +80,7 @@ def ranking_solution(
     metric: str = "params",
     limits: Limits = FREE,
 ) -> Solution:
-    """The widths within `limits` that keep the highest-ranked channels at factor `cf` of `metric`.
+    """The widths within `limits` that a ranking gives at factor `cf` of `metric`.
 
     Args:
         ranking: how scores of different groups compare.
@@ -86,6 +91,8 @@ def ranking_solution(
     Raises:
         FactorError: when the ranking cannot reach the factor.
     """
+    if ranking.knapsack:
+        return knapsack_solution(scores, model, cf, metric, limits).solution
     ranked = []
     for group, own in enumerate(scores):
         price = 1.0
