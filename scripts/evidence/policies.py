@@ -1,0 +1,144 @@
+"""Which policy is best where nothing was searched: all of them, fine-tuned alike, on test images.
+
+    python scripts/evidence/policies.py --arch resnet20-16 --size 16 --data-dir DIR \
+        --exams base.safetensors@cifar10 "b.safetensors@imagefolder:DIR/tinyimagenet32-a[50:]" \
+        --out runs/policies
+
+Policies that need data see the training images of the base network. Started again it goes on: what
+its ledger holds is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from zoo.common.documents import encode
+from zoo.criteria.scores import channel_scores, labelled_batches
+from zoo.data.datasets import load_data
+from zoo.errors import FactorError, GraphError
+from zoo.planning.policies import POLICIES, policy_solution
+from zoo.planning.rankings import RANKINGS, ranking_solution
+from zoo.registry.store import find_profile
+from zoo.search.evaluation import Evaluator
+from zoo.search.evidence import evidence, examined
+from zoo.search.fidelities import FineTuning
+from zoo.search.ledger import Ledger
+from zoo.search.tasks import Task, device, load_tasks, say, task_data
+from zoo.spec.cost import CostModel, cost_model
+from zoo.spec.profile import Evidence
+
+Widths = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Options:
+    arch: str
+    """architecture"""
+    exams: tuple[str, ...]
+    """CHECKPOINT@DATA of the base networks"""
+    data_dir: Path
+    """folder of the data sets' files"""
+    out: Path
+    """folder of the ledger and of the rows"""
+    size: int = 32
+    """pixels per side"""
+    cf: tuple[float, ...] = (4.0,)
+    """factors"""
+    metrics: tuple[str, ...] = ("macs", "params")
+    """metrics"""
+    epochs: int = 5
+    """of every fine-tune"""
+    images: int = 10_000
+    """training images of every fine-tune"""
+    lr: float = 0.05
+    """its peak learning rate"""
+    seeds: tuple[int, ...] = (0, 1)
+    """of the channels kept and of the training"""
+
+
+def main(options: Options) -> None:
+    """Measure what is missing; a table for each base network, metric and factor."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    fidelity = FineTuning.of(options.epochs, options.images, options.lr)
+    rows = options.out / "rows.jsonl"
+    rows.unlink(missing_ok=True)
+    with Ledger(options.out / "evidence.jsonl") as ledger:
+        evaluator = Evaluator(ledger)
+        for reference in options.exams:
+            (task,) = load_tasks(
+                options.arch, [reference], "cifar10", options.data_dir, options.size
+            )
+            name = task_data(reference, "cifar10")[1]
+            test = load_data(name, options.data_dir, size=options.size).test
+            for metric in options.metrics:
+                for cf in options.cf:
+                    cost = cost_model(task.groups)
+                    policies = widths_of(options.arch, task, cost, metric, cf)
+                    found = evidence(
+                        policies, examined(task, test), evaluator, fidelity, options.seeds, cost
+                    )
+                    print(f"\n**{options.arch}, {cf:g}x {metric}, {found[0].data}**\n")
+                    print(table(found, cost), flush=True)
+                    with rows.open("a") as stream:
+                        told = {"metric": metric, "cf": cf, "rows": [encode(row) for row in found]}
+                        stream.write(json.dumps({"arch": options.arch, **told}) + "\n")
+
+
+def widths_of(arch: str, task: Task, model: CostModel, metric: str, cf: float) -> dict[str, Widths]:
+    """What every policy keeps of this base network, where it reaches the factor."""
+    found: dict[str, Widths] = {}
+    try:
+        profile = find_profile(arch, cf, metric)[1]
+        found["searched"] = tuple(profile.kept[name] for name in task.groups.names)
+    except FactorError as error:
+        say(str(error))
+    scores = {}
+    for name in (*POLICIES, *RANKINGS):
+        try:
+            if name in POLICIES:
+                found[name] = policy_solution(name, model, cf, metric).widths
+                continue
+            criterion = RANKINGS[name].criterion
+            if criterion not in scores:
+                batches = labelled_batches(task.train, device(), 0)
+                scores[criterion] = channel_scores(criterion, task.module, task.groups, 0, batches)
+            ranking = RANKINGS[name]
+            found[name] = ranking_solution(ranking, scores[criterion], model, cf, metric).widths
+        except (FactorError, GraphError) as error:
+            say(f"{name}: {error}")
+    return found
+
+
+def table(rows: tuple[Evidence, ...], cost: CostModel) -> str:
+    """Best first. A row is dominated when another is no worse in accuracy, params and MACs."""
+    dense, *policies = rows
+    lines = [
+        "| policy | accuracy | params | MACs | dominated by |",
+        "|---|---:|---:|---:|---|",
+        f"| dense | {dense.mean:.2%} | 1x | 1x | |",
+    ]
+    for row in sorted(policies, key=lambda row: -row.mean):
+        better = [other.policy for other in policies if dominates(other, row)]
+        factors = f"{cost.dense.params / row.params:.2f}x | {cost.dense.macs / row.macs:.2f}x"
+        lines.append(
+            f"| {row.policy} | {row.mean:.2%} ± {100 * row.sd:.2f} | {factors} "
+            f"| {', '.join(better[:2])}{', ...' if len(better) > 2 else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def dominates(one: Evidence, other: Evidence) -> bool:
+    """Within 1 % of the costs, which is what the solver meets a factor to."""
+    return (
+        one.mean > other.mean
+        and one.params <= 1.01 * other.params
+        and one.macs <= 1.01 * other.macs
+    )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
