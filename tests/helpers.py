@@ -1,4 +1,4 @@
-"""What more than one test file needs of networks, their tensors and plans."""
+"""What more than one test file needs of networks, their tensors, plans and images."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.criteria.scores import channel_scores
 from zoo.errors import FactorError
@@ -19,7 +19,15 @@ from zoo.surgery.surgery import named_tensors
 from zoo.tracing import contract
 from zoo.tracing.graph import channel_groups
 
-__all__ = ["planned", "randomised", "same_state", "traced"]
+__all__ = ["CPU", "noise", "planned", "randomised", "same_state", "traced"]
+
+CPU = "CPUExecutionProvider"
+
+
+def noise(count: int, size: int = 8, seed: int | None = None) -> Tensor:
+    """Random images, others for every count unless there is a seed."""
+    generator = torch.Generator().manual_seed(count if seed is None else seed)
+    return torch.randn(count, 3, size, size, generator=generator)
 
 
 def randomised(module: nn.Module) -> nn.Module:
