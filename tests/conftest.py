@@ -13,6 +13,7 @@ from helpers import randomised
 from PIL import Image
 from torch import nn
 
+import zoo
 from zoo.data.datasets import ImageSet
 from zoo.models import build_model
 
@@ -74,3 +75,9 @@ def image_tree(tmp_path: Path) -> Path:
 def dense() -> nn.Module:
     """A resnet20-16 for seven classes, in eval mode, with no tensor at its initial value."""
     return randomised(build_model("resnet20-16", 7))
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    """cnet for 8-pixel images."""
+    return zoo.create_model("cnet", 10, image_size=8)

@@ -9,11 +9,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import CPU, macs_of
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
 from torch.utils.data import TensorDataset
-from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.cli import main
@@ -34,7 +34,6 @@ from zoo.tracing.graph import channel_groups
 from zoo.tracing.known_groups import groups_of
 
 SIZE = (96, 320)
-CPU = "CPUExecutionProvider"
 
 
 def record_of(model: nn.Module) -> PruningRecord:
@@ -46,12 +45,6 @@ def record_of(model: nn.Module) -> PruningRecord:
 def pruned(arch: str, size: Size, cf: float = 2.0, **options: object) -> nn.Module:
     dense = randomised(zoo.create_model(arch, 5, image_size=size))
     return zoo.load(arch, cf, dense, profile="equal", image_size=size, **options)  # type: ignore[arg-type]
-
-
-def macs_of(model: nn.Module, size: tuple[int, int]) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, 3, *size))
-    return counter.get_total_flops() // 2
 
 
 @pytest.mark.parametrize("size", [SIZE, (90, 140)])
