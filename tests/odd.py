@@ -52,6 +52,17 @@ def net(
     return Net(run, a=conv(3, 8), b=conv(out, 8), head=nn.Linear(8, 4), **parts)
 
 
+def attention(weights: bool = False) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        rows = n.b(n.a(x).relu()).flatten(2).transpose(1, 2)
+        rows = rows + n.mix(rows, rows, rows, need_weights=weights)[0]
+        return n.head(n.up(rows).relu().mean(1))
+
+    mix = nn.MultiheadAttention(8, 2, batch_first=True)
+    parts = {"b": conv(6, 8), "up": nn.Linear(8, 12), "head": nn.Linear(12, 4)}
+    return Net(run, a=conv(3, 6), mix=mix, **parts)
+
+
 def halves(groups: ChannelGroups) -> Profile:
     """Half of every group, verbatim."""
     kept = {group.name: max(1, group.size // 2) for group in groups.groups}
