@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from helpers import randomised
@@ -69,6 +70,20 @@ def image_tree(tmp_path: Path) -> Path:
                 colour = (10 * n, 200 * label, 7)
                 Image.new("RGB", (8, 8), colour).save(folder / f"{n:02d}.png")
     return tmp_path / "tree"
+
+
+@pytest.fixture
+def streets(tmp_path: Path) -> Path:
+    """A folder with train/ and val/ trees of two classes: noise in pictures of 12x40 pixels."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3)):
+        for name in ("left", "right"):
+            folder = tmp_path / "streets" / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                pixels = draw.integers(0, 256, (12, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{n}.png")
+    return tmp_path / "streets"
 
 
 @pytest.fixture
