@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from zoo.models import parameter_count
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile, Reference
 from zoo.tracing.calls import Inputs, call, leaves, mapped
@@ -81,7 +82,7 @@ def cut(build: Build, folder: Path, x: Inputs = IMAGES) -> nn.Module:
     program, groups = analyse(module, x)
     pruned = zoo.prune(module, x, profile=halves(groups))
     assert violation(module, program, groups, pruned.pruning.plan, x) < 1e-9
-    assert sum(p.numel() for p in pruned.parameters()) == pruned.pruning.plan.pruned.params
+    assert parameter_count(pruned) == pruned.pruning.plan.pruned.params
     assert pruned.pruning.plan.pruned.params < pruned.pruning.plan.dense.params
     zoo.save(pruned, folder / "pruned")
     again = zoo.load_pruned(folder / "pruned", skeleton=build())

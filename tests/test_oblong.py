@@ -21,7 +21,7 @@ from zoo.deployment.options import BenchmarkOptions
 from zoo.deployment.padding import padded
 from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError, ZooError
-from zoo.models import build_model
+from zoo.models import build_model, parameter_count
 from zoo.spec.groups import InputShape
 from zoo.spec.plan import PruningRecord
 from zoo.storage.artefacts import save_checkpoint
@@ -59,7 +59,7 @@ def test_a_plan_by_name_is_that_of_the_live_network(arch, size):
     plan, other = record_of(own).plan, record_of(live).plan
     assert plan == other
     assert plan.inputs == (InputShape((1, 3, *size)),)
-    assert plan.pruned.params == sum(p.numel() for p in own.parameters())
+    assert plan.pruned.params == parameter_count(own)
     assert (plan.dense.macs, plan.pruned.macs) == (macs_of(dense, size), macs_of(own, size))
     assert record_of(own).size == record_of(live).size == size
 
@@ -173,7 +173,7 @@ def test_padding_changes_no_output(arch):
     model = randomised(pruned(arch, (40, 72), 3))
     images = torch.rand(2, 3, 40, 72).double()
     wider = padded(model, 8)
-    assert sum(p.numel() for p in wider.parameters()) > sum(p.numel() for p in model.parameters())
+    assert parameter_count(wider) > parameter_count(model)
     with torch.no_grad():
         torch.testing.assert_close(wider(images), model(images), rtol=1e-9, atol=1e-9)
 
