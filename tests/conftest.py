@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from helpers import randomised
 from PIL import Image
 from torch import nn
 
+import zoo
 from zoo.data.datasets import ImageSet
 from zoo.models import build_model
 
@@ -71,6 +73,26 @@ def image_tree(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def streets(tmp_path: Path) -> Path:
+    """A folder with train/ and val/ trees of two classes: noise in pictures of 12x40 pixels."""
+    draw = np.random.default_rng(0)
+    for split, count in (("train", 10), ("val", 3)):
+        for name in ("left", "right"):
+            folder = tmp_path / "streets" / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                pixels = draw.integers(0, 256, (12, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{n}.png")
+    return tmp_path / "streets"
+
+
+@pytest.fixture
 def dense() -> nn.Module:
     """A resnet20-16 for seven classes, in eval mode, with no tensor at its initial value."""
     return randomised(build_model("resnet20-16", 7))
+
+
+@pytest.fixture(scope="module")
+def small() -> nn.Module:
+    """cnet for 8-pixel images."""
+    return zoo.create_model("cnet", 10, image_size=8)

@@ -12,7 +12,7 @@ import zoo
 from zoo.data.datasets import ImageSet, Splits
 from zoo.storage.artefacts import save_checkpoint
 
-__all__ = ["SAMPLE", "base_networks", "halves", "logits", "trained"]
+__all__ = ["SAMPLE", "TINY", "base_networks", "halves", "logits", "trained"]
 
 SAMPLE = {
     "cnet": (8, 4, 0.02),
@@ -21,6 +21,9 @@ SAMPLE = {
     "torchvision:mobilenet_v2": (32, 10, 0.1),
 }
 """Architecture -> pixels per side of its images, and the epochs and learning rate that suit it."""
+
+TINY = ["--data", "digits", "--size", "8", "--epochs", "2", "--lr", "0.05"]
+"""The flags of a training of seconds."""
 
 
 @functools.cache

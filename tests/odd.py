@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
+from zoo.models import parameter_count
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile, Reference
 from zoo.tracing.calls import Inputs, call, leaves, mapped
@@ -52,6 +53,17 @@ def net(
     return Net(run, a=conv(3, 8), b=conv(out, 8), head=nn.Linear(8, 4), **parts)
 
 
+def attention(weights: bool = False) -> nn.Module:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        rows = n.b(n.a(x).relu()).flatten(2).transpose(1, 2)
+        rows = rows + n.mix(rows, rows, rows, need_weights=weights)[0]
+        return n.head(n.up(rows).relu().mean(1))
+
+    mix = nn.MultiheadAttention(8, 2, batch_first=True)
+    parts = {"b": conv(6, 8), "up": nn.Linear(8, 12), "head": nn.Linear(12, 4)}
+    return Net(run, a=conv(3, 6), mix=mix, **parts)
+
+
 def halves(groups: ChannelGroups) -> Profile:
     """Half of every group, verbatim."""
     kept = {group.name: max(1, group.size // 2) for group in groups.groups}
@@ -70,7 +82,7 @@ def cut(build: Build, folder: Path, x: Inputs = IMAGES) -> nn.Module:
     program, groups = analyse(module, x)
     pruned = zoo.prune(module, x, profile=halves(groups))
     assert violation(module, program, groups, pruned.pruning.plan, x) < 1e-9
-    assert sum(p.numel() for p in pruned.parameters()) == pruned.pruning.plan.pruned.params
+    assert parameter_count(pruned) == pruned.pruning.plan.pruned.params
     assert pruned.pruning.plan.pruned.params < pruned.pruning.plan.dense.params
     zoo.save(pruned, folder / "pruned")
     again = zoo.load_pruned(folder / "pruned", skeleton=build())

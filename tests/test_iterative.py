@@ -16,7 +16,7 @@ import zoo
 from zoo.data.datasets import ImageSet
 from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.iterative import IterativeResult, Schedule, prune_iteratively
-from zoo.models import build_model
+from zoo.models import build_model, parameter_count
 from zoo.spec.plan import Source, kept_positions
 from zoo.surgery.surgery import apply, named_tensors
 from zoo.tracing.graph import channel_groups
@@ -61,8 +61,7 @@ def assert_sound(result: IterativeResult, steps: int, cf: float) -> None:
         assert after.got > before.got
         for name, kept in after.kept.items():
             assert set(kept) <= set(before.kept[name])
-    count = sum(parameter.numel() for parameter in result.model.parameters())
-    assert count == plans[-1].pruned.params
+    assert parameter_count(result.model) == plans[-1].pruned.params
 
 
 @pytest.mark.parametrize("criterion", ["random", "fpgm", "taylor"])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import Net
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,12 +34,6 @@ def profile_of(arch: str, **kept: int) -> Profile:
 def without(profile: Profile, name: str) -> Profile:
     kept = {key: count for key, count in profile.kept.items() if key != name}
     return dataclasses.replace(profile, kept=kept, keep_ratios=dict.fromkeys(kept, 0.5))
-
-
-@pytest.fixture(scope="module")
-def small() -> nn.Module:
-    """cnet for 8-pixel images."""
-    return zoo.create_model("cnet", 10, image_size=8)
 
 
 # --- what is asked for ----------------------------------------------------------------------------
@@ -217,17 +212,6 @@ def test_data_that_taylor_cannot_use_is_named(
 
 
 # --- live networks --------------------------------------------------------------------------------
-
-
-class Net(nn.Module):
-    """A stem of 8 channels and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(torch.relu(self.stem(x)).mean((2, 3)))
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+"""The commands: each does what its function does, and all of their flags are explained."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,41 +19,10 @@ import zoo
 from zoo import cli
 from zoo.cli import COMMANDS, main
 from zoo.criteria.scores import CRITERIA
-from zoo.models import ARCHITECTURES, STORED, build_model
+from zoo.models import ARCHITECTURES, STORED, build_model, parameter_count
 from zoo.search.ledger import Key, Ledger, Row
 from zoo.spec.profile import Evidence, Profile, Reference
 from zoo.storage.artefacts import save_checkpoint
-from zoo.training import finetuning as training
-from zoo.training.engine import Engine
-
-TINY = ["--data", "digits", "--size", "8", "--epochs", "2", "--lr", "0.05"]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cnet trained by `zoo train` on digits at 8x8."""
-    path = tmp_path_factory.mktemp("base") / "cnet.safetensors"
-    assert main(["train", "--arch", "cnet", *TINY, "--seed", "3", "--out", str(path)]) == 0
-    return path
-
-
-@pytest.fixture(scope="module")
-def pruned(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("pruned") / "cnet-cf2"
-    weights = ["--weights", str(base), "--profile", "equal"]
-    assert main(["prune", "cnet", "--cf", "2", *weights, "--out", str(folder)]) == 0
-    return folder
-
-
-def test_a_place_that_cannot_be_written_is_refused_before_the_training(
-    pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    assert main(["finetune", str(pruned), *TINY, "--out", str(tmp_path)]) == 2
-    assert "is not empty and holds no pruned model" in capsys.readouterr().err
-    assert main(["train", "--arch", "cnet", *TINY, "--out", str(tmp_path)]) == 2
-    assert "is a folder; name a file in it" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def content(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -245,7 +216,7 @@ def test_benchmark_and_compare_print_their_tables(pruned, base, capsys):
     assert main(["compare", str(base), str(pruned), *data, *quick]) == 0
     shown = capsys.readouterr().out
     for network in (zoo.load_pruned(pruned), zoo.create_model("cnet", 10, image_size=8)):
-        assert f"{sum(p.numel() for p in network.parameters()):,}" in shown
+        assert f"{parameter_count(network):,}" in shown
     profiles = ["dense", "equal", "increasing"]
     flags = ["--arch", "cnet", "--cf", "2", "--weights", str(base)]
     assert main(["compare", *profiles, *flags, *quick]) == 0
@@ -333,80 +304,6 @@ def test_ledger_sums_up_a_run(tmp_path, capsys):
     assert plot.stat().st_size > 1000
     assert main(["ledger", str(tmp_path / "nothing.jsonl")]) == 2
     assert "nothing.jsonl" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["shwo"], r"Unknown command 'shwo'. Did you mean 'show'?"),
-        (["show", "resnet20-16"], "Add --cf"),
-        (["show", "bundled:resnet20-16/params-cf5"], "Unknown profile"),
-        (["show", "resnet20-16", "--cf", "5"], "profile='equal'"),
-        (["show", "file:/nowhere/p.json"], "does not exist"),
-        (["list", "--arch", "resnet"], "Unknown architecture"),
-        (["train", "--arch", "resnet20_16", *TINY, "--out", "OUT"], "Did you mean 'resnet20-16'?"),
-        (["train", "--arch", "cnet", "--data", "digts", "--out", "OUT"], "Did you mean 'digits'?"),
-        (["train", "--arch", "cnet", *TINY[:4], "--epochs", "0", "--out", "OUT"], "--epochs must"),
-        (["prune", "cnet", "--cf", "2", "--weights", "/no.pt", "--profile=equal", "--out", "OUT"],
-         "/no.pt does not exist"),
-        (["finetune", "/nowhere", "--data", "digits"], "/nowhere"),
-        (["evaluate", "/nowhere", "--data", "digits"], "/nowhere"),
-    ],
-)  # fmt: skip
-def test_a_users_error_is_one_clear_line_and_exit_code_two(arguments, message, tmp_path, capsys):
-    given = [str(tmp_path / "out") if part == "OUT" else part for part in arguments]
-    assert main(given) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith("zoo: error: ")
-    assert captured.err.count("\n") == 1
-    assert message in captured.err
-    assert "Traceback" not in captured.out + captured.err
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("arguments", [["list", "--metric", "parms"], ["prune"], ["--nonsense"]])
-def test_wrong_flags_exit_with_two_and_no_traceback(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
-
-
-def test_an_unwritable_output_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training, "finetune", lambda *_, **__: pytest.fail("trained"))
-    (tmp_path / "file").write_text("")
-    out = str(tmp_path / "file" / "x.safetensors")
-    assert main(["train", "--arch", "cnet", *TINY, "--out", out]) == 2
-    assert str(tmp_path / "file") in capsys.readouterr().err
-
-
-def test_ctrl_c_exits_with_130_and_keeps_the_best_weights(pruned, tmp_path, monkeypatch, capsys):
-    epoch = Engine.train
-    count = 0
-
-    def interrupted_in_the_third(*arguments, **options):
-        nonlocal count
-        count += 1
-        if count == 3:
-            raise KeyboardInterrupt
-        return epoch(*arguments, **options)
-
-    monkeypatch.setattr(Engine, "train", interrupted_in_the_third)
-    out = tmp_path / "tuned"
-    flags = ["--data", "digits", "--epochs", "9", "--lr", "0.05", "--out", str(out)]
-    assert main(["finetune", str(pruned), *flags]) == 130
-    assert "after 2 of 9 epochs" in capsys.readouterr().out
-    val = zoo.load_data("digits", size=8).val
-    assert zoo.evaluate(zoo.load_pruned(out), val) != zoo.evaluate(zoo.load_pruned(pruned), val)
-
-
-def test_ctrl_c_elsewhere_exits_with_130_too(monkeypatch, capsys):
-    def interrupt(_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(COMMANDS, "list", (cli.ListCommand, interrupt))
-    assert main(["list"]) == 130
-    assert capsys.readouterr().err == "zoo: interrupted\n"
 
 
 def test_the_installed_command_runs():

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from helpers import noise
 from onnxscript import ir
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -58,10 +59,6 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
             for tensor in (layer.running_var, layer.weight.data):
                 tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
     return module
-
-
-def noise(count: int, size: int = 8, seed: int = 1) -> Tensor:
-    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.fixture

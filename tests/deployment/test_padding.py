@@ -10,8 +10,8 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from helpers import macs_of
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import zoo
 from zoo.deployment import padding
@@ -202,12 +202,7 @@ def test_grouped_convolutions_are_not_made_dense_again() -> None:
     """A unit of theirs has a channel of every part: eight units would be all of them."""
     model = pruned("timm:regnety_002", 64, cf=2.0, metric="macs")
 
-    def macs(network: nn.Module) -> int:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            network(images(64, 1))
-        return counter.get_total_flops()
-
-    assert macs(padded(model, 8)) < 1.15 * macs(model)
+    assert macs_of(padded(model, 8), 64) < 1.15 * macs_of(model, 64)
 
 
 def test_layers_of_one_channel_keep_their_kind() -> None:

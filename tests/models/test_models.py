@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zoo.errors import CheckpointError, ZooError
-from zoo.models import ARCHITECTURES, architecture, build_model
+from zoo.models import ARCHITECTURES, architecture, build_model, parameter_count
 from zoo.models.resnet import PaddedShortcut
 from zoo.storage.dense import Uninitialised
 
@@ -43,7 +43,7 @@ COUNTS = {
 
 
 def count_of(arch: str) -> int:
-    return sum(p.numel() for p in build_model(arch, 10).parameters())
+    return parameter_count(build_model(arch, 10))
 
 
 @pytest.mark.parametrize("arch", COUNTS)

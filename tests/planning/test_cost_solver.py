@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from zoo.errors import FactorError, GraphError, ZooError
+from zoo.models import parameter_count
 from zoo.planning import policies, solver
 from zoo.planning.policies import POLICIES, policy_solution
 from zoo.planning.solver import Limits, round_widths, scale_curve, solve
@@ -36,7 +37,7 @@ def network(a: int, b: int, c: int, classes: int = 5, side: int = SIZE) -> nn.Mo
 def brute_force(widths: tuple[int, int, int]) -> tuple[int, int]:
     """Parameters and MACs, counted on a network that really has these widths."""
     net = network(*widths)
-    params = sum(p.numel() for p in net.parameters())
+    params = parameter_count(net)
     pixels = SIZE * SIZE
     macs = sum(net[name].weight.numel() * pixels for name in ("left", "right"))
     macs += net["conv"].weight.numel() * pixels + net["fc"].weight.numel()
@@ -104,7 +105,7 @@ def test_groups_adapt_to_more_classes_and_larger_images():
     shapes = {name: tuple(tensor.shape) for name, tensor in other.state_dict().items()}
     cost = cost_model(channel_groups().adapted(shapes, side))((3, 2, 5))
     small = network(3, 2, 5, classes, side)
-    assert cost.params == sum(p.numel() for p in small.parameters())
+    assert cost.params == parameter_count(small)
     convolved = [small[name].weight.numel() * side**2 for name in ("left", "right", "conv")]
     assert cost.macs == sum(convolved) + small["fc"].weight.numel()
 

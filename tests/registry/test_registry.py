@@ -13,7 +13,7 @@ import pytest
 import zoo
 import zoo.registry.store as registry
 from zoo.errors import DocumentError, FactorError, ZooError
-from zoo.models import ARCHITECTURES
+from zoo.models import ARCHITECTURES, parameter_count
 from zoo.planning.solver import round_widths
 from zoo.registry.store import ProfileEntry, find_profile, stored_groups, write_index
 from zoo.spec.cost import cost_model
@@ -91,7 +91,7 @@ def test_a_loaded_network_has_the_parameters_that_the_profile_states(entry: Prof
     profile = zoo.get_profile(entry.reference)
     dense = zoo.create_model(entry.architecture, profile.reference.num_classes)
     model = zoo.load(entry.architecture, entry.cf, dense, metric=entry.metric)
-    sizes = [sum(p.numel() for p in module.parameters()) for module in (dense, model)]
+    sizes = [parameter_count(module) for module in (dense, model)]
     plan = model.pruning.plan
     assert plan.profile == entry.reference
     assert plan.widths == profile.kept

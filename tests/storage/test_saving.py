@@ -10,7 +10,7 @@ from torch import nn
 
 import zoo
 from zoo.errors import CheckpointError
-from zoo.models import build_model
+from zoo.models import build_model, parameter_count
 
 
 @pytest.fixture
@@ -48,9 +48,9 @@ def test_a_classifier_of_other_classes_is_part_of_the_record(pruned, tmp_path: P
     assert torch.equal(again(images), pruned(images))
     record = again.pruning
     assert (record.num_classes, record.new_classifier) == (37, True)
-    assert record.plan.pruned.params == sum(p.numel() for p in again.parameters())
+    assert record.plan.pruned.params == parameter_count(again)
     dense = build_model("resnet20-16", 37)
-    assert record.plan.dense.params == sum(p.numel() for p in dense.parameters())
+    assert record.plan.dense.params == parameter_count(dense)
     assert record.plan.got == record.plan.dense.params / record.plan.pruned.params
 
 

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from helpers import randomised
+from helpers import randomised, same_tensors
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -98,11 +98,6 @@ def net(tmp_path: Path) -> nn.Module:
 X = torch.zeros(1, 3, 8, 8)
 
 
-def same(a: nn.Module, b: nn.Module) -> bool:
-    left, right = named_tensors(a), named_tensors(b)
-    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
-
-
 # --- the user's cache -----------------------------------------------------------------------------
 
 
@@ -112,7 +107,7 @@ def test_a_live_network_is_traced_once(traces: list[str], net: nn.Module) -> Non
     plan = zoo.plan(again, X, cf=2)
     second = zoo.prune(again.train(), X, cf=2)
     assert len(traces) == 1
-    assert same(first, second)
+    assert same_tensors(first, second)
     assert first.pruning == second.pruning
     assert plan == first.pruning.plan
     assert zoo.plan(randomised(again), X, cf=3).got > 2  # other weights, another factor
@@ -353,10 +348,10 @@ def test_groups_of_another_structure_are_not_used(
     monkeypatch.setattr(registry, "registry_folder", lambda: tmp_path)
     for _ in range(2):
         model = zoo.load("cnet", 2, base, profile="equal")
-        assert same(model, expected)
+        assert same_tensors(model, expected)
     assert len(traces) == 1
     zoo.save(model, tmp_path / "m")
-    assert same(zoo.load_pruned(tmp_path / "m"), model)
+    assert same_tensors(zoo.load_pruned(tmp_path / "m"), model)
     assert len(traces) == 1
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import same, weights
 from torch import nn
 from torch.utils.data import Dataset, TensorDataset
+from toy import same, weights
 
 from zoo.data.datasets import load_data
 from zoo.models import build_model

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from test_training import QUICK, network, same, weights
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from toy import QUICK, network, same, weights
 
 import zoo
 from zoo.data.batches import check_labels

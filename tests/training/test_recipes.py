@@ -8,9 +8,9 @@ from functools import partial
 import pytest
 import torch
 from hypothesis import given, strategies
-from test_training import QUICK, network, same, weights
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
+from toy import QUICK, network, same, weights
 
 from zoo.cli import main
 from zoo.data.batches import Augmentation, DeviceLoader

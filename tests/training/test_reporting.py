@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import pytest
 from accelerate import tracking
-from test_training import QUICK, network
 from torch.utils.data import BatchSampler, DataLoader
+from toy import QUICK, network
 
 from zoo.cli import main
 from zoo.errors import ZooError

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_training import QUICK, network, same, weights
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -26,6 +25,7 @@ from torch.utils.data import (
     RandomSampler,
     TensorDataset,
 )
+from toy import QUICK, network, same, weights
 
 from zoo.cli import main
 from zoo.errors import ZooError

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import randomised, same_state
-from test_training import QUICK, network, same, weights
 from torch import nn
+from toy import QUICK, network, same, weights
 
 import zoo
 from zoo.cli import main
