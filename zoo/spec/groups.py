@@ -57,7 +57,7 @@ class Group:
 
     @cached_property
     def filter_slots(self) -> tuple[Slot, ...]:
-        """The slots in output dimensions of `filters`; others are of channels that a weight reads."""
+        """The slots that are filters; a weight may also have slots of the channels it reads."""
         dims = self.output_dims or (0,) * len(self.filters)
         outputs = set(zip(self.filters, dims, strict=True))
         return tuple(slot for slot in self.slots if (slot.tensor, slot.dim) in outputs)
