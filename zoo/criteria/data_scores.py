@@ -155,7 +155,7 @@ def _keep_output(outputs: list[Tensor]) -> Callable[..., Tensor]:
 
 
 def _channels_second(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """A layer's input or output as (N, C, positions...), with at least one dimension of them."""
+    """A layer's input or output as (N, C, positions...), with at least one positions dimension."""
     if isinstance(layer, nn.Linear):
         tensor = tensor.movedim(-1, 1)
     return tensor if tensor.ndim > 2 else tensor[..., None]
@@ -288,7 +288,7 @@ def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
 
 
 def _dim_of_inputs(layer: _ConvNd | nn.Linear) -> int:
-    """The input dimension of a layer's weight."""
+    """Index of the input dimension of a layer's weight."""
     return 0 if isinstance(layer, _ConvTransposeNd) else 1
 
 

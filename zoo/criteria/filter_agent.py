@@ -44,7 +44,7 @@ class FilterAgent:
     learning_rate: float = 0.16
     """of gradient descent; divided by the number of channels, because the gradient grows with it"""
     certainty: float = 0.98
-    """an agent has converged at this mean probability of the likelier decision per channel"""
+    """an agent has converged when the likelier decisions have this mean probability"""
 
     def __post_init__(self) -> None:
         integer("samples", self.samples, 2)
@@ -156,7 +156,7 @@ def _policy(filters: Tensor, start: float) -> nn.Module:
 
 @contextmanager
 def _masked(tensors: dict[str, Tensor], group: Group, decision: Tensor) -> Iterator[None]:
-    """Zero all positions of the units that are not kept in the block, and restore them after."""
+    """Inside the block, zero all positions of the units that are not kept; then restore them."""
     slots = [slot for slot in group.slots if slot.tensor in tensors]
     saved = {slot.tensor: tensors[slot.tensor].clone() for slot in slots}
     for slot in slots:

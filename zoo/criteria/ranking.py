@@ -105,7 +105,7 @@ def _loss(network: nn.Module, batches: Batches) -> float:
 
 @contextmanager
 def _masked_unit(tensors: dict[str, Tensor], group: Group, unit: int) -> Iterator[None]:
-    """Zero all positions of one unit in the block, and restore them after."""
+    """Inside the block, zero all positions of one unit; then restore them."""
     saved = []
     for slot in group.slots:
         if slot.tensor in tensors:

@@ -179,8 +179,8 @@ TWINS = {
     "timm:resnet18": "resnet18-cifar",
     "timm:resnet50": "resnet50-cifar",
 }
-"""Their `profiles_from`: standard-stem architecture -> the one with the same channel groups and a
-stem for 32 pixels."""
+"""`profiles_from` of standard-stem architectures: the one with the same channel groups and a stem
+for 32 pixels."""
 
 
 CLASSIFIERS = {

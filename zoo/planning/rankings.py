@@ -46,7 +46,7 @@ class Ranking:
     Attributes:
         criterion: name of the criterion that scores them.
         normalise: the scores of one group -> the scores to rank.
-        per_cost: divide by the cost of one channel of the group, in the asked metric, when dense.
+        per_cost: divide by the cost of one channel in the asked metric, at dense widths.
     """
 
     criterion: str

@@ -133,7 +133,7 @@ def planned(
     Raises:
         ZooError: when the policy or the criterion needs data and there is none.
         FactorError: when the factor is out of reach; the message says what stays whole and why.
-        GraphError: when the profile or `keep` names groups that the network does not have.
+        GraphError: when the profile's groups, or those in `keep`, are not the network's.
     """
     ranking = RANKINGS.get(request.name) if request.profile is None else None
     if ranking is not None and CRITERIA[ranking.criterion].needs_data and data is None:
