@@ -54,7 +54,7 @@ class ExportError(ZooError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its kind where it says nothing."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -70,10 +70,10 @@ def unknown(
 
 
 def integer(name: str, value: object, least: int | None = None) -> int:
-    """`value` as an int, NumPy's integers included.
+    """`value` as an int; NumPy's integers are accepted.
 
     Raises:
-        ZooError: naming the argument, for anything else, a bool, or less than `least`.
+        ZooError: if it is a bool, no integer, or less than `least`; the message names the argument.
     """
     whole = isinstance(value, Integral) and not isinstance(value, bool)
     if not whole or (least is not None and int(value) < least):  # type: ignore[call-overload]

@@ -10,9 +10,9 @@ __all__ = ["rank_correlation"]
 
 
 def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
-    """Pearson's correlation of the ranks of two rows of equal length; tied values share a rank.
+    """Pearson's correlation of the ranks of two arrays of shape (N,); tied values share a rank.
 
-    Not a number where the values of a row are all equal.
+    NaN if the values of one array are all equal.
     """
     a, b = (ranks - ranks.mean() for ranks in (_ranks(left), _ranks(right)))
     scale = math.sqrt((a @ a) * (b @ b))
@@ -20,7 +20,7 @@ def rank_correlation(left: np.ndarray, right: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ascending ranks from 0; tied values share the mean of theirs."""
+    """Ascending ranks from 0; tied values share their mean rank."""
     _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return (last - (counts - 1) / 2)[which]

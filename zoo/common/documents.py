@@ -1,6 +1,6 @@
 """Frozen dataclasses to JSON documents and back, strictly: an unknown or missing key is an error.
 
-Writing is atomic: a document is complete under its name or the old one is still there.
+Writing is atomic: a file is either the complete new document or the old one.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ T = TypeVar("T")
 def encode(value: Any, *, terse: bool = False) -> Any:
     """A dataclass, or containers of them, as plain JSON values.
 
-    `None` fields are left out; from a `terse` value also those that have their default.
+    `None` fields are left out; with `terse`, also fields that equal their default.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((f, getattr(value, f.name)) for f in dataclasses.fields(value))
@@ -56,7 +56,7 @@ def encode(value: Any, *, terse: bool = False) -> Any:
 
 
 def decode(cls: type[T], raw: Any, where: str) -> T:
-    """The `cls` that the JSON value `raw` describes; `where` names the place in error messages.
+    """A `cls` from the JSON value `raw`; `where` names the place in error messages.
 
     Raises:
         DocumentError: for an unknown key (with the nearest known one), a missing key, or a value
@@ -66,15 +66,15 @@ def decode(cls: type[T], raw: Any, where: str) -> T:
 
 
 def encode_document(value: Any, *, terse: bool = False) -> dict[str, Any]:
-    """A dataclass as a whole document: what `encode` gives, with the schema version."""
+    """`encode(value)` with the schema version added: a whole document."""
     return {"schema_version": SCHEMA_VERSION, **encode(value, terse=terse)}
 
 
 def decode_document(cls: type[T], raw: Any, where: str) -> T:
-    """The `cls` that the whole document `raw` describes; `where` names it in error messages.
+    """A `cls` from the whole document `raw`; `where` names it in error messages.
 
     Raises:
-        DocumentError: for another schema version or none, and as `decode`.
+        DocumentError: if the schema version is missing or another one, and as `decode`.
     """
     body = dict(_expect(raw, dict, where))
     version = body.pop("schema_version", None)
@@ -176,10 +176,10 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place in the end, or on failure is removed.
+    """A temporary file beside `path`, renamed to `path` at the end or removed on failure.
 
-    Its name has the suffix of `path` and is drawn at random: processes of two containers that share
-    a folder may have the same number. The folder is made.
+    The folder is created. The name keeps the suffix of `path` and is random, not the process id:
+    two containers that share a folder may have processes with the same id.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{secrets.token_hex(8)}.{path.name}")

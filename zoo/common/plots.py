@@ -1,4 +1,4 @@
-"""The paper's figures by Matplotlib: its only importer.
+"""The paper's figures, drawn with Matplotlib: the only module that imports it.
 
 Each function returns a new `Figure` and touches no global state; `save` writes one.
 """
@@ -39,20 +39,20 @@ __all__ = [
 SUFFIXES = (".png", ".svg")
 
 SQUARES = ("equal", "increasing", "decreasing", "greedy")
-"""Series with few profiles at each factor; the others are clouds of points."""
+"""Series with few profiles at each factor, drawn as squares; the others are clouds of points."""
 
 COLOURS = {"random": "silver", "searched": "deeppink", "equal": "black", "greedy": "darkgreen"}
-"""The same in every plot; other series take the next of twenty."""
+"""Colours that are the same in every plot; other series take the next of twenty."""
 
 COLUMNS = 4
-"""Most panels in a row."""
+"""Maximum number of panels in a row."""
 
 Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Panel:
-    """What figure 4 shows of one network and data set.
+    """One panel of figure 4: profiles of one network on one data set.
 
     Attributes:
         title: above the panel.
@@ -66,7 +66,7 @@ class Panel:
 
 
 def accuracy_against_factor(panels: Sequence[Panel], metric: str) -> Figure:
-    """The paper's figure 4: what profiles keep at each factor of `metric`, `searched` on top.
+    """The paper's figure 4: accuracy against the factor of `metric`, with `searched` on top.
 
     Raises:
         ZooError: when there is nothing to show.
@@ -109,13 +109,14 @@ def accuracy_against_size(title: str, series: Mapping[str, Points], dense: float
     axes.margins(0.08, 0.12)
     for index, (name, points) in enumerate(series.items()):
         sizes, accuracies = zip(*sorted(points), strict=True)
-        colour, above = COLOURS.get(name), 12 if index else -6  # the first line is the upper one
+        # The first line is the upper one: its labels go above it, others below.
+        colour, drop = COLOURS.get(name), 12 if index else -6
         thousands = [size / 1000 for size in sizes]
         axes.plot(thousands, accuracies, "o-", color=colour, label=name)
         for at in zip(thousands, accuracies, strict=True):
             axes.annotate(
-                f"{at[1]:.1%}", at, (0 if above < 0 else 10, -above), textcoords="offset points",
-                ha="center", va="bottom" if above < 0 else "center", color=colour,
+                f"{at[1]:.1%}", at, (0 if drop < 0 else 10, -drop), textcoords="offset points",
+                ha="center", va="bottom" if drop < 0 else "center", color=colour,
             )  # fmt: skip
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.legend()
@@ -123,7 +124,7 @@ def accuracy_against_size(title: str, series: Mapping[str, Points], dense: float
 
 
 def _depth(name: str) -> tuple[bool, bool, str]:
-    """The order of drawing: `random` below all, `searched` above all."""
+    """Sort key of drawing: `random` at the bottom, `searched` on top."""
     return name == "searched", name != "random", name
 
 
@@ -156,10 +157,10 @@ def reward_curve(rewards: Sequence[float], window: int = 32) -> Figure:
 
 
 def keep_ratios(profiles: Mapping[str, Mapping[str, float]]) -> Figure:
-    """The keep ratio β of every channel group, a bar for each of several profiles.
+    """The keep ratio β of every channel group, with one bar per profile.
 
     Args:
-        profiles: label -> group name -> β; all of the same groups.
+        profiles: label -> group name -> β; all must have the same groups.
 
     Raises:
         ZooError: for no profiles, or profiles of different groups.
@@ -184,7 +185,7 @@ def keep_ratios(profiles: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 class Epoch(Protocol):
-    """What a training leaves of one pass: its number, mean loss, and accuracy in [0, 1] or None."""
+    """One epoch of a training: its number, mean loss, and accuracy in [0, 1] or None."""
 
     @property
     def epoch(self) -> int: ...
@@ -220,7 +221,7 @@ def reward_landscape(
     """A reward as contours over two quantities, as in the paper's figures 9 to 11.
 
     Args:
-        xs, ys: of shapes (X,) and (Y,), or both (Y, X).
+        xs, ys: coordinates of shapes (X,) and (Y,), or both (Y, X).
         values: of shape (Y, X).
         title: above the plot.
         labels: of the two axes.
@@ -233,7 +234,7 @@ def reward_landscape(
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure, as PNG or SVG by the suffix of `path`; equal figures make equal files.
+    """Write a figure as PNG or SVG, by the suffix of `path`; equal figures give equal files.
 
     Raises:
         ZooError: for another suffix.

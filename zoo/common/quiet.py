@@ -1,4 +1,4 @@
-"""What libraries print and log of a failure that is raised as well: not shown."""
+"""Hides what libraries print and log about failures that they also raise."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ONE_AT_A_TIME = threading.RLock()
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without warnings, log records and what this thread prints.
+    """Suppress warnings, log records and what this thread prints.
 
-    One thread at a time: the log, the warnings' filters and the streams are the whole process's,
-    and threads that changed and restored them by turns would leave them changed. What other threads
-    print meanwhile is printed.
+    One thread at a time: logging, warning filters and standard streams are global to the process,
+    and threads that changed and restored them in turn would leave them changed. What other threads
+    print meanwhile is still printed.
     """
     with ONE_AT_A_TIME, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -37,7 +37,7 @@ def quiet() -> Iterator[None]:
 
 
 class _MutedHere:
-    """A stream that this thread writes to in vain."""
+    """A stream that drops what the thread that made it writes, and passes on the rest."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._thread = stream, threading.get_ident()

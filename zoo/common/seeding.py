@@ -1,4 +1,4 @@
-"""The global random generators of torch, NumPy and Python, borrowed."""
+"""Seeds, saves and restores the global random generators of torch, NumPy and Python."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["random_state", "seeded", "set_random_state"]
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """The generators start from `seed` inside and are as before afterwards.
+    """Seed the generators inside the block, and restore their state afterwards.
 
     They are those of torch on the CPU and the current CUDA device, of NumPy and of Python.
     """
@@ -30,7 +30,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def random_state() -> dict[str, Any]:
-    """Where the generators are, as tensors and plain values; None for a CUDA that is not in use."""
+    """The generators' states as tensors and plain values; None for CUDA if it is not in use."""
     state: Any = np.random.get_state()
     kind, keys, *rest = state
     return {
@@ -42,7 +42,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back to where they were."""
+    """Restore the states that `random_state` returned."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

@@ -12,10 +12,10 @@ Size = int | tuple[int, int]
 
 
 def checked_size(name: str, value: object) -> Size:
-    """`value` as a size, of which a square has one spelling: (96, 96) is 96.
+    """`value` as a `Size`; a square becomes one integer: (96, 96) gives 96.
 
     Raises:
-        ZooError: naming the argument, for anything but an integer of at least 1 or two of them.
+        ZooError: unless it is one or two integers of at least 1; the message names it.
     """
     if isinstance(value, tuple | list) and len(value) == 2:
         height = integer(f"The height of {name}", value[0], 1)
@@ -28,10 +28,10 @@ def checked_size(name: str, value: object) -> Size:
 
 
 def parsed_size(name: str, text: str) -> Size:
-    """The size that `text` spells, such as 96, or 96x320 for a height of 96.
+    """The size written in `text`, such as 96, or 96x320 for a height of 96.
 
     Raises:
-        ZooError: naming the argument, for any other text.
+        ZooError: for any other text; the message names the argument.
     """
     found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", text)
     if found is None:
@@ -43,15 +43,15 @@ def parsed_size(name: str, text: str) -> Size:
 
 
 def sides(size: Size) -> tuple[int, int]:
-    """(height, width)."""
+    """`size` as (height, width)."""
     return (size, size) if isinstance(size, int) else size
 
 
 def spelled(size: Size) -> str:
-    """As `parsed_size` reads it: 96, or 96x320."""
+    """`size` as text that `parsed_size` reads: 96, or 96x320."""
     return str(size) if isinstance(size, int) else resolution(size)
 
 
 def resolution(size: Size) -> str:
-    """Both sides: 96x96, or 96x320."""
+    """Both sides as text: 96x96, or 96x320."""
     return "x".join(map(str, sides(size)))

@@ -1,4 +1,4 @@
-"""Memory formats: a network in one for a while, and gradients that are right in each."""
+"""Memory formats: change a network's temporarily, and get correct gradients in each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["UnitStrides", "laid_out"]
 
 @contextmanager
 def laid_out(network: nn.Module, layout: torch.memory_format) -> Iterator[None]:
-    """The parameters of `network` in a memory format inside; in their own afterwards."""
+    """Put `network` into a memory format inside the block, and restore its own afterwards."""
     own = {parameter: parameter.data for parameter in network.parameters()}
     network.to(memory_format=layout)  # type: ignore[call-overload]
     try:
@@ -26,15 +26,15 @@ def laid_out(network: nn.Module, layout: torch.memory_format) -> Iterator[None]:
 
 
 class UnitStrides(TorchFunctionMode):
-    """Around every forward pass that has a backward pass: its gradients are right on CPUs.
+    """Context for every forward pass that has a backward pass: correct gradients on CPUs.
 
-    A narrow convolution with a 1x1 kernel and a stride of s > 1, such as pruning makes of a
-    ResNet's shortcut, is computed with a stride of 1 on every s-th pixel: the same function. oneDNN
-    computes wrong gradients of its weight, or writes past its memory, where the tensors are float32
-    and channels-last (one of them is enough, and a 1x1 weight that was ever made channels-last is)
-    and the input has fewer channels than a block: 8 with AVX2, 16 with AVX-512. The open issue is
-    github.com/uxlfoundation/oneDNN/issues/6035. Wider ones are right, and faster as they are.
-    `scripts/evidence/gradient_grid.py` looks for others of the kind.
+    A narrow convolution with a 1x1 kernel and a stride of s > 1, such as a pruned ResNet's
+    shortcut, is computed with a stride of 1 on every s-th pixel: the same function. For such a
+    convolution oneDNN computes wrong gradients of the weight, or writes out of bounds, if the
+    tensors are float32 and channels-last (one of them is enough, and a 1x1 weight that was ever
+    channels-last still is) and the input has fewer channels than a block: 8 with AVX2, 16 with
+    AVX-512. The open issue is github.com/uxlfoundation/oneDNN/issues/6035. Wider convolutions are
+    correct, and faster unchanged. `scripts/evidence/gradient_grid.py` looks for other such cases.
     """
 
     def __torch_function__(
@@ -50,7 +50,7 @@ class UnitStrides(TorchFunctionMode):
 
 
 _BLOCK = 16
-"""Input channels, per group, from which oneDNN is right with every instruction set."""
+"""Input channels per group from which oneDNN is correct with every instruction set."""
 
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 
@@ -65,7 +65,7 @@ def _convolution(
     dilation: int | tuple[int, ...] = 1,
     groups: int = 1,
 ) -> Tensor:
-    """`convolve` of these arguments, with a stride of 1 where oneDNN's gradients may be wrong."""
+    """`convolve` on these arguments, with a stride of 1 where oneDNN's gradients may be wrong."""
     sides = weight.ndim - 2
     steps = (stride,) if isinstance(stride, int) else tuple(stride)
     unpadded = padding in (0, "valid") or (isinstance(padding, tuple) and not any(padding))

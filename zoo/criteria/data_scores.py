@@ -1,6 +1,6 @@
-"""Scores of channels from labelled images: per group, one per channel; the highest stay.
+"""Scores from labelled images: one per channel of each group; the highest stay.
 
-Every one of them looks at the network in eval mode and leaves it as it was.
+Every criterion evaluates the network in eval mode and leaves it unchanged.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 def taylor_features(module: nn.Module, groups: ChannelGroups, batches: Batches) -> list[Tensor]:
     """E|∂ε/∂L · L| per channel, ε the mean cross-entropy (paper, eq. 9; Molchanov et al., 2016).
 
-    The mean is over images and positions, with the absolute value inside; L is the output of the
-    layers that produce the group, summed over them where several do, and over a layer's calls.
+    The mean is over images and positions, of absolute values; L is the output of the layer that
+    produces the group. Several such layers, and several calls of one, are summed.
 
     Args:
         module: the network, evaluated in eval mode; neither its weights nor its mode change.
         groups: its channel groups.
-        batches: (images, labels) on the module's device.
+        batches: (images (N, C, H, W), labels (N,)) on the module's device.
 
     Returns:
         One tensor (group size,) per group.
 
     Raises:
         DataError: when a label does not fit the network's outputs.
-        ZooError: when there are no batches, or channels come from a parameter that is no layer's.
+        ZooError: when there are no batches, or a parameter outside a layer produces channels.
     """
     return _output_scores(
         module, groups, batches, lambda product: product.abs().mean(2), lambda unit: unit
@@ -74,8 +74,8 @@ def taylor_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) ->
 def fisher_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> Scores:
     """E ½(Σ ∂ε/∂L · L)², the sum over positions (Theis et al., 2018, section 2).
 
-    It is half the empirical Fisher information of a gate on the channel; where several layers
-    produce the channel, or one is called again, their sums are added before the square.
+    It is half the empirical Fisher information of a gate on the channel. Sums of several layers
+    that produce the channel, or of several calls of one, are added before the square.
     """
     features = _output_scores(
         module, groups, batches, lambda product: product.sum(2), lambda unit: unit.square() / 2
@@ -90,10 +90,10 @@ def _output_scores(
     over_positions: Callable[[Tensor], Tensor],
     of_unit: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
-    """Means over images of what gradient · output of the layers amounts to, per unit.
+    """Per unit, the mean over images of a score of gradient · output of its layers.
 
     Args:
-        over_positions: one call's products (N, channels, positions) -> (N, channels).
+        over_positions: products of one call (N, channels, positions) -> (N, channels).
         of_unit: their sums over all layers and calls (N, units) -> (N, units).
     """
     layers = _producers(module, groups)
@@ -131,7 +131,7 @@ def _output_scores(
 
 
 def _producers(module: nn.Module, groups: ChannelGroups) -> dict[str, nn.Module]:
-    """Name -> layer, of all whose weights are filters."""
+    """Name -> layer, for all layers whose weights are filters."""
     wanted = {_layer_name(slot) for group in groups.groups for slot in group.filter_slots}
     layers = {name: layer for name, layer in module.named_modules() if name in wanted}
     if bare := sorted(wanted - layers.keys()):
@@ -155,7 +155,7 @@ def _keep_output(outputs: list[Tensor]) -> Callable[..., Tensor]:
 
 
 def _channels_second(layer: nn.Module, tensor: Tensor) -> Tensor:
-    """(N, C, positions...) of a layer's input or output, which has positions, be it only one."""
+    """A layer's input or output as (N, C, positions...), with at least one positions dimension."""
     if isinstance(layer, nn.Linear):
         tensor = tensor.movedim(-1, 1)
     return tensor if tensor.ndim > 2 else tensor[..., None]
@@ -167,8 +167,8 @@ def _channels_second(layer: nn.Module, tensor: Tensor) -> Tensor:
 def taylor_weight_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> Scores:
     """Σ E(g · w)² over all parameters of the unit (Molchanov et al., 2019).
 
-    g is the gradient of one batch's mean cross-entropy, E the mean over batches. Of the paper's two
-    forms this adds the squares of the single parameters; it does not square their sum.
+    g is the gradient of one batch's mean cross-entropy, E the mean over batches. The paper has two
+    forms; this one adds the squares of single parameters and does not square their sum.
     """
     squares = _mean_gradients(module, batches, torch.square)
     return sum_over_slots(groups, _weighted(module, squares, torch.square))
@@ -177,8 +177,8 @@ def taylor_weight_scores(module: nn.Module, groups: ChannelGroups, batches: Batc
 def obd_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> Scores:
     """Σ ½h · w² over all parameters of the unit (LeCun et al., 1990, "optimal brain damage").
 
-    The Hessian's diagonal h is approximated by the empirical Fisher information's, the mean square
-    of one image's gradient: one backward pass per image.
+    The Hessian's diagonal h is approximated by that of the empirical Fisher information, the mean
+    square of single images' gradients. This takes one backward pass per image.
     """
     images = ((i[None], k[None]) for batch in batches for i, k in zip(*batch, strict=True))
     diagonal = _mean_gradients(module, images, torch.square)
@@ -198,7 +198,7 @@ def snip_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
 def _mean_gradients(
     module: nn.Module, batches: Batches, term: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Parameter -> mean, weighted by images, of `term` of each batch's gradient."""
+    """Parameter name -> mean over batches, weighted by images, of `term` of the gradient."""
     parameters = {
         name: parameter.detach().requires_grad_() for name, parameter in module.named_parameters()
     }
@@ -216,7 +216,7 @@ def _mean_gradients(
 def _weighted(
     module: nn.Module, factors: dict[str, Tensor], of_weight: Callable[[Tensor], Tensor]
 ) -> dict[str, Tensor]:
-    """Parameter -> factor · of_weight(w)."""
+    """Parameter name -> factor · of_weight(w)."""
     return {name: factors[name] * of_weight(w.detach()) for name, w in module.named_parameters()}
 
 
@@ -243,10 +243,10 @@ def _at_least_one(count: int) -> int:
 
 
 def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> Scores:
-    """The fraction that is not zero after the channel's activation: 1 - APoZ (Hu et al., 2016).
+    """The fraction of nonzeros after the channel's activation: 1 - APoZ (Hu et al., 2016).
 
-    Counted where the channel is used: in the inputs of the layers that read it, after pooling where
-    there is any in between. A channel that reaches them through no activation scores 1.
+    They are counted in the inputs of the layers that read the channel, after any pooling in
+    between. A channel that reaches these layers without an activation scores 1.
 
     Raises:
         ZooError: when there are no batches, or nothing is ever zero, as after SiLU or GELU.
@@ -288,12 +288,12 @@ def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
 
 
 def _dim_of_inputs(layer: _ConvNd | nn.Linear) -> int:
-    """Along which of its weight's dimensions a layer's inputs lie."""
+    """Index of the input dimension of a layer's weight."""
     return 0 if isinstance(layer, _ConvTransposeNd) else 1
 
 
 def _count_zeros(name: str, counts: dict[str, Tensor]) -> Callable[..., None]:
-    """A hook that adds the zeros and the values of a layer's input, per column of its weight."""
+    """A hook that counts zeros and values of a layer's input, per input column of its weight."""
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(layer, _ConvNd | nn.Linear)

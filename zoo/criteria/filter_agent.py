@@ -1,4 +1,4 @@
-"""The criterion `reinforce`: an agent that reads the filters and learns which to keep, by trial.
+"""The criterion `reinforce`: an agent reads the filters and learns by trial which to keep.
 
 Huang et al., 2018, "Learning to prune filters in convolutional neural networks".
 """
@@ -29,22 +29,22 @@ __all__ = ["FilterAgent", "reinforce_scores"]
 
 @dataclass(frozen=True)
 class FilterAgent:
-    """How the agents of `reinforce_scores` learn: groups · updates · samples forward passes."""
+    """Settings of `reinforce_scores`, which takes groups · updates · samples forward passes."""
 
     updates: int = 100
-    """most updates of each agent; fewer when it has converged before"""
+    """maximum updates of each agent; it stops earlier when it has converged"""
     samples: int = 6
-    """decisions that are tried for an update"""
+    """decisions tried per update"""
     images: int = 64
-    """on which the accuracy is measured each time, at most"""
+    """maximum images per measurement of the accuracy"""
     bound: float = 0.2
-    """drop of accuracy from which on pruning is punished"""
+    """drop of accuracy above which pruning is punished"""
     start: float = 0.7
-    """keep probability of every channel before the first update, about"""
+    """approximate keep probability of every channel before the first update"""
     learning_rate: float = 0.16
-    """of gradient descent; divided by the number of channels, with which the gradient grows"""
+    """of gradient descent; divided by the number of channels, because the gradient grows with it"""
     certainty: float = 0.98
-    """an agent has converged when so sure, on average, of the likelier decision on a channel"""
+    """an agent has converged when the likelier decisions have this mean probability"""
 
     def __post_init__(self) -> None:
         integer("samples", self.samples, 2)
@@ -60,20 +60,21 @@ def reinforce_scores(
     """The keep probabilities that a policy network per channel group learns by REINFORCE.
 
     As in the paper, each agent sees the filters that produce its group's channels, and decides on
-    them alone: the rest of the network is whole. Each update draws some decisions, masks what they
-    give up, and rewards (b - (A - A')) / b · log(N / C), A and A' being the accuracies of the whole
-    and the masked network on one batch, b the bound on their difference, and C of N channels kept.
+    them alone: the rest of the network is whole. Each update draws some decisions and masks the
+    channels that they drop. The reward is (b - (A - A')) / b · log(N / C): A and A' are the
+    accuracies of the whole and the masked network on one batch, b bounds their difference, and C of
+    N channels are kept.
 
-    Unlike there, the policy network is two dense layers over a dense reading of each filter, no
-    convolution, because the order of filters means nothing; no network is fine-tuned before it is
-    rewarded, which is why b is larger; and nothing is cut between one group and the next.
+    Unlike in the paper, the policy network is a dense layer on each filter and two dense layers on
+    the results, no convolution, because the order of filters means nothing. No network is
+    fine-tuned before its reward, so b is larger. No group is cut before the next one is learnt.
 
     Args:
         module: the network, not edited; a copy is evaluated in eval mode.
         groups: its channel groups.
         seed: of the policy networks and the decisions.
-        batches: (images, labels) on the module's device, tried in turn.
-        settings: how to learn.
+        batches: (images, labels) on the module's device, used in turn.
+        settings: of the agents; by default `FilterAgent()`.
 
     Raises:
         DataError: when a label does not fit the network's outputs.
@@ -103,7 +104,7 @@ def _learn(
     trials: Iterator[tuple[tuple[Tensor, Tensor], float]],
     settings: FilterAgent,
 ) -> Tensor:
-    """The keep probability of each unit of `group`, (size,); the network ends as it began."""
+    """The keep probability of each unit of `group`, (size,); the network ends unchanged."""
     tensors = named_tensors(network)
     filters = _filters(tensors, group)
     policy = _policy(filters, settings.start)
@@ -139,12 +140,12 @@ def _filters(tensors: dict[str, Tensor], group: Group) -> Tensor:
 
 
 def _standardised(values: Tensor) -> Tensor:
-    """With mean 0 and standard deviation 1, or all 0 where they are equal."""
+    """`values` with mean 0 and standard deviation 1, or all 0 if they are equal."""
     return (values - values.mean()) / values.std(correction=0).clamp(min=1e-12)
 
 
 def _policy(filters: Tensor, start: float) -> nn.Module:
-    """(size, weights) -> the logits of the keep probabilities, (size,), of `start` or about it."""
+    """A network: filters (size, weights) -> logits (size,) of keep probabilities near `start`."""
     size, weights = filters.shape
     last = nn.Linear(64, size)
     nn.init.constant_(last.bias, math.log(start / (1 - start)))
@@ -155,7 +156,7 @@ def _policy(filters: Tensor, start: float) -> nn.Module:
 
 @contextmanager
 def _masked(tensors: dict[str, Tensor], group: Group, decision: Tensor) -> Iterator[None]:
-    """Zeros in all positions of the units that are not kept inside; what they were afterwards."""
+    """Inside the block, zero all positions of the units that are not kept; then restore them."""
     slots = [slot for slot in group.slots if slot.tensor in tensors]
     saved = {slot.tensor: tensors[slot.tensor].clone() for slot in slots}
     for slot in slots:

@@ -1,4 +1,4 @@
-"""The oracle: what every single channel is worth, by brute force; and how well a criterion knows.
+"""The oracle: the worth of every single channel, by brute force; and how well criteria rank it.
 
 The experiment of Molchanov et al., 2016, "Pruning convolutional neural networks for resource
 efficient inference", section 3.1.
@@ -29,7 +29,7 @@ __all__ = ["Correlation", "Oracle", "oracle", "spearman"]
 
 @dataclass(frozen=True)
 class Oracle:
-    """What masking each unit alone does to the mean cross-entropy.
+    """The change of the mean cross-entropy when each unit alone is masked.
 
     Attributes:
         loss: of the whole network.
@@ -41,7 +41,7 @@ class Oracle:
 
     @property
     def scores(self) -> list[list[float]]:
-        """|change|, as a criterion gives scores."""
+        """|change| per group and unit, like the scores of a criterion."""
         return [[abs(change) for change in changes] for changes in self.changes.values()]
 
 
@@ -50,7 +50,7 @@ class Correlation:
     """Spearman's rank correlation of a criterion with the oracle, in [-1, 1].
 
     Attributes:
-        per_group: group name -> within the group; nan where either has all its units tied.
+        per_group: group name -> correlation; NaN if the criterion or the oracle ties all its units.
         overall: over all units, each group's scores divided by their l2 norm.
     """
 
@@ -59,13 +59,13 @@ class Correlation:
 
     @property
     def mean(self) -> float:
-        """Over the groups that have a correlation."""
+        """The mean over the groups whose correlation is not NaN."""
         known = [value for value in self.per_group.values() if not math.isnan(value)]
         return sum(known) / len(known) if known else math.nan
 
 
 def oracle(module: nn.Module, groups: ChannelGroups, batches: Batches) -> Oracle:
-    """The change of loss when each unit, it alone, is masked: one evaluation per unit.
+    """The change of loss when each unit alone is masked: one evaluation per unit.
 
     Args:
         module: the network, not edited; a copy is evaluated in eval mode.
@@ -105,7 +105,7 @@ def _loss(network: nn.Module, batches: Batches) -> float:
 
 @contextmanager
 def _masked_unit(tensors: dict[str, Tensor], group: Group, unit: int) -> Iterator[None]:
-    """Zeros in all the positions of one unit inside, what they were afterwards."""
+    """Inside the block, zero all positions of one unit; then restore them."""
     saved = []
     for slot in group.slots:
         if slot.tensor in tensors:
@@ -124,7 +124,7 @@ def _masked_unit(tensors: dict[str, Tensor], group: Group, unit: int) -> Iterato
 def spearman(scores: Sequence[Sequence[float]], oracle: Oracle) -> Correlation:
     """Spearman's rank correlation of `scores`, per group and channel, with |change of loss|.
 
-    Overall, a group's scores are divided by their l2 norm first (Molchanov et al., 2016,
+    For `overall`, a group's scores are divided by their l2 norm first (Molchanov et al., 2016,
     section 2.2); the oracle's are not.
     """
     truth = [np.array(row) for row in oracle.scores]

@@ -51,8 +51,8 @@ def labelled_batches(
 ) -> Batches:
     """At least `count` images of `data`, or all there are, in batches (images, labels) on `device`.
 
-    Those of a Dataset are drawn by `seed`, because many are sorted by class; of a DataLoader or an
-    IterableDataset they are the first.
+    A Dataset is shuffled by `seed`, because many are sorted by class. Of a DataLoader or an
+    IterableDataset, the first are taken.
 
     Raises:
         DataError: for anything but (image, label) with floating-point images and integer labels.

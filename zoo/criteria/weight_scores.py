@@ -1,4 +1,4 @@
-"""Scores of channels that need no images: per group, one per channel; the highest stay.
+"""Scores that need no images: one per channel of each group; the highest stay.
 
 Where several filters produce a channel, or several batch norms scale it, their scores are summed.
 """
@@ -40,7 +40,7 @@ Scores = list[list[float]]
 
 
 def random_scores(groups: ChannelGroups, seed: int) -> Scores:
-    """One random permutation per group (paper, eq. 6): what is kept is nested in the width.
+    """One random permutation per group (paper, eq. 6): a smaller width keeps a subset.
 
     A group's permutation depends on the seed and its name alone.
     """
@@ -93,9 +93,9 @@ def bn_scale_scores(module: nn.Module, groups: ChannelGroups) -> Scores:
 def synflow_scores(module: nn.Module, groups: ChannelGroups) -> Scores:
     """Σ|θ · ∂R/∂θ|, R = 1ᵀ Π|θ| 1, over the channel's filters (Tanaka et al., 2020).
 
-    R is the sum of all outputs for one image of ones, of a copy in float64 and eval mode that is
-    linear and keeps every sign: weights in absolute value, biases and running means zero, and
-    activations left out, which pass on what is positive. Gates such as a sigmoid stay.
+    R is the sum of all outputs for one image of ones. It comes from a copy in float64 and eval mode
+    that is linear and has no negative values: weights are absolute, biases and running means zero.
+    Activations are left out, because they pass on positive values. Gates such as a sigmoid stay.
 
     Raises:
         GraphError: if R overflows.
@@ -132,9 +132,9 @@ _ACTIVATIONS = frozenset(
 
 
 class _Linear(TorchFunctionMode):
-    """Activations inside return their input, whether a module, a function or a method calls them.
+    """Makes activations return their input, be they called as module, function or method.
 
-    All of these do so anyway for large inputs, but for the ones that are bounded.
+    For large inputs they do so anyway, except the bounded ones.
     """
 
     def __torch_function__(
@@ -151,18 +151,18 @@ class _Linear(TorchFunctionMode):
 
 
 def per_unit(rows: Tensor, slot: Slot, size: int) -> Tensor:
-    """`rows`, (..., positions of the slot's dimension), summed over each unit's: (..., size)."""
+    """`rows` (..., positions along the slot's dimension) summed per unit: (..., size)."""
     positions = [list(slot.positions(unit)) for unit in range(size)]
     return rows[..., torch.tensor(positions, device=rows.device)].sum(-1)
 
 
 def sum_over_filters(groups: ChannelGroups, values: Mapping[str, Tensor]) -> Scores:
-    """Per unit, `values` (weight's name -> per element) summed over its filters."""
+    """Per unit, the sum of `values` (weight name -> one per element) over its filters."""
     return [_total(group, group.filter_slots, values) for group in groups.groups]
 
 
 def sum_over_slots(groups: ChannelGroups, values: Mapping[str, Tensor]) -> Scores:
-    """Per unit, `values` (tensor's name -> per element) summed over all that is its own."""
+    """Per unit, the sum of `values` (tensor name -> one per element) over all its positions."""
     return [
         _total(group, [slot for slot in group.slots if slot.tensor in values], values)
         for group in groups.groups
@@ -178,7 +178,7 @@ def _total(group: Group, slots: Sequence[Slot], values: Mapping[str, Tensor]) ->
 
 
 def along(tensor: Tensor, slot: Slot) -> Tensor:
-    """`tensor` as (positions of the slot's dimension, elements of one): rows are filters there."""
+    """`tensor` as (positions of the slot's dimension, elements of each): one filter per row."""
     rows = tensor.movedim(slot.dim, 0)
     return rows.reshape(len(rows), -1)
 
@@ -186,7 +186,7 @@ def along(tensor: Tensor, slot: Slot) -> Tensor:
 def _of_filters(
     module: nn.Module, groups: ChannelGroups, score: Callable[[Tensor], Tensor]
 ) -> Scores:
-    """`score`: (filters, elements of one) -> (filters,), of every weight that produces channels."""
+    """Per unit, the sum of `score`, (filters, elements of each) -> (filters,), over its weights."""
     tensors = named_tensors(module)
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""Batches of an image set, cropped, mirrored and normalised as tensors where the network is."""
+"""Batches of an image set: augmented and normalised tensors on the network's device."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ __all__ = [
 
 
 WORKERS = 8
-"""Most processes that decode files."""
+"""Maximum number of processes that decode files."""
 
 Share = tuple[Tensor, Tensor, Tensor]
-"""One batch to be made: the indices of its images (N,); how far each is moved down and right, or
-the box of it that is resized, and then whether it is mirrored (N, 3 or 5); and RandAugment's draws,
-which stay on the CPU."""
+"""One batch to make: (indices, moves, changes). `indices` (N,) choose its images. `moves` are
+(N, 3): shift down, shift right, mirrored; or (N, 5): box to resize (4), mirrored. `changes` are
+RandAugment's draws, which stay on the CPU."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images.
+    """How training images are augmented.
 
     Attributes:
-        crop: random crops after reflecting one eighth of each side, and mirroring if the set
-            allows.
-        scale: below 1 the crops are instead of this share of the image to all of it, resized.
+        crop: random crops after reflection padding by one eighth of each side, and mirroring if
+            the set allows.
+        scale: if below 1, crops cover from this share to all of the image's area, and are resized.
         rand_augment: magnitude of RandAugment's two operations per image, 1 to 30; 0 for none.
     """
 
@@ -57,11 +57,11 @@ class DeviceLoader:
         data: the images. Those in memory are copied to `device` once, files are decoded and
             augmented by worker processes; the batches are the same.
         batch_size: images per batch; the last batch of a pass may be smaller unless `drop_last`.
-        augment: what is done to the images; True for crops and mirroring alone.
+        augment: the augmentation; True for crops and mirroring alone.
         seed: of the shuffling and the augmentation; pass n of seed s is always the same.
-        rank, world_size: of the processes that share each pass batch by batch.
-        accumulate: batches of each process that belong together. However the images of one step are
-            shared out over processes and batches, they are the same, and augmented alike.
+        rank, world_size: of the processes, each of which takes its own batches of a pass.
+        accumulate: batches of each process per optimiser step. A step has the same images, with the
+            same augmentation, however they are divided into processes and batches.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class DeviceLoader:
                     yield step[own], moves[own], changes[own]
 
     def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The random numbers of `count` images: of each crop and of its further operations."""
+        """The random `moves` and `changes` of `count` images, as in `Share`."""
         moves = changes = torch.empty(count, 0, dtype=torch.long)
         if self.augment.crop:
             if self.augment.scale < 1:
@@ -139,7 +139,7 @@ class DeviceLoader:
 
 
 def _on(device: torch.device | str, plan: list[Share]) -> Iterator[Share]:
-    """`plan` with what crops and chooses images on `device`, copied there once for all batches."""
+    """`plan` with its indices and moves on `device`, copied there once for all batches."""
     if not plan:
         return
     indices, moves, changes = zip(*plan, strict=True)
@@ -149,7 +149,7 @@ def _on(device: torch.device | str, plan: list[Share]) -> Iterator[Share]:
 
 
 def _made(data: AnyImages, own: Share, augment: Augmentation) -> tuple[Tensor, Tensor]:
-    """One batch of uint8 images, augmented, and the indices that they have in `data`."""
+    """One batch of augmented uint8 images, and their indices in `data`."""
     index, moves, changes = own
     if augment.crop and augment.scale < 1:
         images = data.gather(index, moves[:, :4])
@@ -166,7 +166,7 @@ def _made(data: AnyImages, own: Share, augment: Augmentation) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class _Work(Dataset):
-    """The batches of a pass, each as one item, so that a worker makes it whole."""
+    """The batches of a pass as items of a Dataset, so that one worker makes a whole batch."""
 
     data: ImageFiles
     plan: list[Share]
@@ -191,18 +191,18 @@ def _by_workers(
     )
     try:
         yield from batches
-    except DataError as error:  # told with the worker's traceback, of which this is the last line
+    except DataError as error:  # its text is the worker's traceback, ending with the message
         told = str(error).strip().splitlines()[-1]
         raise DataError(told.rpartition(f"{DataError.__name__}: ")[2]) from None
 
 
 def _margin(side: int) -> int:
-    """Pixels that a crop may move along a side."""
+    """Maximum shift of a crop along a side, in pixels."""
     return max(1, side // 8)
 
 
 def _boxes(count: int, scale: float, generator: torch.Generator) -> Tensor:
-    """Random boxes (N, 4) of `scale` to 1 of an image, 3:4 to 4:3 in form where that fits in it."""
+    """Random boxes (N, 4): area from `scale` to 1, aspect ratio 3:4 to 4:3 where that fits."""
     area, form, across, down = torch.rand(4, count, generator=generator)
     area, form = scale + (1 - scale) * area, (4 / 3) ** (2 * form - 1)
     width, height = (area * form).sqrt().clamp(max=1), (area / form).sqrt().clamp(max=1)
@@ -211,7 +211,7 @@ def _boxes(count: int, scale: float, generator: torch.Generator) -> Tensor:
 
 
 def _moved(images: Tensor, moves: Tensor) -> Tensor:
-    """Crops of the reflected images (N, 3, H, W), or their mirror images, by `moves` (N, 3)."""
+    """Reflection-padded crops of images (N, 3, H, W), some mirrored, as `moves` (N, 3) say."""
     count, _, height, width = images.shape
     down, right, mirrored = moves.split(1, dim=1)
     rows, columns = _shifted(down, height), _shifted(right, width)
@@ -222,19 +222,19 @@ def _moved(images: Tensor, moves: Tensor) -> Tensor:
 
 
 def _shifted(by: Tensor, side: int) -> Tensor:
-    """The pixels of a side that lie where it is moved `by` (N, 1), less the margin: (N, side).
+    """Pixel indices (N, side) along a side, shifted by `by` (N, 1) less the margin.
 
-    Beyond its edges they are mirrored back in without repeating the edge.
+    Indices beyond an edge are reflected back, without repeating the edge pixel.
     """
     positions = by + torch.arange(side, device=by.device) - _margin(side)
     return (side - 1) - (side - 1 - positions.abs()).abs()
 
 
 def check_pair(item: Any) -> tuple[Any, Any]:
-    """What a data set gives, an image or a batch of them and what it is labelled.
+    """`item` of a data set as a pair: one image and its label, or a batch of both.
 
     Raises:
-        DataError: if it is no such pair, or of images that are no tensors.
+        DataError: if it is no pair, or its images are not tensors.
     """
     if not isinstance(item, tuple | list) or len(item) != 2:
         kind = f"{len(item)} things" if isinstance(item, tuple | list) else type(item).__name__
@@ -252,7 +252,7 @@ def collated(samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
     """Samples (image, label) as a batch.
 
     Raises:
-        DataError: also for images of several shapes.
+        DataError: as `check_pair`, and for images of several shapes.
     """
     shapes = {tuple(check_pair(sample)[0].shape) for sample in samples}
     if len(shapes) > 1:
@@ -265,11 +265,10 @@ def collated(samples: Sequence[Any]) -> tuple[Tensor, Tensor]:
 
 
 def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
-    """A batch of images and the numbers of their classes.
+    """`batch` as images (N, C, H, W) and class numbers (N,).
 
     Raises:
-        DataError: for images that are not of floats (N, C, H, W), or labels that are not integers
-            (N,).
+        DataError: unless images are floats (N, C, H, W) and labels integers (N,).
     """
     images, labels = check_pair(batch)
     if not isinstance(labels, Tensor):
@@ -291,15 +290,15 @@ def checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
 
 
 def check_labels(labels: Tensor, logits: Any) -> None:
-    """Refuse labels (N,) that a network with these outputs (N, classes) cannot be asked for.
+    """Check that labels (N,) are class numbers of logits (N, classes).
 
     Raises:
-        DataError: for a label below 0 or beyond the outputs, or outputs of another kind or shape.
+        DataError: for a label outside 0 to classes - 1, or logits of another type or shape.
     """
     if not isinstance(logits, Tensor):
         parts = f" of {', '.join(map(str, logits))}" if isinstance(logits, Mapping) else ""
         raise DataError(
-            f"Labels are of logits (N, classes), and the network gives {type(logits).__name__}"
+            f"Expected logits (N, classes), the network gives {type(logits).__name__}"
             f"{parts}. Wrap it in a module whose forward returns its logits alone."
         )
     if logits.ndim != 2:

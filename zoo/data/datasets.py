@@ -38,13 +38,13 @@ from zoo.errors import DataError, first_line, unknown
 __all__ = ["DATASETS", "IN_MEMORY", "AnyImages", "ImageSet", "Splits", "load_data"]
 
 IN_MEMORY = 2**31
-"""Bytes of decoded images per split above which a folder's are read from their files."""
+"""Bytes of decoded images per split; a larger folder is decoded from its files batch by batch."""
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Mean and standard deviation per channel of what most networks were trained on."""
+"""Mean and standard deviation per channel of ImageNet, on which most networks were trained."""
 
 _DECODED = "upright, 16 bits scaled"
-"""What the cache's pixels are; changed when the same files begin to give others."""
+"""Version of the decoding in the cache's keys; change it when files decode to other pixels."""
 
 VALIDATION_SHARE = 0.1
 Channels = tuple[float, float, float]
@@ -94,7 +94,7 @@ def _digits(root: Path | None, size: Size) -> Splits:
 
 
 def _hold_out(data: AnyImages, share: float) -> tuple[AnyImages, AnyImages]:
-    """`data` without, and only, the last `share` of each class, in order."""
+    """`data` without the last `share` of each class, and that share alone, in order."""
     held = torch.zeros(len(data), dtype=torch.bool)
     for label in range(len(data.classes)):
         members = (data.labels == label).nonzero().flatten()
@@ -104,7 +104,7 @@ def _hold_out(data: AnyImages, share: float) -> tuple[AnyImages, AnyImages]:
 
 
 def _folder_set(folder: Path, size: Size | None, cache: bool = True) -> AnyImages:
-    """One ImageFolder tree, decoded once and, if not large, cached where that can be written."""
+    """One ImageFolder tree: its files if large, else decoded images, cached if that is possible."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
     folders = [entry.name for entry in folder.iterdir() if entry.is_dir()]
@@ -119,9 +119,9 @@ def _folder_set(folder: Path, size: Size | None, cache: bool = True) -> AnyImage
         raise DataError(
             f"{folder} holds no <class>/<image> files ({', '.join(sorted(EXTENSIONS))})."
         )
-    told = (torch.tensor(labels), tuple(classes), *IMAGENET)
+    described = (torch.tensor(labels), tuple(classes), *IMAGENET)
     if size is not None and 3 * math.prod(sides(size)) * len(paths) > IN_MEMORY:
-        return ImageFiles(folder.name, tuple(paths), size, *told)
+        return ImageFiles(folder.name, tuple(paths), size, *described)
     try:
         facts = [(path, path.stat()) for path in paths]
     except OSError as error:
@@ -135,14 +135,14 @@ def _folder_set(folder: Path, size: Size | None, cache: bool = True) -> AnyImage
         if cache:
             with suppress(OSError), replacing(cached) as partial:
                 np.save(partial, images)
-    return ImageSet(folder.name, torch.from_numpy(np.ascontiguousarray(images)), *told)
+    return ImageSet(folder.name, torch.from_numpy(np.ascontiguousarray(images)), *described)
 
 
 def _read_cached(path: Path, count: int) -> np.ndarray | None:
-    """So many decoded images, or None where they are not there whole.
+    """The `count` decoded images in a cache file; None if it is missing or damaged.
 
-    A file that was cut off or overwritten by something else is told by its length and header; other
-    values of the right number are not.
+    A truncated or foreign file is recognised by its length and header; wrong values of the right
+    number are not.
     """
     try:
         images = np.load(path, allow_pickle=False)
@@ -178,9 +178,10 @@ def _image_folder(root: Path | None, size: Size | None, name: str | None = None)
 
 
 def _encoding(train: Path, classes: Iterable[str]) -> str:
-    """` (JPEG q<quality>)` when the first training image is a JPEG file: a lossy copy says so.
+    """` (JPEG q<quality>)` if the first training image is a JPEG file, to show a lossy copy.
 
-    The quality is read back from the coarsest luminance step, 121 at quality 50 in standard tables.
+    The quality follows from the largest luminance quantisation step: 121 at quality 50 in standard
+    tables.
     """
     from PIL import Image
 
@@ -211,7 +212,7 @@ def _cifar(name: str, root: Path | None, size: Size, mean: Channels, std: Channe
 
 
 def _hub_set(reference: str, size: Size) -> Splits:
-    """An image classification data set of the Hub, by its own column types."""
+    """An image classification data set of the Hub; its columns are found by their types."""
     try:
         from datasets import load_dataset
     except ImportError:
@@ -224,7 +225,9 @@ def _hub_set(reference: str, size: Size) -> Splits:
         raise DataError(f"hf:{reference} cannot be read from the Hub: {reason}") from error
     held = next((part for part in ("test", "validation", "valid", "val") if part in found), None)
     if "train" not in found or held is None:
-        raise DataError(f"hf:{reference} has the splits {', '.join(found)}: no train, or no test.")
+        raise DataError(
+            f"hf:{reference} has the splits {', '.join(found)}: train or test is missing."
+        )
     whole, test = (_hub_split(f"hf:{reference}", found[part], size) for part in ("train", held))
     return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
 
@@ -242,7 +245,7 @@ def _hub_split(name: str, rows: Any, size: Size) -> ImageSet:
         )
     try:
         images = decode_all(rows[columns["Image"]], size)
-    except UNREADABLE as error:  # met while the rows are read, each decoded by the library
+    except UNREADABLE as error:  # raised while the library decodes a row
         raise DataError(f"{name} holds an image that cannot be read: {error}.") from None
     label = columns["ClassLabel"]
     return ImageSet(
@@ -255,10 +258,13 @@ def _hub_split(name: str, rows: Any, size: Size) -> ImageSet:
 
 
 def _some_classes(data: AnyImages, chosen: slice, name: str) -> AnyImages:
-    """The images of some classes, which are numbered from 0 again."""
+    """The images of the `chosen` classes, renumbered from 0."""
     classes = range(len(data.classes))[chosen]
     if len(classes) < 2 or (chosen.stop or 0) > len(data.classes):
-        raise DataError(f"{name} leaves {len(classes)} of {len(data.classes)} classes.")
+        count = len(data.classes)
+        raise DataError(
+            f"{name} selects {len(classes)} of {count} classes: choose at least 2, up to {count}."
+        )
     inside = (data.labels >= classes[0]) & (data.labels <= classes[-1])
     part = data.subset(inside.nonzero().flatten())
     title = f"{data.name}, classes {classes[0] + 1} to {classes[-1] + 1} of {len(data.classes)}"
@@ -275,18 +281,18 @@ def load_data(name: str, root: str | Path | None = None, *, size: Size = 32) -> 
     Args:
         name: `digits` (needs no files), `cifar10` and `cifar100` (`root` holds train/ and val/
             ImageFolder trees, or a cifar10/ folder that does), `imagefolder:PATH`, or
-            `hf:ORG/NAME[@REVISION]`; with some of the classes alone, in order, as
+            `hf:ORG/NAME[@REVISION]`. A slice selects some of the classes, in order, as in
             `imagefolder:PATH[:50]` or `cifar10[5:]`. A folder's images are decoded into memory
-            up to `IN_MEMORY` bytes per split, and beyond that as they are asked for.
+            up to `IN_MEMORY` bytes per split, and beyond that batch by batch.
         root: folder of the files.
-        size: pixels per side, or (height, width); other sizes are resampled by area, whatever the
-            proportions.
+        size: pixels per side, or (height, width); images of other sizes are resampled by area,
+            without keeping proportions.
 
-    Pictures of every mode become RGB of 8 bits as `zoo.data.images.to_rgb` says.
+    Pictures of every mode become 8-bit RGB, as `zoo.data.images.to_rgb` describes.
 
     Raises:
-        DataError: for an unknown name, missing or unreadable files, pictures whose black and white
-            are not known, or a choice of fewer than two classes.
+        DataError: for an unknown name, missing or unreadable files, pictures whose value range is
+            unknown, or a slice of fewer than two classes.
     """
     size = checked_size("size", size)
     chosen = _CLASSES.search(name)

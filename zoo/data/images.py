@@ -30,7 +30,7 @@ __all__ = ["EXTENSIONS", "UNREADABLE", "AnyImages", "ImageFiles", "ImageSet", "d
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on `device`, which CUDA is not waited for."""
+    """`tensor` on `device`, copied without waiting for CUDA."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -38,16 +38,16 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 @functools.lru_cache
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """`values` as (1, 3, 1, 1), made once, since to wait for a copy at every batch takes time."""
+    """`values` as (1, 3, 1, 1); cached, because waiting for a copy at every batch takes time."""
     with torch.inference_mode(mode=False):
         return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 class _Images(Dataset):
-    """What is common to both kinds: a torch Dataset of (normalised float image, label).
+    """Base of `ImageSet` and `ImageFiles`: a Dataset of (normalised float image, label).
 
     Attributes:
-        name: what reports call it, with its resolution and encoding.
+        name: used in reports, with resolution and encoding.
         labels: int64, (N,).
         classes: names, in label order.
         mean, std: per channel, on the 0-1 scale; what `normalise` subtracts and divides by.
@@ -71,8 +71,8 @@ class _Images(Dataset):
         """The pixels of the images at `indices` (N,): uint8, (N, 3, H, W).
 
         Args:
-            boxes: (N, 4), what is taken of each image and resized bilinearly: left, top, right and
-                bottom as shares of its sides.
+            boxes: (N, 4), the crop of each image, resized bilinearly: left, top, right and bottom
+                as shares of its sides.
         """
         raise NotImplementedError
 
@@ -83,7 +83,7 @@ class _Images(Dataset):
 
 
 def _zoomed(images: Tensor, boxes: Tensor) -> Tensor:
-    """`boxes` (N, 4) of uint8 images (N, 3, H, W), each as large as the image was."""
+    """Crops `boxes` (N, 4) of uint8 images (N, 3, H, W), resized to the size of the images."""
     left, top, right, bottom = (2 * boxes - 1).unbind(1)  # -1 and 1 are the outer edges
     none = torch.zeros_like(left)
     across = torch.stack([(right - left) / 2, none, (right + left) / 2], dim=1)
@@ -175,16 +175,16 @@ class ImageFiles(_Images):
 
 
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, struct.error)
-"""What Pillow's decoders raise for files that are not what they seem."""
+"""What Pillow's decoders raise for damaged or mislabelled files."""
 
 EXTENSIONS = {
     ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-"""Of the files that are taken for pictures."""
+"""Suffixes of the files that are read as pictures."""
 
 
 def picture_files(folder: Path) -> list[Path]:
-    """The pictures in a folder and those in it, but for what is hidden, in order."""
+    """The pictures in a folder and its subfolders, without hidden ones, sorted."""
 
     def shown(path: Path) -> bool:
         return not any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -195,7 +195,7 @@ def picture_files(folder: Path) -> list[Path]:
 
 @contextmanager
 def readable(name: object) -> Iterator[None]:
-    """What Pillow raises within, as a `DataError` that names what could not be read."""
+    """Turn what Pillow raises in the block into a `DataError` that names the picture."""
     from PIL import Image
 
     try:
@@ -205,7 +205,7 @@ def readable(name: object) -> Iterator[None]:
 
 
 def open_picture(source: Path | BinaryIO) -> Image:
-    """The picture in a file, or at the position of an open one, as `to_rgb` has it.
+    """The picture in a file, or at the position of an open one, converted by `to_rgb`.
 
     Raises:
         DataError: if it cannot be read, and as `to_rgb`.
@@ -217,18 +217,17 @@ def open_picture(source: Path | BinaryIO) -> Image:
 
 
 def to_rgb(picture: Image) -> Image:
-    """A copy of `picture` in RGB of 8 bits, upright: what training and inference begin with.
+    """An upright 8-bit RGB copy of `picture`, with which training and inference begin.
 
-    Grey of 16 bits (12 in TIFFs that say so) is scaled by the range of its type, floats from 0..1
-    (0..255 in the copy). Of 16 bits in colour, Pillow reads the upper 8. Transparency is dropped:
-    a pixel has the colour that is stored for it, as with torchvision, whatever its alpha.
-    Palettes, CMYK and the like are converted as Pillow does. An EXIF orientation is applied, as
-    viewers and the datasets package do; one that cannot be read is ignored. Of several frames, the
-    first.
+    16-bit grey (12-bit in TIFFs that say so) is scaled from the range of its type to 0..255, floats
+    from 0..1. Of 16-bit colour, Pillow reads the upper 8 bits. Transparency is dropped: a pixel
+    keeps its stored colour whatever its alpha, as in torchvision. Palettes, CMYK and the like are
+    converted by Pillow. An EXIF orientation is applied, as in viewers and the datasets package; an
+    unreadable one is ignored. Of several frames, the first is taken.
 
     Raises:
-        DataError: if it cannot be read, or its values have no known range: integers of 32 bits,
-            or floats of which some are outside 0..1.
+        DataError: if it cannot be read, or its values have no known range: 32-bit integers, or
+            floats of which some are outside 0..1.
     """
     from PIL import ImageOps
 
@@ -237,8 +236,8 @@ def to_rgb(picture: Image) -> Image:
         picture.load()
         if picture.mode.startswith(("I", "F")):
             pixels = _scaled(picture, name)
-        elif picture.mode in _THROUGH:
-            pixels = picture.convert(_THROUGH[picture.mode]).convert("RGB")
+        elif picture.mode in _INTERMEDIATE:
+            pixels = picture.convert(_INTERMEDIATE[picture.mode]).convert("RGB")
         else:
             pixels = picture.convert("RGB")
     with suppress(*UNREADABLE):
@@ -246,25 +245,25 @@ def to_rgb(picture: Image) -> Image:
     return pixels
 
 
-_THROUGH = {"P": "RGBA", "La": "LA"}
-"""Modes that Pillow converts to RGB only through another, or else with a warning."""
+_INTERMEDIATE = {"P": "RGBA", "La": "LA"}
+"""Mode -> mode to convert to before RGB: directly, Pillow cannot, or it warns."""
 
 _BITS, _PHOTOMETRIC = 258, 262
 """The TIFF tags of the bits per sample, and of whether white is 0 or the largest value."""
 
 
 def _scaled(picture: Image, name: str) -> Image:
-    """A picture of one channel of more than 8 bits in RGB, which still tells its orientation."""
+    """A one-channel picture of more than 8 bits as 8-bit RGB; its orientation tag is kept."""
     from PIL import Image
 
     values = np.asarray(picture)
     tags = getattr(picture, "tag_v2", {})
     if picture.mode == "F":
         low, high, white = values.min(), values.max(), 1
-        if not (low >= 0 and high <= 1):  # nor if it is not a number
+        if not (low >= 0 and high <= 1):  # also true for NaN
             raise DataError(
-                f"{name} holds floats from {low:g} to {high:g}, of which black and white are not "
-                "known: scale them to 0..1, or save it in 8 or 16 bits."
+                f"{name} holds floats from {low:g} to {high:g}, and which values are black and "
+                "white is unknown: scale them to 0..1, or save it in 8 or 16 bits."
             )
     elif picture.mode.startswith("I;16"):
         white = 2 ** tags.get(_BITS, (16,))[0] - 1
@@ -272,14 +271,14 @@ def _scaled(picture: Image, name: str) -> Image:
         white = 65535
     else:
         raise DataError(
-            f"{name} holds integers of 32 bits, of which black and white are not known: "
+            f"{name} holds integers of 32 bits, and which values are black and white is unknown: "
             "save it in 8 or 16 bits."
         )
     shares = values / np.float32(white)
     if tags.get(_PHOTOMETRIC) == 0:
         shares = 1 - shares
     pixels = Image.fromarray((255 * shares).round().astype(np.uint8)).convert("RGB")
-    pixels.info = {key: told for key, told in picture.info.items() if key != "transparency"}
+    pixels.info = {key: value for key, value in picture.info.items() if key != "transparency"}
     return pixels
 
 
@@ -289,8 +288,8 @@ def decode(
     """One image as uint8 (H, W, 3).
 
     Args:
-        size: of the result; by default the image's own.
-        box: what is taken of it, as `gather` has it; all, resampled by area, without.
+        size: of the result; None for the image's own.
+        box: the crop, as in `gather`; None for the whole image, resampled by area.
 
     Raises:
         DataError: as `open_picture`, naming the file.
@@ -317,7 +316,7 @@ def decode_all(images: Iterable[Path | Image], size: Size | None) -> np.ndarray:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         arrays = list(pool.map(lambda image: decode(image, size), images))
     if len({array.shape for array in arrays}) > 1:
-        raise DataError(f"The {len(arrays):,} images differ in size; name one with size=.")
+        raise DataError(f"The {len(arrays):,} images differ in size; pass size=.")
     return np.stack(arrays).transpose(0, 3, 1, 2)
 
 

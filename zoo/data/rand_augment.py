@@ -14,7 +14,7 @@ from zoo.data.images import sent
 __all__ = ["KINDS", "PER_IMAGE", "rand_augmented"]
 
 STRENGTHS = 31
-"""Magnitudes: 0 to 30."""
+"""Number of magnitudes: 0 to 30."""
 
 
 def _shifted(images: Tensor, right: float = 0, down: float = 0) -> Tensor:
@@ -27,7 +27,7 @@ def _sheared(images: Tensor, right: float = 0, down: float = 0) -> Tensor:
 
 
 _FARTHEST = 150 / 331
-"""Largest translation, in sides of the image."""
+"""Largest translation, as a share of the image's side."""
 
 OPERATIONS: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
     "Identity": (0, lambda images, _: images),
@@ -45,13 +45,13 @@ OPERATIONS: dict[str, tuple[float, Callable[[Tensor, float], Tensor]]] = {
     "AutoContrast": (0, lambda images, _: functional.autocontrast(images)),
     "Equalize": (0, lambda images, _: functional.equalize(images)),
 }
-"""What each operation does at full magnitude, and how: torchvision's, with its strengths."""
+"""Name -> (strength at full magnitude, operation), both as in torchvision."""
 
 KINDS = 2 * len(OPERATIONS)
-"""Numbers that an image can draw: each operation with either sign."""
+"""Number of different draws: each operation with either sign."""
 
 PER_IMAGE = 2
-"""Draws of every image."""
+"""Operations per image."""
 
 
 def rand_augmented(images: Tensor, magnitude: int, draws: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def rand_augmented(images: Tensor, magnitude: int, draws: Tensor) -> Tensor:
 
     Args:
         magnitude: from 0 to 30.
-        draws: on the CPU, (N, `PER_IMAGE`), below `KINDS`.
+        draws: integers below `KINDS`, (N, `PER_IMAGE`), on the CPU.
     """
     operations = list(OPERATIONS.values())
     for column in draws.T:

@@ -38,16 +38,16 @@ class Architecture:
     Attributes:
         name: what users write.
         build: (num_classes, image_size) -> module.
-        build_for: (num_classes, channels) -> module, where the library builds it for images of
-            other channels than three; else the convolution that sees them is replaced.
+        build_for: (num_classes, channels) -> module, if the library can build it for images with
+            other than three channels; else the convolution that reads the image is replaced.
         classifier: name of the dense layer whose rows are the classes.
         num_classes: of the reference.
         image_size: of the reference, in pixels; images are 3 x image_size x image_size.
-        flatten_stride: for architectures whose classifier sees a flattened map, the total stride.
-        profiles_from: the architecture, of the same channel groups, whose profiles serve this one
-            too where it has none of its own; provisionally, because they were measured there.
-        auxiliary: how the names begin of a checkpoint's tensors that are left out.
-        classifier_dims: of the classifier's weight; 4 where it is a 1x1 convolution.
+        flatten_stride: the total stride, if the classifier reads a flattened map.
+        profiles_from: an architecture with the same channel groups, whose profiles this one uses
+            if it has none; provisionally, because they were measured there.
+        auxiliary: prefixes of a checkpoint's tensor names that are ignored.
+        classifier_dims: dimensions of the classifier's weight; 4 if it is a 1x1 convolution.
     """
 
     name: str
@@ -62,10 +62,10 @@ class Architecture:
     build_for: Callable[[int, int], nn.Module] | None = None
 
     def checked_size(self, image_size: object) -> Size:
-        """`image_size` as these networks take it.
+        """`image_size` as a `Size` that this architecture takes.
 
         Raises:
-            ZooError: if it is no size, or is oblong where a flattened map has to be square.
+            ZooError: if it is no size, or is oblong although the classifier reads a flattened map.
         """
         size = checked_size("image_size", image_size)
         if self.flatten_stride and not isinstance(size, int):
@@ -96,8 +96,8 @@ class Architecture:
         side = round((features / width) ** 0.5)
         if side < 1 or width * side * side != features:
             raise CheckpointError(
-                f"{key} has {features} input features, which {self.name} has for no image size "
-                f"({width} channels times a square)."
+                f"{key} has {features} input features, but {self.name} has {width} times a square "
+                f"number at every image size."
             )
         return classes, side * self.flatten_stride
 
@@ -163,10 +163,11 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 """The registered architectures, by name.
 
-`resnet<depth>` has He et al.'s parameter-free shortcuts (option A: akamaster), `-b` projects where
-the shape changes (chenyaofo, bearpaw), `-b1` in the first stage too, as the source paper does.
-The small-stem networks are those of kuangliu, weiaicunzai and timm's users; `-maxpool` keeps the
-stem's pooling (huyvnphan), which no checkpoint shows. `vgg16_bn-cifar` has one dense layer
+Names in brackets are GitHub owners of the same networks. `resnet<depth>` has He et al.'s
+parameter-free shortcuts (option A: akamaster), `-b` projects where the shape changes (chenyaofo,
+bearpaw), `-b1` also in the first stage, as in the source paper. The small-stem networks are those
+of kuangliu, weiaicunzai and timm's users; `-maxpool` keeps the stem's pooling (huyvnphan), which
+has no tensors and so does not show in a checkpoint. `vgg16_bn-cifar` has one dense layer
 (kuangliu, bearpaw), the others two hidden ones of 512 (chenyaofo) or 4096 (weiaicunzai).
 `mobilenet_v2-cifar` is chenyaofo's and huyvnphan's, `-projected` kuangliu's."""
 
@@ -178,8 +179,8 @@ TWINS = {
     "timm:resnet18": "resnet18-cifar",
     "timm:resnet50": "resnet50-cifar",
 }
-"""Standard-stem architecture -> the one with the same channel groups behind a stem for 32 pixels:
-`profiles_from`."""
+"""`profiles_from` of standard-stem architectures: the one with the same channel groups and a stem
+for 32 pixels."""
 
 
 CLASSIFIERS = {
@@ -199,7 +200,7 @@ CLASSIFIERS = {
 """torchvision family -> its classifier, where that is not `fc`."""
 
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")
-"""torchvision's classifiers of inner layers, which only training uses: they are left out."""
+"""Prefixes of torchvision's auxiliary classifiers, used only in training: they are ignored."""
 
 STORED = (
     "torchvision:resnet18",
@@ -219,14 +220,14 @@ STORED = (
     "timm:efficientnet_b2",
     "timm:efficientnet_b3",
 )
-"""The libraries' architectures whose groups are bundled, as those of `ARCHITECTURES` are."""
+"""Library architectures whose channel groups are bundled, like those of `ARCHITECTURES`."""
 
 
 def architecture(name: str) -> Architecture:
     """The `Architecture` called `name`.
 
     Raises:
-        ZooError: for an unknown name, with the nearest known one; for anything but a name.
+        ZooError: for anything but a known name; the message gives the nearest one.
     """
     if not isinstance(name, str):
         raise ZooError(
@@ -261,15 +262,15 @@ def architecture(name: str) -> Architecture:
         if not timm.is_model(member):
             raise _unknown_member(source, member, timm.list_models())
         try:
-            size = timm.get_pretrained_cfg(member, allow_unregistered=True)
-        except RuntimeError:  # the part after a dot names no weights
+            config = timm.get_pretrained_cfg(member, allow_unregistered=True)
+        except RuntimeError:  # the tag after the dot names no weights
             raise _unknown_member(source, member, timm.list_pretrained()) from None
         return Architecture(
             name,
             lambda classes, _: timm.create_model(member, num_classes=classes),
-            _first_classifier(size.classifier) if size else "fc",
+            _first_classifier(config.classifier) if config else "fc",
             num_classes=1000,
-            image_size=size.input_size[-1] if size else 224,
+            image_size=config.input_size[-1] if config else 224,
             profiles_from=TWINS.get(name.partition(".")[0], ""),  # a dot begins the weights' tag
             build_for=lambda classes, channels: timm.create_model(
                 member, num_classes=classes, in_chans=channels
@@ -279,7 +280,7 @@ def architecture(name: str) -> Architecture:
 
 
 def _first_classifier(names: object) -> str:
-    """Of a timm configuration, which names one classifier, or several for distillation."""
+    """The first classifier of a timm configuration, which has several for distillation."""
     if isinstance(names, tuple | list):
         return str(names[0])
     return names if isinstance(names, str) else "fc"
@@ -326,9 +327,9 @@ def build_model(
     Args:
         arch: a name of `ARCHITECTURES`, `torchvision:<name>` or `timm:<name>`.
         num_classes: outputs of the classifier.
-        image_size: pixels per side, or (height, width); only architectures that flatten a map
-            (cnet) depend on it, and take none but squares.
-        in_channels: of the images.
+        image_size: pixels per side, or (height, width); it matters only to architectures that
+            flatten a map (cnet), which take only squares.
+        in_channels: channels of the images.
         seed: of the initial weights; the caller's random state is left alone.
 
     Raises:
@@ -356,5 +357,5 @@ def build_model(
 
 
 def parameter_count(network: nn.Module) -> int:
-    """The numbers in its parameters; a tied one counts once."""
+    """The number of elements in all parameters; tied parameters count once."""
     return sum(parameter.numel() for parameter in network.parameters())

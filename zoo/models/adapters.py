@@ -1,7 +1,7 @@
-"""Key names of widespread public implementations, as renamings to those of this zoo.
+"""Renames the keys of widespread public implementations to those of this zoo.
 
-A renaming is for networks that compute the same; what computes something else is an architecture
-of its own, or fits none.
+Renaming is for networks that compute the same function. One that computes something else is a
+separate architecture, or fits none.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ ADAPTERS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^classifier\.4\.", "classifier.3."),
     ),
 }
-"""Public repository -> regular expressions and what takes their place, applied one after another.
+"""Public repository -> pairs (regular expression, replacement), applied in order.
 
-Key names that need none: chenyaofo/pytorch-cifar-models, huyvnphan/PyTorch_CIFAR10,
+Repositories that need none: chenyaofo/pytorch-cifar-models, huyvnphan/PyTorch_CIFAR10,
 bearpaw/pytorch-classification, and timm's or torchvision's networks with a smaller stem."""
 
 
 def adapted_names(names: Iterable[str]) -> list[tuple[str, dict[str, str]]]:
-    """(adapter, stored name -> name here) for each reading of `names`; as they are comes first.
+    """(adapter, stored name -> zoo's name) for each way to read `names`; unchanged comes first.
 
     Adapters that would change nothing, or give two tensors one name, are left out.
     """

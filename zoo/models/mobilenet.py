@@ -20,7 +20,7 @@ STAGES = (
 
 
 def small_stem_mobilenet_v2(num_classes: int) -> nn.Module:
-    """torchvision's MobileNetV2 with the strides of this module."""
+    """torchvision's MobileNetV2 with the strides of `STAGES` and a stem of stride 1."""
     from torchvision.models import MobileNetV2
 
     module = MobileNetV2(num_classes, inverted_residual_setting=[list(row) for row in STAGES])
@@ -57,8 +57,8 @@ class ProjectedResidual(nn.Module):
 class ProjectedMobileNetV2(nn.Module):
     """Images (N, 3, H, W) to logits (N, num_classes): the MobileNetV2 of kuangliu/pytorch-cifar.
 
-    It differs from torchvision's in three ways that change what it computes: ReLU for ReLU6, an
-    expansion in the first block too, and 1x1 projections on the shortcuts that change the width.
+    It differs from torchvision's in three ways that change what it computes: ReLU instead of ReLU6,
+    an expansion in the first block too, and 1x1 projections on the shortcuts that change the width.
     The keys are that repository's.
     """
 

@@ -14,8 +14,8 @@ __all__ = ["BasicBlock", "PaddedShortcut", "ResNet", "Shortcut", "small_stem_res
 
 Shortcut = Literal["A", "B", "B1"]
 """How the first block of a stage adds its input to its output. Where the shape changes, option A
-pads with zeros and option B projects (He et al., "Deep Residual Learning", section 3.3); B1 also
-projects in the first stage, where it does not."""
+pads with zeros and option B projects (He et al., "Deep Residual Learning", section 3.3). B1 also
+projects in the first stage, where the shape stays the same."""
 
 
 def conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -64,7 +64,7 @@ class ResNet(nn.Module):
     """Images (N, 3, H, W) to logits (N, num_classes); stages halve the resolution after the first.
 
     The source paper's ResNet-20 has the shortcuts "B1" (section 6.2 and Table 1), so that the
-    stem's width is free of stage 1's.
+    stem and stage 1 can have different widths.
 
     Args:
         num_classes: outputs of the last dense layer.

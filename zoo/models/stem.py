@@ -1,4 +1,4 @@
-"""Networks for images of another number of channels than three."""
+"""Networks for images with other than three channels."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ RGB = 3
 
 
 def take_channels(module: nn.Module, channels: int) -> None:
-    """Make a network of colour images one of images of so many `channels`, in place.
+    """Change a network for RGB images to take images with `channels` channels, in place.
 
-    The convolution that sees the images gets new random weights.
+    The convolution that reads the images gets new random weights.
 
     Raises:
-        ZooError: if there is not exactly one.
+        ZooError: unless exactly one convolution takes three channels.
     """
     layers = [
         layer
@@ -25,7 +25,7 @@ def take_channels(module: nn.Module, channels: int) -> None:
         if isinstance(layer, nn.Conv2d) and (layer.in_channels, layer.groups) == (RGB, 1)
     ]
     if len(layers) != 1:
-        raise ZooError(f"{len(layers)} of its convolutions take images of {RGB} channels.")
+        raise ZooError(f"Exactly one convolution must take {RGB} channels, but {len(layers)} do.")
     (layer,) = layers
     outputs, _, *kernel = layer.weight.shape
     layer.in_channels = channels

@@ -1,10 +1,10 @@
-"""How long a network takes on the device at hand: its layers, timed at several widths each.
+"""The latency of a network on the current device: its layers, each timed at several widths.
 
-A convolution is timed with the batch norm on its outputs and a ReLU, or alone where there is none;
-a dense layer alone. The whole network is timed too, dense and at half of every width: one factor of
-all layers and one constant beside them make their sum agree with both. Every time is a median, and
-measured once: it stays in the user's cache folder, where that can be written, under all that it
-depends on.
+A convolution is timed with the batch norm on its outputs and a ReLU, or alone if it has no batch
+norm; a dense layer is timed alone. The whole network is timed too, dense and at half of every
+width. All layer times are multiplied by one factor, and one constant is added, so that their sum
+agrees with both. Every time is a median and is measured once: the user's cache folder, if it can be
+written, keeps it under a key of all that it depends on.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from zoo.tracing.calls import Inputs, call, described, example_for, tensors_of
 __all__ = ["device_name", "latency_table", "milliseconds"]
 
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
-"""The shares of its outputs, and of its inputs, that a layer is timed at."""
+"""The shares of a layer's outputs, and of its inputs, at which it is timed."""
 
 BATCH = {"cpu": 1, "cuda": 64}
 """Images per forward pass, by kind of device; 1 on any other."""
@@ -48,10 +48,10 @@ WARMUP, REPEATS = 3, 11
 
 
 def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
-    """The times of the layers of `module` on the device it is on, in eval mode.
+    """The layer times of `module`, in milliseconds, on its device and in eval mode.
 
     Layers are the convolutions and dense layers that `groups` counts MACs of. A layer never counts
-    as slower than a wider one: its time is the least of its own and theirs.
+    as slower than a wider one: its time is the minimum of its own and theirs.
 
     Raises:
         ZooError: if the network has no such layer, or does not run on inputs like those that
@@ -67,15 +67,15 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
         image_size=groups.image_size,
         inputs=groups.inputs,
     )
-    # the size of a layer's own images is in its call; so networks share the times of like layers
+    # a layer's input size is part of its call, so networks share the times of equal layers
     own = ("image_size", "inputs")
     where = {key: value for key, value in asdict(conditions).items() if key not in own}
     ones = example_for(module, groups.image_size, groups.inputs, torch.ones, conditions.batch)
     calls = _calls(module, groups, ones)
     if not calls:
         raise ZooError(
-            f"Latency is that of convolutions and dense layers, of which {type(module).__name__} "
-            f"calls none with channels to prune; use params or macs."
+            f"Latency is measured on convolutions and dense layers, of which "
+            f"{type(module).__name__} calls none with channels to prune; use params or macs."
         )
     lengths, layers = extents(groups), []
     for made in calls:
@@ -96,7 +96,7 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
 def _calibrated(
     table: LatencyTable, module: nn.Module, groups: ChannelGroups, inputs: Inputs
 ) -> LatencyTable:
-    """`table`, so that it gives the times of the whole network at all and at half of its widths."""
+    """`table` scaled to give the whole network's measured times, dense and at half its widths."""
     halves = {group.name: max(1, group.size // 2) for group in groups.groups}
 
     def measure() -> list[float]:
@@ -124,14 +124,14 @@ def _calibrated(
 
 
 def _measured(calls: Sequence[_Call], like: Tensor) -> list[float]:
-    """One call at a time: all their tensors together could fill the memory."""
+    """Milliseconds of each call, one at a time: all tensors together could fill the memory."""
     return [milliseconds([call.runner(like)], like.device)[0] for call in calls]
 
 
 def milliseconds(
     runs: Sequence[Callable[[], object]], device: torch.device, repeats: int = REPEATS
 ) -> list[float]:
-    """The median wall time of each function on `device`, taking turns, after a warm-up."""
+    """The median wall time of each function on `device`, in turns, after a warm-up."""
     times: list[list[float]] = [[] for _ in runs]
     with torch.inference_mode():
         for _ in range(WARMUP + repeats):
@@ -160,16 +160,16 @@ class _Call:
 
     @property
     def depthwise(self) -> bool:
-        """Whether it loses a group with every input, rather than inputs of every group."""
+        """Whether removing an input removes a group, rather than an input of every group."""
         return self.groups > 1 and self.shape[1] == 1
 
     @property
     def unit(self) -> int:
-        """The least number of outputs, of which any other is a multiple."""
+        """Any number of outputs must be a multiple of this."""
         return self.shape[0] // self.groups if self.depthwise else self.groups
 
     def resized(self, outputs: int, inputs: int) -> _Call:
-        """The same at other lengths of its weight's first two dimensions."""
+        """The same call with other lengths of its weight's first two dimensions."""
         shape = (outputs, inputs, *self.shape[2:])
         if len(shape) == 2:
             return replace(self, shape=shape, images=(*self.images[:-1], inputs))
@@ -197,7 +197,7 @@ class _Call:
 def _calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> list[_Call]:
     """The calls of the layers in one forward pass, in order."""
     calls: list[_Call] = []
-    outputs: dict[int, tuple[int, Tensor]] = {}  # the tensors are held, so that no id returns
+    outputs: dict[int, tuple[int, Tensor]] = {}  # the tensors are kept, so that no id is reused
 
     def record(weight: str, layer: Any, given: tuple[Tensor], output: Tensor) -> None:
         made = _Call(weight, tuple(layer.weight.shape), tuple(given[0].shape))
@@ -236,14 +236,14 @@ def _calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> list[_Ca
 
 
 def _grid(extent: Extent, length: int, unit: int) -> tuple[int, ...]:
-    """The lengths of a dimension that are timed: just its own where no group owns part of it."""
+    """The lengths of a dimension to time: only its own if no group owns part of it."""
     if not extent.per:
         return (length,)
     return tuple(sorted({max(1, round(share * length / unit)) * unit for share in GRID}))
 
 
 def _rising(times: Sequence[float], columns: int) -> tuple[tuple[float, ...], ...]:
-    """Rows of `columns` times, each the least of those at, below and to the right of it."""
+    """`times` in rows of `columns`, each lowered to the minimum of those below and to the right."""
     rows = [list(times[at : at + columns]) for at in range(0, len(times), columns)]
     for row in rows:
         for column in reversed(range(columns - 1)):
@@ -254,7 +254,7 @@ def _rising(times: Sequence[float], columns: int) -> tuple[tuple[float, ...], ..
 
 
 def _remembered(of: dict[str, Any], measure: Callable[[], list[float]]) -> tuple[float, ...]:
-    """What `measure` gave for this before, in any session; a damaged file is measured again."""
+    """The cached result of `measure` for the key `of`; measured if no intact file has it."""
     key = json.dumps(of, sort_keys=True)
     path = cache_folder() / "latency" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     try:
@@ -273,7 +273,7 @@ class _Remembered:
 
 
 def device_name(device: torch.device) -> str:
-    """What the maker calls the processor or graphics card."""
+    """The model name of the processor or graphics card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     described = Path("/proc/cpuinfo")

@@ -21,7 +21,7 @@ from zoo.spec.cost import CostModel
 __all__ = ["POLICIES", "policy_solution"]
 
 _TINY = 1e-3
-"""Keep ratios are never zero; every group keeps at least one channel anyway."""
+"""The smallest keep ratio, never zero; every group keeps at least one channel anyway."""
 
 
 def equal(model: CostModel, cf: float, metric: str, seed: int, limits: Limits = FREE) -> Solution:
@@ -61,13 +61,13 @@ def random_policy(
 
 
 def greedy(model: CostModel, cf: float, metric: str, seed: int, limits: Limits = FREE) -> Solution:
-    """Removes units where the metric falls fastest per unit of the other metric lost.
+    """Removes units where the metric falls most per loss of the other metric.
 
     The other metric of `params` is `macs`; that of `macs` and of `latency` is `params`. Groups
     within a tenth of the fastest count as equal, as the layers of one resolution nearly are; of
-    those the one that is least pruned goes on, so that they shrink evenly. No group goes below a
-    keep ratio of 0.1, rounded. Of the widths on the way the nearest to the factor are taken or,
-    where they are not near enough, widths close to them.
+    those the least pruned is cut next, so that they shrink evenly. No group goes below a keep ratio
+    of 0.1, rounded. The result is the visited widths nearest to the factor or, if these are not
+    near enough, widths close to them.
     """
     del seed
     other = "macs" if metric == "params" else "params"

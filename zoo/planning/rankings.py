@@ -45,9 +45,9 @@ class Ranking:
     """How the channels of all groups are made comparable.
 
     Attributes:
-        criterion: what scores them.
-        normalise: the scores of one group -> those that are ranked.
-        per_cost: divide by what one channel of the group costs in the asked metric at dense widths.
+        criterion: name of the criterion that scores them.
+        normalise: the scores of one group -> the scores to rank.
+        per_cost: divide by the cost of one channel in the asked metric, at dense widths.
         knapsack: keep the largest sum of scores within the budget, instead of cutting the lowest.
     """
 
@@ -103,7 +103,7 @@ def ranking_solution(
 
 
 def _rank_curve(scores: Scores) -> Curve:
-    """t -> the share of each group among the best t of all channels; one channel at least.
+    """t -> keep ratios when the best share t of all channels is kept, at least one per group.
 
     Equal scores are cut in the order of the groups.
     """

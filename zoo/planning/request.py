@@ -1,4 +1,4 @@
-"""What to keep, as asked: the words of a request become a plan for a network's channel groups."""
+"""Requests: checks what the user asks for, and makes a plan for a network's channel groups."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["Request", "plan_of", "planned", "request"]
 
 @dataclass(frozen=True)
 class Request:
-    """What to keep, as asked: `name` of the profile or policy, and the profile if it is one."""
+    """A checked request: `name` of the profile or policy, and the profile if it is one."""
 
     name: str
     profile: Profile | None
@@ -56,12 +56,12 @@ def request(
     keep: Mapping[str, float] | None,
     refit: bool = False,
 ) -> Request:
-    """Check the words of a request and resolve its profile, without reading any weights.
+    """Check the arguments of a request and resolve its profile, without reading any weights.
 
     The arguments are those of `zoo.load`; `arch` is "" for a network that has no name.
 
     Raises:
-        ZooError: for a word or number that cannot be meant, with the valid ones.
+        ZooError: for an invalid name or number; the message gives the valid ones.
         FactorError: for a factor without a profile, or another than the given profile's.
     """
     if metric not in METRICS:
@@ -110,7 +110,7 @@ def request(
         )
     align = integer("align", align, 1)
     if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
-        raise ZooError(f"floor={floor!r}: the least keep ratio of a channel group is in [0, 1].")
+        raise ZooError(f"floor={floor!r}: the least keep ratio of a group must be in [0, 1].")
     pins = dict(keep or {})
     return Request(name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit)
 
@@ -127,14 +127,14 @@ def planned(
     request: Request,
     data: Dataset | DataLoader | None,
 ) -> Plan:
-    """The request carried out on these groups of `module`: widths, then channels.
+    """The plan for `request` on these groups of `module`: first widths, then channels.
 
-    A `latency` is measured on the device that `module` is on, or remembered from before.
+    Latency is measured on the device of `module`, or read from the cache.
 
     Raises:
         ZooError: when the policy or the criterion needs data and there is none.
-        FactorError: when the factor is out of reach, with what stays whole and why.
-        GraphError: when the profile's groups, or those to keep, are not the network's.
+        FactorError: when the factor is out of reach; the message says what stays whole and why.
+        GraphError: when the profile's groups, or those in `keep`, are not the network's.
     """
     ranking = RANKINGS.get(request.name) if request.profile is None else None
     if ranking is not None and CRITERIA[ranking.criterion].needs_data and data is None:
@@ -161,12 +161,12 @@ def planned(
 
 
 def _stays_whole(unprunable: Mapping[str, str], most: int = 5) -> str:
-    """A sentence of the first `most` modules that are not pruned, and why; "" if all are."""
+    """A sentence on the first `most` modules that are not pruned, and why; "" if all are."""
     if not unprunable:
         return ""
     reasons = [f"{name!r} ({reason})" for name, reason in islice(unprunable.items(), most)]
     more = len(unprunable) - len(reasons)
-    return f" Whole stay {', '.join(reasons)}{f' and {more} more' if more else ''}."
+    return f" Not pruned: {', '.join(reasons)}{f' and {more} more' if more else ''}."
 
 
 def _widths(
@@ -201,7 +201,7 @@ def plan_of(
     scores: Scores,
     latency: LatencyTable | None = None,
 ) -> Plan:
-    """The plan that keeps the best channels at these widths, recorded as what was asked."""
+    """The plan that keeps the highest-scored channels at these widths, and records the request."""
     return make_plan(
         groups,
         widths,
@@ -216,12 +216,12 @@ def plan_of(
 
 
 def _limits(groups: ChannelGroups, request: Request) -> tuple[Limits, dict[str, str]]:
-    """What widths may be, and the groups that can only stay whole for it, with the reason."""
+    """The limits on widths, and the groups that they leave whole, with the reason."""
     pinned: dict[int, int] = {}
     by: dict[int, str] = {}
     for name, ratio in request.keep.items():
         if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
-            raise ZooError(f"keep={{{name!r}: {ratio!r}}}: a keep ratio is in (0, 1].")
+            raise ZooError(f"keep={{{name!r}: {ratio!r}}}: a keep ratio must be in (0, 1].")
         found = [n for n, group in enumerate(groups.names) if (group + ".").startswith(name + ".")]
         if not found:
             raise unknown("channel group to keep", name, groups.names, GraphError)

@@ -1,9 +1,9 @@
-"""Widths that meet a compression factor. Neither torch nor modules: costs and curves only.
+"""Widths that meet a compression factor, from costs and curves alone: no torch, no modules.
 
-A *curve* maps t in [0, 1] to one keep ratio per group, none of which falls when t rises. Where no
-widths along it come near enough, the last step over the asked factor is divided: again and again
-into intervals of cost, by widths close to the interval's ends. Neither the widths along the curve
-nor those that divide an interval depend on the factor, and the nearest is taken, so that a larger
+A *curve* maps t in [0, 1] to one keep ratio per group, none of which falls when t rises. If no
+widths on it are near enough to the factor, the step of the curve across the factor is an interval
+of cost, which is divided again and again by widths close to its ends. Neither the widths on the
+curve nor those that divide an interval depend on the factor, and the nearest are taken. So a larger
 factor never gives a network of larger cost.
 """
 
@@ -25,28 +25,28 @@ FLOOR = 0.1
 """Smallest keep ratio of a search's action (paper, section 8.2)."""
 
 TOLERANCE = 0.01
-"""A factor is met when it is this near, relatively."""
+"""Relative error up to which a factor is met."""
 
 _CANDIDATES = 16
-"""Widths that may divide one interval, the nearest to its middle; there are thousands."""
+"""Number of widths that may divide one interval: of thousands, the nearest to its middle."""
 
 _FEW = 4096
-"""So many widths are all tried where the nearby ones give nothing."""
+"""Maximum number of widths that are tried exhaustively where the nearby ones give nothing."""
 
 Curve = Callable[[float], Sequence[float]]
 Widths = tuple[int, ...]
 Cost = Callable[[Sequence[int]], float]
 Point = tuple[float, Widths]
-"""Widths with what they cost."""
+"""(cost, widths)."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What widths may be.
+    """Limits on the widths.
 
     Attributes:
-        align: widths are multiples of it, or whole; never zero.
-        pinned: group index -> the one width it may have.
+        align: widths are multiples of it, or the whole group; never zero.
+        pinned: group index -> its fixed width.
         floor: the least keep ratio of a group that is not pinned.
     """
 
@@ -71,7 +71,7 @@ class Solution:
 def round_widths(
     sizes: Sequence[int], keep_ratios: Sequence[float], limits: Limits = FREE
 ) -> Widths:
-    """β · size to the nearest allowed width, half up; never below the floor, and never zero."""
+    """β · size rounded to the nearest allowed width, half up; never below the floor, never zero."""
     align, widths = limits.align, []
     for group, (size, ratio) in enumerate(zip(sizes, keep_ratios, strict=True)):
         least = max(1, math.ceil(limits.floor * size / align - 1e-9)) * align
@@ -95,20 +95,20 @@ def solve(
     metric: str = "params",
     limits: Limits = FREE,
 ) -> Solution:
-    """Widths along `curve`, or close to it, whose factor of `metric` is `cf` to `TOLERANCE`.
+    """Widths on `curve`, or close to it, whose factor of `metric` is `cf` within `TOLERANCE`.
 
-    Where no widths that were found are so near, the nearest of them. No group leaves the range
-    that the curve gives it.
+    If none so near are found, the nearest that are. No group leaves the range that the curve gives
+    it.
 
     Args:
         model: the costs as functions of widths.
         curve: t in [0, 1] -> keep ratios, monotone.
         cf: the asked compression factor, at least 1.
         metric: `params`, `macs`, or `latency` where the model has one.
-        limits: what widths may be.
+        limits: on the widths.
 
     Raises:
-        FactorError: if `cf` lies outside what the curve reaches, naming that range.
+        FactorError: if the curve does not reach `cf`; the message gives the range that it reaches.
     """
     sizes = model.sizes
 
@@ -127,7 +127,7 @@ def solve(
         if _is_one_step(below, above, limits.align):
             break
     best = meet(model, cf, metric, limits, (smallest, below, above, largest))
-    # β is stated so that rounding it gives exactly these widths again.
+    # Rounding the stated β gives exactly these widths again.
     ratios = zip(curve(high), best, sizes, strict=True)
     stated = tuple(
         r if round_widths([size], [r])[0] == width else width / size for r, width, size in ratios
@@ -138,15 +138,15 @@ def solve(
 def meet(
     model: CostModel, cf: float, metric: str, limits: Limits, path: tuple[Widths, ...]
 ) -> Widths:
-    """Widths at, or between, neighbours on a path whose factor is `cf` to `TOLERANCE`.
+    """Widths at, or between, two neighbours on a path, whose factor is `cf` within `TOLERANCE`.
 
     Args:
         model, cf, metric, limits: as in `solve`.
-        path: its smallest widths, the two neighbours around `cf`, and its largest widths; each no
-            larger in any group than the next.
+        path: its smallest widths, the two neighbours around `cf`, and its largest widths; no group
+            shrinks from one to the next.
 
     Raises:
-        FactorError: if `cf` lies outside what the path reaches, naming that range.
+        FactorError: if the path does not reach `cf`; the message gives the range that it reaches.
     """
     smallest, below, above, largest = path
     first, last = model.factor(largest, metric), model.factor(smallest, metric)
@@ -191,7 +191,7 @@ def _ladder(least: int, most: int, align: int) -> list[int]:
 
 
 def _around(ladders: Sequence[Sequence[int]], widths: Widths) -> list[Sequence[int]]:
-    """The part of every ladder within some radius of `widths`, so that few combinations remain."""
+    """The part of every ladder near `widths`: at most `_FEW` combinations in all."""
     radius = max(map(len, ladders))
     while radius:
         near = []
@@ -205,16 +205,16 @@ def _around(ladders: Sequence[Sequence[int]], widths: Widths) -> list[Sequence[i
 
 
 def _is_one_step(below: Widths, above: Widths, align: int) -> bool:
-    """Whether nothing lies between: at most one group differs, by one step."""
-    apart = [big - small for small, big in zip(below, above, strict=True) if big != small]
-    return len(apart) <= 1 and sum(apart) <= align
+    """Whether no widths lie between: at most one group differs, by one step."""
+    steps = [big - small for small, big in zip(below, above, strict=True) if big != small]
+    return len(steps) <= 1 and sum(steps) <= align
 
 
 def _between(below: Widths, above: Widths) -> Iterator[Widths]:
     """Widths from `below` to `above` where several groups round up at the same t.
 
-    Of few, every subset grows; of many, those that grow in order, with at most one other ahead of
-    its turn.
+    Of up to 8 such groups, every subset grows. Of more, they grow in order, with at most one other
+    ahead of its turn.
     """
     tied = [group for group, width in enumerate(below) if above[group] != width]
     subsets: Iterable[Sequence[int]] = (
@@ -228,9 +228,10 @@ def _between(below: Widths, above: Widths) -> Iterator[Widths]:
 
 
 def _nearby(cost: Cost, ladders: Sequence[Sequence[int]], low: Point, high: Point) -> list[Point]:
-    """Widths of a cost between both ends, and one step of one or two groups away from either.
+    """Points with a cost between both ends, one step of one or two groups away from either end.
 
-    Of the many, those whose sum of two single changes is nearest to the interval's middle.
+    Of the many, those whose cost, estimated as the sum of both steps' changes, is nearest to the
+    interval's middle.
     """
     middle = (low[0] + high[0]) / 2
     found: list[Point] = []

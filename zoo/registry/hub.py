@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: the only importer of `huggingface_hub`."""
+"""The Hugging Face Hub: the only module that imports `huggingface_hub`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def list_files(repo_id: str, revision: str | None = None) -> list[str]:
 
 @contextmanager
 def _reaching(what: str, repo_id: str, revision: str | None) -> Iterator[None]:
-    """One `ZooError` for whatever goes wrong between here and the Hub."""
+    """Turn every error of the Hub client in the block into a `ZooError`."""
     try:
         yield
     except Exception as error:  # the Hub client's errors share no base class

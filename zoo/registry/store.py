@@ -38,7 +38,7 @@ PUBLISHED = "published"
 
 @dataclass(frozen=True)
 class ProfileEntry:
-    """One profile of an index: enough to choose it and to check that it is whole."""
+    """One profile in an index: enough to choose it and to check its file."""
 
     reference: str
     architecture: str
@@ -85,7 +85,7 @@ def list_profiles(
             `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
 
     Returns:
-        The profiles in order. For an architecture that has none, those of the one it takes its
+        The profiles in the order of the index. For an architecture without any, those of its
         `profiles_from`: provisional, because they were searched and measured there.
 
     Raises:
@@ -95,7 +95,7 @@ def list_profiles(
         raise unknown("metric", metric, METRICS)
     entries = _index(source)
     if arch is not None and arch not in {entry.architecture for entry in entries}:
-        from zoo.models import architecture  # imports torch, which no other list needs
+        from zoo.models import architecture  # imports torch, which other calls do not need
 
         arch = architecture(arch).profiles_from or arch
     return [
@@ -107,12 +107,12 @@ def list_profiles(
 
 
 def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Profile]:
-    """(reference, profile): the bundled one of an architecture at a factor.
+    """(reference, profile): the bundled profile of an architecture at a factor of `metric`.
 
     It is provisional when its architecture is not `arch`, as in `list_profiles`.
 
     Raises:
-        FactorError: when there is none, naming those that exist and the way round.
+        FactorError: when there is none; the message names those that exist and an alternative.
         ZooError: for an unknown architecture.
     """
     entries = list_profiles(arch=arch)
@@ -135,8 +135,8 @@ def get_profile(ref: str) -> Profile:
             `hf:<org>/<repo>[/<path>][@<rev>]`.
 
     Raises:
-        ZooError: for a reference without a source, with the spellings; for a bundled one that the
-            index does not have, with those it has.
+        ZooError: for a reference without a source, or a bundled profile that does not exist; the
+            message gives the valid ones.
         DocumentError: for a malformed profile.
     """
     source, _, rest = ref.partition(":")
@@ -180,13 +180,13 @@ def _bundled_path(name: str) -> Path:
 def stored_groups(arch: str) -> ChannelGroups | None:
     """The channel groups of a registered architecture at its reference; None if not stored.
 
-    The weights that a timm name may have after a dot make no difference.
+    The tag of weights that a timm name may have after a dot is ignored.
     """
     path = registry_folder() / folder_name(arch.partition(".")[0]) / "groups.json"
     if not path.is_file():
         return None
     groups = _read_groups(path, path.stat().st_mtime_ns)
-    return replace(  # the dictionaries, because all callers share what was read
+    return replace(  # copies of the dictionaries, because all callers share the cached groups
         groups,
         shapes=dict(groups.shapes),
         positions=dict(groups.positions),
@@ -207,7 +207,7 @@ def store_groups(arch: str, groups: ChannelGroups, folder: Path) -> None:
 
 
 def write_index(folder: Path) -> None:
-    """Make the index of the registry at `folder` anew from its profiles."""
+    """Rebuild the index of the registry at `folder` from its profiles."""
     entries = []
     for path in sorted(folder.glob("*/*-cf*.json")):
         profile = Profile.read(path)

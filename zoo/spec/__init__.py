@@ -1,1 +1,1 @@
-"""What is written down: profiles, channel groups, plans, costs. Plain dataclasses, no networks."""
+"""Profiles, channel groups, plans and costs: plain dataclasses, no networks."""

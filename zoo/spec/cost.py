@@ -1,8 +1,8 @@
 """Parameters, MACs and latency of a network from the widths of its channel groups. No torch.
 
-Parameters and MACs are sums of terms `coef · w_i · w_j` over group widths w: the product of a
-weight's dimensions, each a constant plus the positions that groups own in it. Latency is a sum of
-measured layers, each interpolated between the widths it was timed at.
+Parameters and MACs are sums of terms `coef · w_i · w_j` over group widths w. A term comes from the
+product of a weight's dimensions; each dimension is a constant plus the positions that groups own in
+it. Latency is a sum of measured layers, each interpolated between the widths it was timed at.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 class Cost:
     """Parameters, and multiply-accumulates of one forward pass of one image.
 
-    `latency` is in milliseconds for a batch, under the conditions of a table; None without one.
+    `latency` is in milliseconds per batch, under a table's `Conditions`; None without a table.
     """
 
     params: int
@@ -58,9 +58,10 @@ class Conditions:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Milliseconds `ms[o][i]` of the layer of `weight` at `outputs[o]` by `inputs[i]` positions.
+    """Times of the layer with `weight`: `ms[o][i]` milliseconds at `outputs[o]` by `inputs[i]`.
 
-    Both grids ascend, and so do the times along them.
+    `outputs` and `inputs` are ascending lengths of the weight's first two dimensions; times never
+    fall along them.
     """
 
     weight: str
@@ -69,7 +70,7 @@ class LayerTimes:
     ms: tuple[tuple[float, ...], ...]
 
     def __call__(self, outputs: int, inputs: int) -> float:
-        """Bilinear between the grid's points; outside of it, as at its edge."""
+        """Milliseconds, interpolated bilinearly in the grid; outside of it, those of its edge."""
         row, across = _place(self.outputs, outputs)
         column, along = _place(self.inputs, inputs)
         low, high = (
@@ -81,7 +82,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """The layers of one network as measured, and the milliseconds that do not depend on widths."""
+    """The measured layers of one network, and `rest`: milliseconds that no width changes."""
 
     conditions: Conditions
     layers: tuple[LayerTimes, ...]
@@ -90,7 +91,7 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class CostTerm:
-    """`params` and `macs` times the product of the widths of `groups`, by index."""
+    """A term: `params` and `macs`, each times the product of the widths of `groups` (indices)."""
 
     groups: tuple[int, ...]
     params: int
@@ -99,7 +100,10 @@ class CostTerm:
 
 @dataclass(frozen=True)
 class Extent:
-    """The length of one dimension: `fixed` positions and `per` for each unit of some groups."""
+    """The length of one dimension: `fixed` positions, and some for each unit of certain groups.
+
+    `per` holds pairs (group index, positions per unit).
+    """
 
     fixed: int
     per: tuple[tuple[int, int], ...] = ()
@@ -110,7 +114,7 @@ class Extent:
 
 @dataclass(frozen=True)
 class TimedLayer:
-    """A measured layer with what its outputs and inputs are made of."""
+    """A measured layer with the extents of its weight's output and input dimensions."""
 
     outputs: Extent
     inputs: Extent
@@ -128,7 +132,7 @@ class TimedLayer:
 class CostModel:
     """Costs as functions of the widths of the groups; `sizes` are the dense widths.
 
-    `timed` and `rest` give the latency; None where it was not measured.
+    `timed` and `rest` give the latency; `timed` is None where it was not measured.
     """
 
     sizes: tuple[int, ...]
@@ -137,7 +141,7 @@ class CostModel:
     rest: float = 0.0
 
     def __call__(self, widths: Sequence[int]) -> Cost:
-        """The cost of a network with these widths; parameters and MACs exactly."""
+        """The cost of a network with these widths; parameters and MACs are exact."""
         params = macs = 0
         for term in self.terms:
             product = 1
@@ -154,7 +158,7 @@ class CostModel:
         return self(self.sizes)
 
     def total(self, widths: Sequence[int], metric: str) -> float:
-        """The cost in one metric alone.
+        """The cost at `widths` in one metric.
 
         Raises:
             ZooError: for an unknown metric, or `latency` where no layer was measured.
@@ -195,7 +199,7 @@ class CostModel:
 
     @cached_property
     def neighbours(self) -> list[set[int]]:
-        """Per group, those whose marginal cost depends on its width, itself included."""
+        """Per group, the groups whose marginal cost depends on its width, itself included."""
         near: list[set[int]] = []
         for group in range(len(self.sizes)):
             exact = (set(term.groups) for term in self._terms_of[group])
@@ -223,7 +227,7 @@ class CostModel:
 
 
 def cost_model(groups: ChannelGroups, latency: LatencyTable | None = None) -> CostModel:
-    """The costs of a network with these channel groups, its latency from a table of its layers."""
+    """The cost model of a network with these groups; a table of its layers adds latency."""
     terms: dict[tuple[int, ...], list[int]] = defaultdict(lambda: [0, 0])
     if groups.fixed_macs:
         terms[()][1] = groups.fixed_macs
@@ -252,7 +256,7 @@ def cost_model(groups: ChannelGroups, latency: LatencyTable | None = None) -> Co
 
 
 def extents(groups: ChannelGroups) -> dict[str, tuple[Extent, ...]]:
-    """Tensor name -> what each of its dimensions is made of."""
+    """Tensor name -> the extent of each of its dimensions."""
     owners: dict[tuple[str, int], dict[int, int]] = defaultdict(lambda: defaultdict(int))
     for index, group in enumerate(groups.groups):
         for slot in group.slots:
@@ -279,7 +283,7 @@ def _multiply(
 
 
 def _place(grid: Sequence[int], at: int) -> tuple[int, float]:
-    """The grid point at or below `at`, and how far on to the next, in [0, 1)."""
+    """Index of the grid point at or below `at`, and the share of the way to the next, in [0, 1)."""
     below = bisect_right(grid, at) - 1
     if below < 0:
         return 0, 0.0

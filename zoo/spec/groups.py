@@ -1,7 +1,7 @@
 """Channel groups: what is cut together. Plain frozen data, no torch.
 
 A *unit* is one channel and everything that must go with it: its positions in every `Slot` of its
-`Group`. `ChannelGroups` is all that is known of an architecture for pruning it; it is derived
+`Group`. `ChannelGroups` holds all that pruning needs to know of an architecture. It is derived
 once by `zoo.tracing.graph` and stored in the registry as `groups.json`.
 """
 
@@ -22,9 +22,9 @@ __all__ = ["ChannelGroups", "Group", "InputShape", "Slot"]
 class Slot:
     """One dimension, or a part of it, of one parameter, buffer or width attribute.
 
-    Unit j owns the positions start + stride · j … start + stride · j + block - 1: `block` is more
-    than one where a map was flattened, `start` where tensors were concatenated. Where the units lie
-    irregularly (beside the zero channels of a padded shortcut), `at` gives each one's first.
+    Unit j owns the positions start + stride · j … start + stride · j + block - 1. `block` exceeds 1
+    where a map was flattened, `start` exceeds 0 where tensors were concatenated. Where units lie
+    irregularly (beside the zero channels of a padded shortcut), `at` gives the first of each.
     """
 
     tensor: str
@@ -45,8 +45,8 @@ class Group:
     """An ordered set of `size` units with the same slots, pruned by one keep ratio.
 
     `name` is the module that first produces the channels; `filters` are the weights that produce
-    them, over which filter criteria are summed. `output_dims` are the dimensions of these along
-    which one filter lies by another: 1 for transposed convolutions, say; all 0 where it is empty.
+    them, over which filter criteria are summed. `output_dims` are the output dimensions of these
+    weights, such as 1 for transposed convolutions; empty means 0 for all.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Group:
 
     @cached_property
     def filter_slots(self) -> tuple[Slot, ...]:
-        """The slots that are filters: a weight may have others, of the channels that it reads."""
+        """The slots that are filters; a weight may also have slots of the channels it reads."""
         dims = self.output_dims or (0,) * len(self.filters)
         outputs = set(zip(self.filters, dims, strict=True))
         return tuple(slot for slot in self.slots if (slot.tensor, slot.dim) in outputs)
@@ -68,9 +68,9 @@ class InputShape:
     """One tensor that a network is called with.
 
     Attributes:
-        shape: of the example; where the first input's batch is its first dimension too, any batch
-            may take that place.
-        name: in a dict of inputs; "" where they are given in order.
+        shape: of the example. A first dimension that equals the first input's batch size stands for
+            any batch size.
+        name: key in a dict of inputs; "" for positional inputs.
         dtype: as torch names it.
     """
 
@@ -79,7 +79,7 @@ class InputShape:
     dtype: str = "float32"
 
     def __str__(self) -> str:
-        """One item's, such as 3x32x96, or `mask 1x32x96`."""
+        """The shape of one item, such as 3x32x96, after the name if any: `mask 1x32x96`."""
         sides = "x".join(map(str, self.shape[1:])) or "1"
         return f"{self.name} {sides}".lstrip()
 
@@ -92,18 +92,18 @@ class ChannelGroups:
         groups: in the order in which the network first computes them.
         shapes: of every parameter and buffer.
         buffers: names among `shapes` that are not parameters.
-        positions: of every convolution and dense weight, the output positions of one image; the
+        positions: name of every convolution and dense weight -> output positions per image; the
             MACs of the operator are the weight's elements times this.
         image_size: pixels per side that `positions` was counted at; the last dimension of the first
-            input, where `inputs` say more.
-        fixed_macs: multiply-accumulates of one image between activations (attention), which no
-            width changes.
+            input if `inputs` is not empty.
+        fixed_macs: MACs per image of products of two activations (attention), which no width
+            changes.
         unprunable: module name -> why its channels stay whole.
-        attributes: `<module>:<attribute>` -> value, of every integer of a module that repeats a
-            width no tensor of its own has. Slots treat it as a tensor of that length.
-        fingerprint: of the structure they were derived from, where they are stored; they hold for
-            no other.
-        inputs: what the network is called with; none where that is one batch of square images.
+        attributes: `<module>:<attribute>` -> value, for every integer of a module that repeats a
+            width that none of its own tensors has. Slots treat it as a tensor of that length.
+        fingerprint: hash of the structure that stored groups were derived from; they hold for no
+            other.
+        inputs: what the network is called with; empty for one batch of square images.
     """
 
     groups: tuple[Group, ...]
@@ -126,7 +126,7 @@ class ChannelGroups:
         return tuple(group.size for group in self.groups)
 
     def length(self, tensor: str, dim: int) -> int:
-        """Of one dimension of a tensor, or the value of an attribute."""
+        """The length of one dimension of a tensor, or the value of an attribute."""
         return self.attributes[tensor] if tensor in self.attributes else self.shapes[tensor][dim]
 
     def adapted(
@@ -138,7 +138,7 @@ class ChannelGroups:
         """The same groups for a network with other tensor `shapes` or another image size.
 
         The number of classes and, where a map is flattened, the positions per channel may differ.
-        Those of a network of square images; `in_channels` are told of others.
+        These groups must be of square images; `in_channels` is recorded only for oblong ones.
 
         Raises:
             GraphError: if a tensor is missing or its shape cannot belong to these groups.
@@ -165,9 +165,9 @@ class ChannelGroups:
         )
 
     def scale_to(self, image_size: Size) -> bool:
-        """Whether `adapted` counts positions exactly: all maps of convolutions have whole sides.
+        """Whether `adapted` counts positions exactly: all convolutions' maps scale to whole sides.
 
-        Elsewhere some networks round up, and some down.
+        Otherwise some networks round up, and some down.
         """
         maps = {n for name, n in self.positions.items() if len(self.shapes[name]) >= 4 and n > 1}
         return all(
@@ -197,7 +197,7 @@ class ChannelGroups:
 def _rescale(count: int, height: int, width: int, reference: int) -> int:
     """Output positions at another image size; exact where every stride rounds up.
 
-    One position is that of a map pooled to it, as in squeeze and excitation, at any size.
+    A count of 1 is a map pooled to one position, as in squeeze and excitation, at any size.
     """
     if count == 1:
         return 1

@@ -29,15 +29,15 @@ class Plan:
 
     Attributes:
         profile: the reference of the profile, or the name of the policy.
-        metric, asked, got: the compression factor asked for, and met for this very network.
+        metric, asked, got: the compression factor asked for, and the one reached on this network.
         keep_ratios: group name -> fraction kept.
         kept: group name -> indices kept, ascending.
         criterion, seed: what chose the channels.
-        dense, pruned: costs at `num_classes` and `image_size`; the latency, where it is the metric,
-            as predicted from the table of measured layers.
+        dense, pruned: costs at the network's classes and `image_size`; with latency if that is the
+            metric, predicted from the table of measured layers.
         unprunable: module name -> why its channels stay whole.
         attributes: `<module>:<attribute>` -> the width that surgery sets it to.
-        latency: what the latencies were measured on, where they were.
+        latency: conditions under which latency was measured; None if it was not.
         inputs: what the network is called with, as in `ChannelGroups`.
     """
 
@@ -59,7 +59,7 @@ class Plan:
 
     @property
     def input_size(self) -> str:
-        """Of one item, to read: 32x32, or the shapes of all inputs."""
+        """Size of one item as text: 32x32, or the shapes of all inputs."""
         return ", ".join(map(str, self.inputs)) or resolution(self.image_size)
 
     @property
@@ -74,8 +74,8 @@ class Source:
 
     Attributes:
         sha256: of the file, where there is one.
-        averaged: whether they are averaged weights or those beside these; None where the checkpoint
-            has one kind alone.
+        averaged: True for the checkpoint's averaged weights, False for its plain ones; None if it
+            has only one kind.
     """
 
     reference: str
@@ -85,18 +85,18 @@ class Source:
 
 @dataclass(frozen=True)
 class PruningRecord:
-    """What a pruned module knows about itself, as its attribute `pruning`, and `pruning.json`.
+    """How a pruned module was made: its attribute `pruning`, and `pruning.json` on disk.
 
     Attributes:
         architecture: a registered name, or "" for a network that has none.
-        num_classes: 0 for a network that gives something else than logits.
+        num_classes: 0 for a network whose outputs are not logits.
         init: where its weights came from: `pretrained`, `random` or `rewound`.
         versions: of the packages that made it.
         rewind: the checkpoint that `rewound` weights are from.
         rewritten: whether it is the traced program of the dense network (`zoo.tracing.rewriting`).
-        new_classifier: whether the source has no classifier of these classes, so that the network
-            began with a random one.
-        in_channels: of the images that the architecture is built for.
+        new_classifier: whether the network began with a random classifier, because the source has
+            none for these classes.
+        in_channels: channels of the images that the architecture is built for.
     """
 
     architecture: str
@@ -113,7 +113,7 @@ class PruningRecord:
 
     @property
     def size(self) -> Size:
-        """Of the images: pixels per side, or (height, width), as `zoo.load` takes it."""
+        """Image size as `zoo.load` takes it: pixels per side, or (height, width)."""
         shapes = [of.shape for of in self.plan.inputs]
         if len(shapes) == 1 and len(shapes[0]) == 4:
             return checked_size("image_size", shapes[0][2:])
@@ -121,7 +121,7 @@ class PruningRecord:
 
 
 def record_of(module: object) -> PruningRecord | None:
-    """What a pruned module knows about itself; None of any other."""
+    """The record of a pruned module; None for anything else."""
     record = getattr(module, "pruning", None)
     return record if isinstance(record, PruningRecord) else None
 
@@ -145,7 +145,7 @@ def make_plan(
         widths: group name -> channels to keep.
         scores: per group in order, one score per channel; ties keep the lower index.
         profile, metric, asked, criterion, seed: recorded as they are.
-        latency: the network's measured layers, needed where they are the metric.
+        latency: the network's measured layers, needed if latency is the metric.
 
     Raises:
         GraphError: if the widths do not name exactly the groups, or exceed them.
@@ -187,9 +187,9 @@ def make_plan(
 def kept_positions(
     groups: ChannelGroups, kept: Mapping[str, Sequence[int]]
 ) -> dict[str, dict[int, np.ndarray]]:
-    """tensor or attribute -> dimension -> the positions that remain, ascending, of `kept` units.
+    """Tensor or attribute -> dimension -> positions that remain if `kept` units do, ascending.
 
-    Those that lose nothing are left out.
+    Dimensions that lose nothing are left out.
     """
     stays: dict[tuple[str, int], np.ndarray] = {}
     for group in groups.groups:
@@ -210,7 +210,7 @@ def kept_positions(
 
 
 def attribute_values(groups: ChannelGroups, kept: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """What the attributes of `groups` become when the `kept` units remain."""
+    """Attribute of `groups` -> its value when only the `kept` units remain."""
     remaining = kept_positions(groups, kept) if groups.attributes else {}
     return {
         name: len(remaining[name][0]) if name in remaining else value

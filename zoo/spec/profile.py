@@ -30,7 +30,7 @@ class Evidence:
         policy: `searched`, `equal`, `greedy`, ...; `base` is the dense network.
         params, macs: of the network measured, at the reference.
         accuracies: in [0, 1], one per seed.
-        before: the same before any fine-tuning (batch-norm statistics recalibrated).
+        before: accuracies before any fine-tuning (batch-norm statistics recalibrated).
         fidelity: how it was trained and measured.
         data: the data set and split.
         network: sha256 of the base network's checkpoint.
@@ -96,7 +96,7 @@ class Profile:
     Attributes:
         keep_ratios: group name -> fraction of channels kept, in (0, 1].
         kept: group name -> channels kept; what `zoo.load` applies, verbatim.
-        reference: the factor `cf` is `got` exactly for this network.
+        reference: the network for which the nominal factor `cf` is exactly `got`.
         policy: `searched` or `published`.
         published: where the channel counts of a `published` one come from.
     """
@@ -135,7 +135,7 @@ class Profile:
         return f"{self.metric}-cf{self.cf:g}"
 
     def to_json(self) -> dict[str, Any]:
-        """The document, with its schema version."""
+        """The profile as a JSON document with its schema version."""
         return encode_document(self)
 
     @classmethod
