@@ -44,9 +44,9 @@ class Schedule:
     criterion: str = "random"
     """how channels are scored; computed again before every step"""
     seed: int = 0
-    """seed of the random choices and the training"""
+    """of the random choices and the training"""
     align: int = 1
-    """every width of the last step is a multiple of it, or not cut at all"""
+    """every width of the last step is a multiple of it, or not cut"""
     floor: float = 0.0
     """smallest keep ratio of any channel group"""
     keep: Mapping[str, float] = field(default_factory=dict)
@@ -57,7 +57,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class IterativeStep:
-    """One step: the plan from the dense network to the widths so far, and the training after it."""
+    """One step: the plan so far, from the dense network, and the training after it."""
 
     plan: Plan
     training: TrainResult
@@ -82,9 +82,9 @@ def prune_iteratively(
 ) -> IterativeResult:
     """Prune a little, train, repeat, until the network is as small as `load` would make it.
 
-    The widths of the last step are those of the profile or policy for the dense network. Those of
-    earlier steps lie between, so that each step meets its factor of the dense network. Each step
-    scores the channels of the network of the step before, so kept channels are nested.
+    The last widths are those of the profile or policy for the dense network; earlier ones lie
+    between, so that each step meets its factor of the dense network. Each step scores the channels
+    that the step before kept, so kept channels are nested.
 
     Args:
         weights: a checkpoint, as in `zoo.load`, with `arch`; or a live network with

@@ -61,9 +61,9 @@ def create_model(
         num_classes: outputs of the classifier.
         pretrained: a checkpoint, as in `load`; only the classifier is random if the checkpoint has
             none, or one for another number of classes.
-        image_size: pixels per side, or (height, width); it matters only for architectures that
-            flatten a map (cnet), which take square images only.
-        seed: seed of the random weights.
+        image_size: pixels per side, or (height, width); only architectures that flatten a map
+            (cnet) depend on it, and these take square images only.
+        seed: of the random weights.
         ema: as in `load`.
 
     Raises:
@@ -110,16 +110,16 @@ def load(
         profile: `searched` (the bundled one), a policy's name, a reference, or a `Profile`.
         metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on this
             machine's CPU, at batch 1, and cached.
-        criterion: how channels are scored, to choose the kept ones: `random`, `l1`, `l2`, `fpgm`,
-            `bn_scale`, `synflow`; or, with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`,
-            `snip`, `apoz`, `reinforce` (learnt by trial, in minutes).
+        criterion: how channels are scored: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, `synflow`;
+            or, with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`, `snip`, `apoz`,
+            `reinforce` (learnt by trial, in minutes).
         init: weights of the pruned network: the `pretrained` ones, `random` ones, or `rewound`
             ones, with the channels still chosen on `weights` (Frankle and Carbin, 2019).
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
-        seed: seed of the random choice of channels, of the `random` policy, of `init="random"` and
-            of a new classifier.
-        align: every width is a multiple of it, or not cut at all. Like `floor` and `keep`, it
-            applies to a policy, or to a profile with `refit`.
+        seed: of the random choice of channels, the `random` policy, `init="random"` and a new
+            classifier.
+        align: every width is a multiple of it, or not cut. `align`, `floor` and `keep` are for a
+            policy, or a profile with `refit`.
         floor: smallest keep ratio of any channel group that `keep` does not pin.
         keep: module name or prefix -> keep ratio that its channel groups are pinned to.
         refit: rescale the profile's keep ratios by one common factor to meet `cf` for this network.
@@ -232,16 +232,15 @@ def prune(
             dataclasses. All its outputs keep their shapes.
         example_input: what it is called with, of the size that MACs are counted at: one batch
             (N, C, H, W), or any other tensor, a tuple of them in order, or a dict by name. MACs are
-            counted for one item of the batch, the first tensor's first dimension.
+            those of one item of the first tensor's first dimension.
         cf: compression factor, dense / pruned; optional if `profile` is a `Profile` or a reference.
         profile: a policy's name, a reference, or a `Profile`.
         metric: as in `load`, but `latency` is measured on the device of `module`, at batch size 1
             (64 on CUDA).
         criterion, seed, align, floor, keep, data: as in `load`.
         rewrite: prune the traced program in place of the module, so that constants in `forward`,
-            as in `x.view(-1, 2048)`, follow the widths. The result keeps the names of parameters
-            but none of the module's code. In training mode only batch norm and dropout change: the
-            rest stays as traced in eval mode.
+            as in `x.view(-1, 2048)`, follow the widths. The result keeps the parameters' names but
+            none of the module's code. In training mode only batch norm and dropout change.
         verify: before returning, compare the outputs of the pruned and the masked dense network,
             both with random weights, on two items of the input.
 
@@ -274,8 +273,7 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
 
     Args:
         folder: its path, or `hf:<org>/<repo>[@<revision>]`.
-        skeleton: the dense network; needed if the network came from `prune`, because then its
-            record names no architecture.
+        skeleton: the dense network, for a network from `prune`, whose record has no architecture.
 
     Raises:
         ZooError: for a missing, incomplete or malformed folder.
@@ -289,7 +287,7 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
 
 @dataclass(frozen=True)
 class _Live:
-    """A live network with its channel groups and plan; `program` is None if these were cached."""
+    """A live network, traced and planned; `program` is None if the groups were cached."""
 
     module: nn.Module
     inputs: Inputs

@@ -76,12 +76,12 @@ def resized(
 ) -> nn.Module:
     """A copy of `skeleton` whose parameters and buffers are `tensors`, of any widths.
 
-    Layer attributes that repeat a width (`in_channels`, `num_features`, ...) are set to agree with
-    the tensors. `attributes` maps `<module>:<attribute>` to further values to set. Tensors of the
+    Attributes that repeat a width (`in_channels`, `num_features`, ...) are set to agree with the
+    tensors, and those in `attributes` (`<module>:<attribute>`) to their values. Tensors of the
     skeleton that `tensors` does not name are copied.
 
     Raises:
-        GraphError: if `attributes` names something that is not an integer attribute.
+        GraphError: if `attributes` names anything but an integer attribute.
     """
     memo: dict[int, object] = {}
     for name, old in named_tensors(skeleton).items():

@@ -1,21 +1,20 @@
 """Integer attributes of modules that repeat a width which no tensor of the module shows.
 
 Only classes of torch, timm, torchvision and the zoo are searched, because what an integer of a
-user's class means cannot be known. An attribute counts channels if it equals the length of one of
-its rows (labels of one dimension). Which rows are its own depends on its kind:
+user's class means cannot be known. An integer counts channels if it equals the length of one of its
+rows (labels of one dimension):
 
-- `SHAPES` (per class): `forward` slices, splits or pads by it. Its rows are those of the shape
-  operators of the module.
-- `INPUTS`, `OUTPUTS`, `DEPTHWISE` and `CHILDREN` (by attribute name): the module was constructed
-  with it and may be rebuilt from it. Its rows flow in or out of the module or of a child.
+- `SHAPES` (per class): `forward` slices, splits or pads by it. Its rows are those of the module's
+  shape operators.
+- `INPUTS`, `OUTPUTS`, `DEPTHWISE`, `CHILDREN` (by attribute name): the module was constructed with
+  it and may be rebuilt from it. Its rows flow in or out of the module or a child.
 - `num_features`, `head_hidden_size`, `feature_info`: timm's feature extraction and
   `reset_classifier` read it. Its rows leave `forward_features` or the named modules, or enter the
   classifier.
 
 An integer that equals none of its rows, or two that are not tied, is not changed; nor are records
-of how the dense network was configured (`stage1_cfg`, `base_width`, `planes`, `cardinality`, ...).
-Layers with tensors are left to `zoo.surgery.surgery.REPAIRS`. Whatever is set, the check under fake
-tensors (`zoo.tracing.check`) decides.
+of the dense configuration (`stage1_cfg`, `base_width`, `planes`, `cardinality`, ...). Layers with
+tensors are left to `zoo.surgery.surgery.REPAIRS`. The check under fake tensors has the last word.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ DEPTHWISE = ("MobileOneBlock", "RepVggBlock", "ReparamLargeKernelConv", "RepCond
 """Classes that are rebuilt from `groups`: it counts their input channels, if it equals them."""
 
 INTO, OUT_OF = 0, 1
-"""Indices into an item of `Program.flows`: what flows in, and what flows out."""
+"""Indices of input and output in an item of `Program.flows`."""
 
 CHILDREN: dict[str, tuple[str, int]] = {
     "MlpClassifierHead.num_features": ("fc2", INTO),
@@ -226,7 +225,7 @@ def _channels(value: Value) -> list[Labels]:
 
 
 def _are_tied(program: Program, rows: list[Labels]) -> bool:
-    """Whether rows of one length are tied to each other, position by position."""
+    """Whether rows of one length are tied to each other."""
     find = np.vectorize(program.trace.find)
     first = find(rows[0])
     return all((find(row) == first).all() for row in rows[1:])

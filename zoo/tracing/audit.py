@@ -1,8 +1,8 @@
 """Audit: whether the attributes of a pruned network are still true.
 
-Attributes (`in_channels`, `num_features`, `feature_info`, ...) are compared with the shapes of the
-modules' tensors and of their inputs and outputs in a forward pass, never with what the plan
-predicted. An attribute that was wrong in the dense network may be wrong in the pruned one.
+Attributes (`in_channels`, `num_features`, `feature_info`, ...) are compared with the shapes of
+tensors, inputs and outputs in a forward pass, never with what the plan predicted. What was wrong in
+the dense network may be wrong in the pruned one.
 """
 
 from __future__ import annotations

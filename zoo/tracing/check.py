@@ -1,9 +1,8 @@
 """The check of channel groups by trial surgery, which shows what labels cannot.
 
-Every layer's output shape under fake tensors is compared with the predicted one. Slices of channels
-and numbers that depend on a width can be wrong although all shapes are right: then the pruned
-network is traced as well (`zoo.tracing.retrace`). It is also run in training mode, for parts that
-only training uses.
+Every layer's output shape under fake tensors is compared with the predicted one. Where slices or
+numbers could be wrong although all shapes are right, the pruned network is traced
+(`zoo.tracing.retrace`). Parts that only training uses are run in training mode.
 """
 
 from __future__ import annotations
@@ -108,8 +107,7 @@ def _check_training(
 ) -> None:
     """Refuse networks that surgery would break in training mode (auxiliary classifiers, ...).
 
-    A network that does not run in training mode at all is refused too, if some of its parameters
-    are idle in eval mode; else it passes.
+    One that does not run in training mode is refused if it has idle parameters; else it passes.
     """
     idle = [name for name, _ in module.named_parameters() if name in program.idle]
     opening = f"{idle[0]!r} is not used in eval mode, and" if idle else "Eval mode works, but"
@@ -214,7 +212,7 @@ def _watched(
 ) -> Iterator[None]:
     """Record the output shape of every leaf call in `seen`, and the running modules in `active`.
 
-    The shape is None for a leaf that returns several tensors; later layers show their shapes.
+    The shape is None for several tensors; later layers show theirs.
     """
 
     def before(path: str) -> Callable:
@@ -241,7 +239,7 @@ def _watched(
 
 
 def removed_roots(program: Program, groups: ChannelGroups, plan: Plan) -> set[int]:
-    """The union-find representatives of all labels that `plan` removes."""
+    """The representatives of all labels that `plan` removes."""
     removed: set[int] = set()
     for group in groups.groups:
         slot = group.slots[0]

@@ -2,8 +2,8 @@
 
 The masked dense network is run operator by operator from its traced program, with zeros in every
 position that the plan removes. Operators that reduce or convolve over channels (`CHANNEL_WISE`:
-layer normalisation, channel means, ...) get the kept channels only, as they do after surgery; all
-other operators get the full width.
+layer normalisation, channel means, ...) get the kept channels only, as after surgery; all others
+get the full width.
 """
 
 from __future__ import annotations
@@ -73,10 +73,9 @@ def violation(
 ) -> float:
     """The largest relative difference between the pruned and the masked dense network.
 
-    Compared are all outputs, and the gradients of the floating-point inputs and of every remaining
-    parameter, for a loss that weights all output elements differently. Differences are relative to
-    the largest value of the tensor. The result is infinite if the outputs have another structure,
-    or if the dense network returns zeros only.
+    It is relative to each tensor's largest value, over all outputs and the gradients of the
+    floating-point inputs and remaining parameters, for a loss that weights all output elements
+    differently. It is infinite for outputs of another structure, or if the dense ones are all zero.
 
     Args:
         module: the dense network, in eval mode.
@@ -131,8 +130,7 @@ def _weighted_sum(output: Tensor) -> Tensor:
 def difference(got: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
     """The largest absolute difference, relative to the largest value of `expected`.
 
-    The divisor is `smallest` where that is larger. The result is infinite for another shape, and
-    where `got` is not finite.
+    The divisor is at least `smallest`. Infinite for another shape, and where `got` is not finite.
     """
     if got.shape != expected.shape:
         return float("inf")

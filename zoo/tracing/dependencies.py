@@ -1,8 +1,8 @@
 """The cache key of a trace: a digest of all that it depends on. Equal keys, equal traces.
 
-The key covers the code of a network as compiled in memory, not its source file, which may have been
-edited since. It covers code of installed packages too, because these are edited and reinstalled
-under the same version. Only Python, torch, NumPy and the zoo are identified by their versions.
+The key covers code as compiled in memory, not its source file, which may have been edited since. It
+covers installed packages too, because these are edited and reinstalled under the same version. Only
+Python, torch, NumPy and the zoo are identified by their versions.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def trace_key(module: nn.Module, inputs: Inputs) -> str | None:
 
     It covers the structure and attributes, the shape and dtype of every tensor and of the inputs,
     which tensors are tied, versions, the rules of this package, and the code of the classes with
-    all that it refers to. The key is None for networks with hooks, parametrizations, a `forward`
-    set on an instance, or objects of unknown content. Objects of unknown content that code of
-    installed packages refers to are identified by their class, because there are many.
+    all that it refers to. It is None for hooks, parametrizations, a `forward` set on an instance,
+    and objects of unknown content; those in installed packages, which are many, count by class.
     """
     try:
         return digest(_dependencies(module, inputs))

@@ -1,10 +1,10 @@
 """Channel groups of any network that can be traced: one mechanism for every architecture.
 
 `zoo.tracing.program` traces the network and passes channel labels through its operators.
-`zoo.tracing.attributes` finds the integers that repeat a width. This module turns the sets of tied
-labels into units and channel groups, and `zoo.tracing.check` tests them by a trial surgery. A
-failure means that a width is a constant inside `forward`: the groups that produce it are kept whole
-and listed as unprunable, and the rest is tested again.
+`zoo.tracing.attributes` finds integers that repeat a width. Here, sets of tied labels become units
+and channel groups, and `zoo.tracing.check` tests them. A failure means that a width is a constant
+inside `forward`: the groups that produce it are kept whole and listed as unprunable, and the rest
+is tested again.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def channel_groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
         inputs: what it is called with, of the size that MACs are counted at.
 
     Raises:
-        GraphError: if the network cannot be traced, or if surgery would break it and no channel
-            group is found that prevents this when kept whole.
+        GraphError: if the network cannot be traced, or if surgery would break it and keeping no
+            group whole prevents that.
     """
     return analyse(module, inputs)[1]
 
 
 def analyse(module: nn.Module, inputs: Inputs) -> tuple[Program, ChannelGroups]:
-    """As `channel_groups`, together with the interpreted program that the groups come from."""
+    """As `channel_groups`, with the interpreted program that they come from."""
     with ONE_AT_A_TIME:
         return _analysed(module, inputs)
 
@@ -68,7 +68,7 @@ def _analysed(module: nn.Module, inputs: Inputs) -> tuple[Program, ChannelGroups
 
 
 def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
-    """Builds a unit from every set of tied labels, and a group from the units of equal slots."""
+    """Sets of tied labels as units, and units with the same slots as groups."""
     trace = program.trace
     fixed: dict[int, str] = {}
     for label, reason in trace.fixed.items():

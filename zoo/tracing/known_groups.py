@@ -1,4 +1,4 @@
-"""Channel groups from the registry or the user's cache folder; traced where neither has them."""
+"""Channel groups from the registry or the user's cache folder, else traced."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def reference_groups(arch: str) -> ChannelGroups:
 
 
 def matching_groups(arch: str, module: nn.Module) -> ChannelGroups | None:
-    """The stored groups of `arch`, if they have the structure of `module`; else None.
+    """The stored groups of `arch`, if they fit the structure of `module`; else None.
 
     Another version of the library may build another network under the same name.
     """

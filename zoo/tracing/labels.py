@@ -1,10 +1,9 @@
 """Channel labels: one integer label for every position of a dimension.
 
-A `Value` is an abstract tensor: a shape with labels and no numbers. A row holds the labels of one
-dimension. It is None for dimensions without prunable channels (batch, image height, ...), and
-`FREE` where all positions are equal, as after `expand`, so that any of them may be removed. A
-`Trace` knows which labels are tied (cut together) and which are fixed (never cut), and collects
-what the operators' rules record.
+A `Value` is an abstract tensor: a shape and labels, no numbers. A row holds the labels of one
+dimension. It is None for dimensions without channels (batch, image height, ...), and `FREE` where
+all positions are equal, as after `expand`, so that any may be removed. A `Trace` knows which labels
+are tied (cut together) and fixed (never cut), and what the operators' rules recorded.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def is_channels(row: Labels | None) -> TypeGuard[Labels]:
 
 
 def parts_of(value: Any) -> tuple[Any, ...]:
-    """The outputs of an operator as a tuple, also if there is one only."""
+    """The outputs of an operator as a tuple."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
@@ -99,10 +98,7 @@ class Trace:
         return label
 
     def tie(self, left: Labels | None, right: Labels | None) -> Labels | None:
-        """Tie two rows pairwise and return the merged row.
-
-        Labels that meet a row of None are fixed, unless there is a single one.
-        """
+        """Tie two rows pairwise, and return the merged one; labels that meet None are fixed."""
         if left is FREE or right is FREE:
             return right if left is FREE else left
         if left is None or right is None:

@@ -96,10 +96,7 @@ def transposed_convolution(
 
 
 def _image_rows(trace: Trace, shape: Shape, x: Value) -> list[Labels | None]:
-    """The rows of the convolved dimensions: channels keep their labels if the length stays.
-
-    Efficient channel attention convolves along channels.
-    """
+    """The rows convolved over; channels among them (efficient channel attention) keep labels."""
     rows: list[Labels | None] = []
     for old, new, row in zip(x.shape[2:], shape[2:], x.labels[2:], strict=True):
         if is_channels(row) and old != new:
@@ -180,7 +177,7 @@ def product(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value
 
 
 def matmul(trace: Trace, shape: Shape, x: Value, y: Value) -> Value:
-    """A linear layer if the second factor is a stored matrix or its transpose; else a product."""
+    """A linear layer if the second factor is a stored matrix or its transpose."""
     homes = {trace.home(row) for row in y.labels}
     if len(y.shape) == len(homes) == 2 and len({name for name, _ in homes} - {""}) == 1:
         return linear(trace, shape, x, _transposed(trace, y))

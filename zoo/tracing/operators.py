@@ -78,7 +78,7 @@ def _reduce(
     trace: Trace, shape: Shape, x: Value, dims: Iterable[int] | int | None = None, *rest: Any,
     **options: Any,
 ) -> Value:  # fmt: skip
-    """Mean, sum, ...; over channels too, where the pruned network reduces the kept ones."""
+    """Mean, sum, ...; over channels too, of which the pruned network has fewer."""
     del trace, rest, options
     wanted = range(len(x.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % len(x.shape) for d in wanted}
@@ -105,7 +105,7 @@ def _extreme(trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any) ->
 def _position(
     trace: Trace, shape: Shape, x: Value, dim: int | None = None, *rest: Any, **options: Any
 ) -> Value:
-    """argmax and argmin: the searched channels are fixed, as surgery changes their positions."""
+    """argmax, argmin: channels searched are fixed, as surgery changes their positions."""
     for row in x.labels if dim is None else (x.labels[dim],):
         trace.fix(row, "is searched for a position (argmax, argmin)")
     return _reduce(trace, shape, x, dim, *rest, **options)

@@ -37,15 +37,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Failure:
-    """Where a trial surgery failed, and why.
+    """Where a trial surgery failed: the module's path, and what was observed.
 
-    Attributes:
-        path: the module.
-        message: what was observed.
-        row: the channels to keep whole because of it, if known.
-        where: the node, if known.
-        reason: why they must stay whole.
-        before: the layers called until then, each with a row of its output.
+    `row` are the channels to keep whole because of it, `where` the node, and `reason` why, if these
+    are known. `before` are the layers called until then, each with a row of its output.
     """
 
     path: str
@@ -91,7 +86,7 @@ def agree(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 def numbers_in(network: nn.Module, inputs: Inputs) -> list[tuple[str, list[float]]]:
     """The torch functions that `network` calls, in order, with their numeric arguments.
 
-    Calls of layers that surgery repairs (`REPAIRS`) are left out: their numbers follow the tensors.
+    Layers in `REPAIRS` are left out: surgery corrects their numbers.
     """
     recorder = _Recorder()
     hooks = []
@@ -147,9 +142,7 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
     elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's too
         plain = value if isinstance(value, int) else float(value)
-        yield (
-            plain if plain == plain else math.nan
-        )  # one object, so that lists with NaN can be equal
+        yield plain if plain == plain else math.nan  # one object, so that equal lists are equal
 
 
 # --- the trace ------------------------------------------------------------------------------------
