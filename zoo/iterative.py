@@ -84,7 +84,7 @@ def prune_iteratively(
 
     The last widths are those of the profile or policy for the dense network; earlier ones lie
     between, so that each step meets its factor of the dense network. Each step scores the channels
-    that the step before kept, so kept channels are nested.
+    of the network as it then is, so kept channels are nested.
 
     Args:
         weights: a checkpoint, as in `zoo.load`, with `arch`; or a live network with
