@@ -100,7 +100,7 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
     for signature, roots in units.items():
         name = _unique(first_filter[signature].removesuffix(".weight"), groups)
         if len(roots) == 1:
-            unprunable[name] = "all its channels are one unit"
+            unprunable[name] = "has only one unit"
             continue
         slots = _slots([members[root] for root in roots])
         own = {(slot.tensor, slot.dim) for slot in slots}

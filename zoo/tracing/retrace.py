@@ -142,7 +142,7 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
     elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's too
         plain = value if isinstance(value, int) else float(value)
-        yield plain if plain == plain else math.nan  # one object, so that equal lists are equal
+        yield plain if plain == plain else math.nan  # one NaN object: equal lists compare equal
 
 
 # --- the trace ------------------------------------------------------------------------------------

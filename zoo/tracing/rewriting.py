@@ -117,7 +117,7 @@ class SwitchedOperator(nn.Module):
 # --- arguments with gaps --------------------------------------------------------------------------
 
 _GIVEN = "given"
-"""Marks the place of a tensor of the program in a template."""
+"""Marks the place of a value of the program in a template."""
 
 
 def _is_length(value: Any) -> bool:
@@ -134,7 +134,7 @@ def _flat(arguments: Any) -> list[Any]:
 
 
 def _template(arguments: Any, numbers: Any) -> Any:
-    """`arguments` with gaps for tensors of the program and, if `numbers` is given, for lengths."""
+    """`arguments` with gaps for values of the program and, if `numbers` is given, for lengths."""
     if isinstance(arguments, dict):
         return {key: _template(value, numbers) for key, value in arguments.items()}
     if isinstance(arguments, tuple | list):
@@ -147,7 +147,7 @@ def _template(arguments: Any, numbers: Any) -> Any:
 
 
 class _Gap:
-    """A gap in a template: for the next tensor of the program, or for `sizes[of]`."""
+    """A gap in a template: for the next value of the program, or for `sizes[of]`."""
 
     def __init__(self, of: str | int) -> None:
         self.of = of
