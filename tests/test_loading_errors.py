@@ -283,7 +283,7 @@ class Auxiliary(Net):
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_a_head_that_only_training_uses_is_not_cut_off_at_any_size(size: int) -> None:
-    with pytest.raises(GraphError, match=r"'auxiliary\.weight' has no part in eval mode, and"):
+    with pytest.raises(GraphError, match=r"'auxiliary\.weight' is not used in eval mode, and"):
         zoo.prune(Auxiliary(), torch.rand(1, 3, size, size), cf=2)
 
 

@@ -1,4 +1,4 @@
-"""Prune a little, train, repeat: the same plan, surgery and training, in steps."""
+"""Iterative pruning: prune a little, train, repeat, with the same plan, surgery and training."""
 
 from __future__ import annotations
 
@@ -31,33 +31,33 @@ __all__ = ["IterativeResult", "IterativeStep", "Schedule", "prune_iteratively"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """What to keep in the end, in how many steps, and how to train after each."""
+    """The compression at the end, the number of steps, and the training after each step."""
 
     cf: float
     """compression factor, dense / pruned, after the last step"""
     steps: int = 5
-    """cuts; the factors after them are geometric from 1 to what the profile gives"""
+    """number of steps; their factors rise geometrically from 1 to that of the last step"""
     profile: str | Profile = "equal"
-    """as in `zoo.load`, or without an architecture as in `zoo.prune`"""
+    """as in `zoo.load`; for a live network as in `zoo.prune`"""
     metric: str = "params"
     """what the factor counts"""
     criterion: str = "random"
-    """which channels stay, asked again before every cut"""
+    """how channels are scored; computed again before every step"""
     seed: int = 0
     """of the random choices and the training"""
     align: int = 1
-    """the last widths are multiples of it, or whole"""
+    """every width of the last step is a multiple of it, or not cut"""
     floor: float = 0.0
-    """the least keep ratio of any channel group"""
+    """smallest keep ratio of any channel group"""
     keep: Mapping[str, float] = field(default_factory=dict)
     """module name or prefix -> keep ratio that its channel groups are pinned to"""
     recipe: str | Recipe = "quick"
-    """how to train after each cut"""
+    """how to train after each step"""
 
 
 @dataclass(frozen=True)
 class IterativeStep:
-    """One cut and the training after it; the plan is the whole cut so far, of the dense network."""
+    """One step: the plan so far, from the dense network, and the training after it."""
 
     plan: Plan
     training: TrainResult
@@ -65,7 +65,7 @@ class IterativeStep:
 
 @dataclass(frozen=True)
 class IterativeResult:
-    """The pruned network, as `load` and `prune` give it, and what every step did."""
+    """The pruned network, as `load` and `prune` return it, and all steps."""
 
     model: nn.Module
     steps: tuple[IterativeStep, ...]
@@ -82,34 +82,34 @@ def prune_iteratively(
 ) -> IterativeResult:
     """Prune a little, train, repeat, until the network is as small as `load` would make it.
 
-    The last widths are those of the profile or policy for the dense network; the ones on the way
-    lie between, so that each step's factor of the dense network is met. Which channels go is
-    decided on the network as it then is, so that what is kept is nested from step to step.
+    The last widths are those of the profile or policy for the dense network; earlier ones lie
+    between, so that each step meets its factor of the dense network. Each step scores the channels
+    of the network as it then is, so kept channels are nested.
 
     Args:
         weights: a checkpoint, as in `zoo.load`, with `arch`; or a live network with
             `example_input`. Neither is changed.
         train, val: torch Datasets or DataLoaders of (image, label); a criterion that needs data
-            sees the training images.
-        schedule: how much, how often, and how to train.
+            gets the training images.
+        schedule: compression, number of steps, and training.
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
         example_input: one batch (N, C, H, W), as in `zoo.prune`.
 
     Returns:
-        The model, on the device it was trained on, and the steps. Ctrl-C during a training makes
-        its step the last.
+        The model, on the device it was trained on, and the steps. Ctrl-C during training ends the
+        pruning after that step.
 
     Raises:
-        ZooError: as `zoo.load`, `zoo.prune` and `zoo.finetune`, or unless exactly one of `arch` and
-            `example_input` is given.
-        DataError: for data of another kind.
+        ZooError: as `zoo.load`, `zoo.prune` and `zoo.finetune`, and if not exactly one of `arch`
+            and `example_input` is given.
+        DataError: if `train` or `val` is not a Dataset or DataLoader.
     """
     steps = _checked(schedule, train, val)
     asked = request(
         schedule.profile, arch, schedule.cf, schedule.metric, schedule.criterion, schedule.seed,
         schedule.align, schedule.floor, schedule.keep,
     )  # fmt: skip
-    model, groups = _whole(weights, arch, example_input)
+    model, groups = _dense_network(weights, arch, example_input)
     record: Any = model.pruning
     data = train if asked.name in RANKINGS else None
     goal = planned(model, groups, replace(asked, criterion="random"), data)
@@ -136,7 +136,7 @@ def prune_iteratively(
 
 
 def _checked(schedule: Schedule, train: object, val: object) -> int:
-    """The number of steps; what only the first training would refuse is refused here."""
+    """The number of steps; also refuses early what the first training would refuse."""
     if not isinstance(schedule, Schedule):
         raise ZooError(f"A schedule is a zoo.Schedule, got {type(schedule).__name__}.")
     read_recipe(schedule.recipe)
@@ -146,10 +146,10 @@ def _checked(schedule: Schedule, train: object, val: object) -> int:
     return integer("steps", schedule.steps, 1)
 
 
-def _whole(
+def _dense_network(
     weights: Weights, arch: str, example_input: Tensor | None
 ) -> tuple[nn.Module, ChannelGroups]:
-    """A copy of the dense network, with the record of a cut that took nothing, and its groups."""
+    """A copy of the dense network, with the record of a plan that keeps all, and its groups."""
     if arch and example_input is None:
         model = load(arch, 1, weights, profile="equal")
         record = cast(PruningRecord, model.pruning)
@@ -161,7 +161,7 @@ def _whole(
 
 
 def _between(costs: CostModel, goal: Plan, plan: Plan, factor: float) -> dict[str, int]:
-    """Widths that meet `factor` on the way from those of `plan` to those of `goal`."""
+    """Widths between those of `plan` and `goal` that meet `factor`."""
     ends = [(ratio, plan.keep_ratios[name]) for name, ratio in goal.keep_ratios.items()]
     solution = solve(
         costs, lambda t: [last ** (1 - t) * now**t for last, now in ends], factor, goal.metric
@@ -170,7 +170,7 @@ def _between(costs: CostModel, goal: Plan, plan: Plan, factor: float) -> dict[st
 
 
 def _remaining(groups: ChannelGroups, plan: Plan) -> ChannelGroups:
-    """The channel groups of the network that `plan` leaves: the kept units, where they now lie."""
+    """The channel groups after `plan`: the kept units at their new positions."""
     left = kept_positions(groups, plan.kept)
 
     def moved(slot: Slot, units: Sequence[int]) -> Slot:
@@ -202,6 +202,6 @@ def _scores(
 
 
 def _composed(groups: ChannelGroups, plan: Plan, cut: Plan) -> Scores:
-    """Scores by which the dense network keeps what `cut` keeps of what `plan` had left."""
+    """Scores of the dense network: 1 for units that `cut` keeps of those `plan` kept, else 0."""
     kept = {name: {plan.kept[name][unit] for unit in cut.kept[name]} for name in groups.names}
     return [[float(unit in kept[g.name]) for unit in range(g.size)] for g in groups.groups]

@@ -1,4 +1,4 @@
-"""The first line of the story: a dense checkpoint in, a physically smaller network out."""
+"""Entry points: create a network, load and prune a checkpoint, prune a live network, save."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ __all__ = ["create_model", "load", "load_pruned", "plan", "prune", "save"]
 Weights = str | Path | Mapping[str, Tensor] | nn.Module
 Init = Literal["pretrained", "random", "rewound"]
 
-_ordinary_mode = torch.inference_mode(mode=False)
-"""What is made inside a caller's `torch.inference_mode()` can be trained outside it."""
+_no_inference_mode = torch.inference_mode(mode=False)
+"""Leaves the caller's `torch.inference_mode()`, whose tensors could not be trained outside it."""
 
 
-@_ordinary_mode
+@_no_inference_mode
 def create_model(
     arch: str,
     num_classes: int,
@@ -59,15 +59,15 @@ def create_model(
     Args:
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
         num_classes: outputs of the classifier.
-        pretrained: a checkpoint, as `load` takes them; where it has no classifier, or one of other
-            classes, only that is random.
+        pretrained: a checkpoint, as in `load`; only the classifier is random if the checkpoint has
+            none, or one for another number of classes.
         image_size: pixels per side, or (height, width); only architectures that flatten a map
-            (cnet) depend on it, and take none but squares.
+            (cnet) depend on it, and these take square images only.
         seed: of the random weights.
         ema: as in `load`.
 
     Raises:
-        ZooError: for an unknown architecture or a bad number of classes.
+        ZooError: for an unknown architecture or an invalid number of classes.
         CheckpointError: for a checkpoint that does not fit.
     """
     if pretrained is None:
@@ -77,7 +77,7 @@ def create_model(
     ).module
 
 
-@_ordinary_mode
+@_no_inference_mode
 def load(
     arch: str,
     cf: float | None = None,
@@ -100,8 +100,8 @@ def load(
 ) -> nn.Module:
     """A pruned network from a dense checkpoint, by a profile that was found on other data.
 
-    A profile is applied verbatim: its kept counts, whatever the number of classes or the image size
-    here; `module.pruning.plan` records the factor asked for and the one met by this very network.
+    A profile's kept counts are applied unchanged, whatever the number of classes or the image size.
+    `module.pruning.plan` records the factor asked for and the one that this network meets.
 
     Args:
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
@@ -111,35 +111,36 @@ def load(
         profile: `searched` (the bundled one), a policy's name, a reference, or a `Profile`.
         metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on this
             machine's CPU, at batch 1, and cached.
-        criterion: which channels stay: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, `synflow`; or,
-            with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`, `snip`, `apoz`,
+        criterion: how channels are scored: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, `synflow`;
+            or, with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`, `snip`, `apoz`,
             `reinforce` (learnt by trial, in minutes).
-        init: keep the `pretrained` weights, start the pruned network from `random` ones, or from
-            `rewound` ones: the channels are chosen on `weights` (Frankle and Carbin, 2019).
+        init: weights of the pruned network: the `pretrained` ones, `random` ones, or `rewound`
+            ones, with the channels still chosen on `weights` (Frankle and Carbin, 2019).
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
-        seed: of the random choice of channels, of the `random` policy, of `init="random"` and of a
-            new classifier.
-        align: widths are multiples of it, or whole: for a policy, or a profile with `refit`.
-        floor: the least keep ratio of any channel group, likewise; pinned ones apart.
-        keep: module name or prefix -> keep ratio that its channel groups are pinned to, likewise.
-        refit: rescale the profile's ratios by one common factor to meet `cf` for this network.
+        seed: of the random choice of channels, the `random` policy, `init="random"` and a new
+            classifier.
+        align: every width is a multiple of it, or not cut. `align`, `floor` and `keep` are for a
+            policy, or a profile with `refit`.
+        floor: smallest keep ratio of any channel group that `keep` does not pin.
+        keep: module name or prefix -> keep ratio that its channel groups are pinned to.
+        refit: rescale the profile's keep ratios by one common factor to meet `cf` for this network.
         data: labelled images for criteria that need them.
-        image_size: pixels per side, or (height, width), that MACs are counted at and latency is
-            measured at; by default the checkpoint's or the reference's.
-        num_classes: outputs of a new classifier, with random weights, where the checkpoint has none
-            or one of other classes; `module.pruning.new_classifier` records it.
-        ema: of a checkpoint that has averaged weights beside the others, take the average, as timm
-            and torchvision's scripts do, and warn of it; with False the others.
+        image_size: pixels per side, or (height, width), at which MACs are counted and latency is
+            measured; by default the checkpoint's or the architecture's.
+        num_classes: outputs of a new classifier with random weights, if the checkpoint has none, or
+            one for another number of classes; `module.pruning.new_classifier` records it.
+        ema: if the checkpoint has averaged weights beside the others, load the averaged ones, as
+            timm and torchvision's scripts do, with a warning. False loads the others.
 
     Returns:
-        An ordinary `nn.Module` in eval mode, sharing nothing with `weights`, with the attribute
-        `pruning`, a `PruningRecord`.
+        An ordinary `nn.Module` in eval mode that shares nothing with `weights`. Its attribute
+        `pruning` is a `PruningRecord`.
 
     Raises:
-        FactorError: for a factor without a profile, another than the given profile's, or one out of
-            a policy's reach.
-        CheckpointError: for a checkpoint that is unsafe, broken, or of another architecture; or
-            without a classifier where `num_classes` is not given.
+        FactorError: if no profile exists for the factor, the given profile is for another factor,
+            or the policy cannot reach the factor.
+        CheckpointError: if the checkpoint is unsafe, broken or of another architecture, or has no
+            classifier and `num_classes` is not given.
     """
     known = architecture(arch)
     if image_size is not None:
@@ -148,12 +149,12 @@ def load(
         raise unknown("init", init, get_args(Init))
     if (init == "rewound") != (rewind is not None):
         raise ZooError(
-            f"init='rewound' and rewind=, the checkpoint to go back to, need each other; got "
-            f"init={init!r} {'without' if rewind is None else 'with'} rewind=."
+            f"init='rewound' needs rewind=, the checkpoint to go back to, and only it takes one; "
+            f"got init={init!r} {'without' if rewind is None else 'with'} rewind=."
         )
     if weights is None:
         raise ZooError(f"Which checkpoint of {arch} is to be pruned? Pass weights=.")
-    # before the weights are read: a missing profile costs nothing
+    # before the weights are read, so that a missing profile fails at once
     asked = request(profile, arch, cf, metric, criterion, seed, align, floor, keep, refit)
     dense = load_dense(
         arch, weights, image_size=image_size, num_classes=num_classes, seed=seed, ema=ema
@@ -189,7 +190,7 @@ def load(
     )
 
 
-@_ordinary_mode
+@_no_inference_mode
 def plan(
     module: nn.Module,
     example_input: Inputs,
@@ -205,12 +206,12 @@ def plan(
     data: Dataset | DataLoader | None = None,
     rewrite: bool = False,
 ) -> Plan:
-    """What `prune` with the same arguments would cut, to look at before anything is cut."""
+    """The plan that `prune` would execute with the same arguments; nothing is pruned."""
     asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
     return _live(module, example_input, asked, data, rewrite).plan
 
 
-@_ordinary_mode
+@_no_inference_mode
 def prune(
     module: nn.Module,
     example_input: Inputs,
@@ -227,30 +228,29 @@ def prune(
     rewrite: bool = False,
     verify: bool = True,
 ) -> nn.Module:
-    """A pruned copy of any live network that can be traced; `module` is left as it is.
+    """A pruned copy of any live network that can be traced; `module` is not changed.
 
     Args:
-        module: a network that gives tensors, in any structure of tuples, lists, dicts and
-            dataclasses. All that it returns keeps its shape.
+        module: a network that returns tensors, in any structure of tuples, lists, dicts and
+            dataclasses. All its outputs keep their shapes.
         example_input: what it is called with, of the size that MACs are counted at: one batch
             (N, C, H, W), or any other tensor, a tuple of them in order, or a dict by name. MACs are
             those of one item of the first tensor's first dimension.
-        cf: compression factor; may be left out when `profile` is a `Profile` or a reference.
+        cf: compression factor, dense / pruned; optional if `profile` is a `Profile` or a reference.
         profile: a policy's name, a reference, or a `Profile`.
-        metric: as in `load`, but `latency` is of the device that `module` is on, at batch 1 or, on
-            CUDA, 64.
+        metric: as in `load`, but `latency` is measured on the device of `module`, at batch size 1
+            (64 on CUDA).
         criterion, seed, align, floor, keep, data: as in `load`.
         rewrite: prune the traced program in place of the module, so that constants in `forward`,
-            as in `x.view(-1, 2048)`, follow the widths. The result has the parameters' names and
-            none of the module's own code; it trains as it was traced, in eval mode, but for batch
-            norm and dropout.
-        verify: run the pruned network beside the dense one with zeros, both with random numbers in
-            them, on two items of the input, before it is given away.
+            as in `x.view(-1, 2048)`, follow the widths. The result keeps the parameters' names but
+            none of the module's code. In training mode only batch norm and dropout change.
+        verify: before returning, compare the outputs of the pruned and the masked dense network,
+            both with random weights, on two items of the input.
 
     Raises:
-        GraphError: when the network does not run on the input, cannot be traced, has nothing that
-            can be cut, or does not pass `verify`.
-        FactorError: when the factor is not the profile's, or out of the policy's reach.
+        GraphError: if the network does not run on the input, cannot be traced, has nothing to
+            prune, or does not pass `verify`.
+        FactorError: if the factor is not the profile's, or the policy cannot reach it.
     """
     asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
     live = _live(module, example_input, asked, data, rewrite)
@@ -261,22 +261,22 @@ def prune(
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write a pruned network to a folder: safetensors, pruning.json, README.md; atomically.
+    """Write a pruned network to a folder, atomically: safetensors, pruning.json and README.md.
 
     Raises:
-        ZooError: when the network has no pruning record, or the folder cannot be written.
+        ZooError: if the network has no pruning record, or the folder cannot be written.
     """
     write_model(model, Path(folder).expanduser())
     return Path(folder).expanduser()
 
 
-@_ordinary_mode
+@_no_inference_mode
 def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
-    """The pruned network that `save` wrote: no tracing, no pickle, and no network for a folder.
+    """The pruned network that `save` wrote, without tracing or pickle; a path needs no internet.
 
     Args:
         folder: its path, or `hf:<org>/<repo>[@<revision>]`.
-        skeleton: the dense network, for one that came from `prune` and has no architecture's name.
+        skeleton: the dense network, for a network from `prune`, whose record has no architecture.
 
     Raises:
         ZooError: for a missing, incomplete or malformed folder.
@@ -290,7 +290,7 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
 
 @dataclass(frozen=True)
 class _Live:
-    """A live network, traced and planned for; `program` is None where its groups were known."""
+    """A live network, traced and planned; `program` is None if the groups were cached."""
 
     module: nn.Module
     inputs: Inputs
@@ -307,14 +307,14 @@ def _live(
     data: Dataset | DataLoader | None,
     rewrite: bool,
 ) -> _Live:
-    with ONE_AT_A_TIME:  # threads may share the network, whose modes are switched meanwhile
-        classes = _classes(module, example_input)
-        # what was made in torch.inference_mode() is copied, because autograd refuses it
+    with ONE_AT_A_TIME:  # its modes are switched meanwhile, and threads may share it
+        classes = _checked_classes(module, example_input)
+        # tensors made in torch.inference_mode() are copied, because autograd refuses them
         if any(tensor.is_inference() for tensor in named_tensors(module).values()):
             module = surgery.resized(module, {})
-        inputs = mapped(_ordinary, checked_inputs(example_input))
+        inputs = mapped(_without_inference_mode, checked_inputs(example_input))
         if rewrite and asked.metric == "latency":
-            raise ZooError("With rewrite=True the metric is params or macs: latency is of layers.")
+            raise ZooError("With rewrite=True the metric is params or macs: latency needs layers.")
         network = rewritten(module, inputs) if rewrite else module
         program, groups = (analyse if rewrite else traced_groups)(network, inputs)
     if not groups.groups:
@@ -326,7 +326,7 @@ def _live(
     return _Live(network, inputs, groups, program, planned(module, groups, asked, data), classes)
 
 
-def _ordinary(tensor: Tensor) -> Tensor:
+def _without_inference_mode(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -365,10 +365,10 @@ def _cut(
     return pruned.eval()
 
 
-def _classes(module: nn.Module, example_input: Inputs) -> int:
-    """The classes of a live network, which shows on the way that it runs on these inputs.
+def _checked_classes(module: nn.Module, example_input: Inputs) -> int:
+    """The number of classes of a live network, after a check that it runs on these inputs.
 
-    0 where it gives something else than one tensor of logits (N, classes, ...).
+    0 if its output is not a single tensor of logits (N, classes, ...).
     """
     if not isinstance(module, nn.Module):
         raise ZooError(
@@ -384,11 +384,11 @@ def _classes(module: nn.Module, example_input: Inputs) -> int:
     except Exception as error:  # whatever the network raises
         reason = first_line(error)
         flat = isinstance(inputs, Tensor) and inputs.ndim == 3
-        advice = " (One image is a batch of one: x[None].)" if flat else ""
+        advice = " (Pass one image as a batch of one: x[None].)" if flat else ""
         raise GraphError(
             f"{kind} does not run on the example input of shape {described(inputs)}: {reason}"
             f"{advice}"
         ) from error
     if not leaves(output):
-        raise GraphError(f"{kind} gives {type(output).__name__}, in which there are no tensors.")
+        raise GraphError(f"{kind} returns {type(output).__name__}, which contains no tensors.")
     return output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else 0

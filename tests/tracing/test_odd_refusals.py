@@ -42,8 +42,8 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
         lambda: net(lambda _, x: x * x.mean(1, True).expand_as(x).softmax(1)), "a", "softmax",
     ),
     "roll": (lambda: net(lambda _, x: x.roll(2, 1)), "a", "rolled"),
-    "one channel": (lambda: net(lambda _, x: x * x[:, -1:]), "a", "addressed by a position"),
-    "some channels": (lambda: net(lambda _, x: x[:, [0, 3, 1]], 3), "a", "table of positions"),
+    "one channel": (lambda: net(lambda _, x: x * x[:, -1:]), "a", "indexed by a position"),
+    "some channels": (lambda: net(lambda _, x: x[:, [0, 3, 1]], 3), "a", "tensor of positions"),
     "the last four": (lambda: net(lambda _, x: x[:, -4:], 4), "a", "constant at node 'slice"),
     "swapped halves": (
         lambda: net(lambda _, x: torch.cat([x[:, 4:], x[:, :4]], 1)), "a", "constant at node 'sl",
@@ -59,10 +59,10 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
         lambda: net(slice_assignment, c=conv(8, 8), d=conv(4, 4)), "d", "constant at node 'slice",
     ),
     "new zeros": (
-        lambda: net(lambda _, x: x + x.new_zeros(8, 1, 1)), "a", "no channel group owns",
+        lambda: net(lambda _, x: x + x.new_zeros(8, 1, 1)), "a", "to no channel group",
     ),
     "local response norm": (
-        lambda: net(lambda n, x: n.c(x), c=nn.LocalResponseNorm(5)), "a", "no channel group owns",
+        lambda: net(lambda n, x: n.c(x), c=nn.LocalResponseNorm(5)), "a", "to no channel group",
     ),
     "matmul": (
         lambda: net(lambda _, x: (torch.eye(8).to(x) @ x.flatten(2)).view(x.shape)),
@@ -102,7 +102,7 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
     "cumsum": (lambda: net(lambda _, x: x.cumsum(1)), "a", "in order"),
     "argmax": (lambda: net(lambda _, x: x * x.argmax(1, True)), "a", "searched for a position"),
     "positions of a maximum": (
-        lambda: net(lambda _, x: x * x.max(1, True)[1]), "a", "searched for a position, at node",
+        lambda: net(lambda _, x: x * x.max(1, True)[1]), "a", "a position (max, min), at node",
     ),
     "sorted channels": (lambda: net(lambda _, x: x.sort(1)[0]), "a", "in order"),
     "the best channels": (
@@ -130,7 +130,7 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
         "a", "its width 4",
     ),
     "a normalisation of as many groups": (
-        lambda: net(lambda _, x: F.group_norm(x, x.shape[1] // 4)), "a", "computed with (",
+        lambda: net(lambda _, x: F.group_norm(x, x.shape[1] // 4)), "a", "computation that fails (",
     ),
     "a scale of the width": (
         lambda: net(lambda _, x: x * x.mean((1, 2, 3), True) / len(x[0]) ** 0.5),
@@ -218,7 +218,7 @@ REFUSED: dict[str, tuple[Build, str]] = {
         ),
         "no channel group that can be pruned",
     ),
-    "no tensors": (lambda: Net(lambda n, x: len(n.a(x)), a=conv(3, 8)), "gives int, in which the"),
+    "no tensors": (lambda: Net(lambda n, x: len(n.a(x)), a=conv(3, 8)), "returns int, which con"),
     "two inputs": (
         lambda: Net(lambda n, x, y: n.a(x) + y, a=conv(3, 8)), r"does not run on .*argument: 'y'",
     ),

@@ -151,7 +151,9 @@ def test_outputs_keep_their_structure() -> None:
 def test_what_cannot_be_rewritten_says_so() -> None:
     for count in (lambda _: 2, len):
         fixed = constant(lambda n, x, c=count: n.head(body(n, x).view(c(x), 512)), **FLAT)()
-        with pytest.raises(GraphError, match=r"the batch of 2 is a constant in it too\. Take it"):
+        with pytest.raises(
+            GraphError, match=r"its batch size 2 is a constant in forward too\. Take it"
+        ):
             zoo.prune(fixed, IMAGES, cf=2, rewrite=True)
     build, _, _ = CONSTANTS["view"]
     with pytest.raises(ZooError, match="the metric is params or macs"):

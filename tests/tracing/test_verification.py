@@ -19,7 +19,7 @@ from zoo.errors import GraphError
 from zoo.tracing import check, verification
 from zoo.tracing.graph import analyse
 
-WRONG = "computes something else than with zeros in place of the channels"
+WRONG = "does not compute what it computes with zeros for the removed channels"
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,1 @@
-"""A network and a plan in; a smaller network, or one with zeros, out."""
+"""Surgery: a plan executed on a network, which becomes smaller or is masked with zeros."""

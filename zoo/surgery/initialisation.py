@@ -1,4 +1,4 @@
-"""Random weights for a network that was cut."""
+"""Re-initialisation of a pruned network with random weights."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["reinitialise"]
 
 
 def reinitialise(module: nn.Module, seed: int) -> None:
-    """Draw every weight of `module` anew, in place, by its layers' own `reset_parameters`.
+    """Re-initialise `module` in place, by the `reset_parameters` of its layers.
 
     Raises:
-        ZooError: for parameters of a module that has no such method.
+        ZooError: if a layer with parameters has no such method.
     """
     with seeded(seed):
         for name, layer in module.named_modules():

@@ -1,4 +1,4 @@
-"""Masks: executing a plan on the dense network with zeros, as a check on surgery and its twin."""
+"""Masks: a plan executed with zeros on the dense network, as a reference for surgery."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["mask", "masked"]
 
 
 def masked(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
-    """A copy of `module`, of its size, with zeros in every position that `plan` removes."""
+    """A copy of `module`, of the same size, with zeros in every position that `plan` removes."""
     result = copy.deepcopy(module)
     mask(result, groups, plan)
     return result
 
 
 def mask(module: nn.Module, groups: ChannelGroups, plan: Plan) -> None:
-    """As `masked`, with `module` itself."""
+    """As `masked`, but in place."""
     tensors = named_tensors(module)
     with torch.no_grad():
         for name, dims in kept_positions(groups, plan.kept).items():

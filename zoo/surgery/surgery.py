@@ -1,4 +1,4 @@
-"""Surgery: executing a plan. A new, physically smaller module; the caller's is never edited."""
+"""Surgery: executes a plan as a new, smaller module. The caller's module is never edited."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ __all__ = [
 
 
 def apply(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
-    """A copy of `module` that has only the channels that `plan` keeps; no storage is shared.
+    """A copy of `module` with only the channels that `plan` keeps; it shares no storage.
 
     Raises:
-        GraphError: if the tensors of `module` are not those that `groups` describe.
+        GraphError: if a tensor of `module` has another shape than in `groups`.
     """
     tensors = {}
     kept = kept_positions(groups, plan.kept)
@@ -50,7 +50,7 @@ def apply(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by its full name; tied ones under each of their names."""
+    """All parameters and buffers by full name; tied ones under each of their names."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -59,7 +59,7 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """`module` is in eval mode inside; afterwards each of its layers is in its own mode again."""
+    """Puts `module` in eval mode; afterwards every layer gets its former mode back."""
     modes = {layer: layer.training for layer in module.modules()}
     module.eval()
     try:
@@ -74,20 +74,21 @@ def resized(
     tensors: Mapping[str, Tensor],
     attributes: Mapping[str, int] = MappingProxyType({}),
 ) -> nn.Module:
-    """A copy of `skeleton` whose parameters and buffers are `tensors`, of whatever widths.
+    """A copy of `skeleton` whose parameters and buffers are `tensors`, of any widths.
 
     Attributes that repeat a width (`in_channels`, `num_features`, ...) are set to agree with the
-    tensors, and those of `attributes`, `<module>:<attribute>`, to their values. Tensors of the
+    tensors, and those in `attributes` (`<module>:<attribute>`) to their values. Tensors of the
     skeleton that `tensors` does not name are copied.
 
     Raises:
-        GraphError: if an attribute is not an integer of the skeleton.
+        GraphError: if `attributes` names anything but an integer attribute.
     """
     memo: dict[int, object] = {}
     for name, old in named_tensors(skeleton).items():
         if id(old) not in memo:
             memo[id(old)] = _like(old, tensors[name] if name in tensors else old.detach().clone())
-    for tensor in _plain_tensors(skeleton):  # of a graph, or beside fake ones, not to be copied
+    # deepcopy refuses tensors of an autograd graph, and any beside fake ones
+    for tensor in _plain_tensors(skeleton):
         memo.setdefault(id(tensor), tensor.detach().clone())
     result = copy.deepcopy(skeleton, memo)
     _repair(result, attributes)
@@ -95,7 +96,7 @@ def resized(
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Those that the layers keep as ordinary attributes, in lists and dicts too."""
+    """Tensors that layers keep as plain attributes, also inside lists, tuples and dicts."""
     waiting: list[Any] = [
         value
         for layer in module.modules()
@@ -110,7 +111,7 @@ def _plain_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def resize(module: nn.Module, tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> None:
-    """As `resized`, with `module` itself; `tensors` name all of its parameters and buffers."""
+    """As `resized`, but in place; `tensors` must name all parameters and buffers."""
     new: dict[int, Tensor] = {}
     for path, layer in module.named_modules():
         for own in (layer._parameters, layer._buffers):
@@ -129,7 +130,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _repair(module: nn.Module, attributes: Mapping[str, int]) -> None:
-    """Set what repeats a width in the layers of `module`."""
+    """Set the attributes that repeat a width, from the tensors and from `attributes`."""
     for layer in module.modules():
         for kind, repair in REPAIRS.items():
             if isinstance(layer, kind):
@@ -144,7 +145,7 @@ def _repair(module: nn.Module, attributes: Mapping[str, int]) -> None:
 
 
 def width_attributes(layer: nn.Module) -> dict[str, int]:
-    """The integers among a module's own attributes, by name; in containers by `name.key`."""
+    """The integer attributes of a module by name; those in lists and dicts by `name.key`."""
     found: dict[str, int] = {}
 
     def collect(name: str, value: object, depth: int) -> None:
@@ -219,7 +220,7 @@ def _repair_group_norm(layer: nn.Module) -> None:
 
 
 def is_repaired(layer: nn.Module) -> bool:
-    """Whether the layer's integers follow from its tensors."""
+    """Whether `REPAIRS` sets the layer's widths from its tensors."""
     return isinstance(layer, tuple(REPAIRS)) and any(True for _ in layer.parameters())
 
 
@@ -232,4 +233,4 @@ REPAIRS: dict[type[nn.Module], Callable[[nn.Module], None]] = {
     nn.RMSNorm: _repair_layer_norm,
     nn.GroupNorm: _repair_group_norm,
 }
-"""Per module class, how its attributes follow from its tensors."""
+"""Module class -> the function that sets its attributes from its tensors."""

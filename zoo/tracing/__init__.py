@@ -1,1 +1,1 @@
-"""A network and an example input in; verified channel groups out."""
+"""Tracing: the verified channel groups of a network, from an example input."""

@@ -1,20 +1,20 @@
-"""Widths that modules keep as integers, for which no tensor of theirs speaks.
+"""Integer attributes of modules that repeat a width which no tensor of the module shows.
 
-Looked for in classes of torch, timm, torchvision and the zoo alone, because what an integer of a
-user's class means cannot be known:
+Only classes of torch, timm, torchvision and the zoo are searched, because what an integer of a
+user's class means cannot be known. An integer counts channels if it equals the length of one of its
+rows (labels of one dimension):
 
-- what `forward` slices, splits or pads by (`SHAPES`, per class): an integer of a shape operator
-  that equals a channel row there;
-- what the module was made for and may be rebuilt from (`INPUTS`, `OUTPUTS`, `DEPTHWISE` and
-  `CHILDREN`, by attribute name): one that equals the channel row that flows in or out of the module
-  or of a child;
-- what timm's feature extraction and `reset_classifier` go by (`num_features`, `head_hidden_size`,
-  `feature_info`): the channels that `forward_features`, the classifier and the named modules see.
+- `SHAPES` (per class): `forward` slices, splits or pads by it. Its rows are those of the module's
+  shape operators.
+- `INPUTS`, `OUTPUTS`, `DEPTHWISE`, `CHILDREN` (by attribute name): the module was constructed with
+  it and may be rebuilt from it. Its rows flow in or out of the module or a child.
+- `num_features`, `head_hidden_size`, `feature_info`: timm's feature extraction and
+  `reset_classifier` read it. Its rows leave `forward_features` or the named modules, or enter the
+  classifier.
 
-An integer that equals none of its rows, or two unlike ones, is left as it is; so are records of how
-the dense network was configured (`stage1_cfg`, `base_width`, `planes`, `cardinality`, ...). Layers
-that have tensors to go by are left to `zoo.surgery.surgery.REPAIRS`. Whatever is set, the check
-under fake tensors has the last word.
+An integer that equals none of its rows, or two that are not tied, is not changed; nor are records
+of the dense configuration (`stage1_cfg`, `base_width`, `planes`, `cardinality`, ...). Layers with
+tensors are left to `zoo.surgery.surgery.REPAIRS`. The check under fake tensors has the last word.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ INPUTS = (
 OUTPUTS = ("out_channels", "out_chs", "out_features", "out_dim", "dim_out", "num_features")
 
 DEPTHWISE = ("MobileOneBlock", "RepVggBlock", "ReparamLargeKernelConv", "RepConditionalPosEnc")
-"""Classes whose `groups` are their inputs, where the two are equal, when they are rebuilt."""
+"""Classes that are rebuilt from `groups`: it counts their input channels, if it equals them."""
 
 INTO, OUT_OF = 0, 1
-"""The sides of `Program.flows`."""
+"""Indices of input and output in an item of `Program.flows`."""
 
 CHILDREN: dict[str, tuple[str, int]] = {
     "MlpClassifierHead.num_features": ("fc2", INTO),
@@ -81,8 +81,8 @@ CHILDREN: dict[str, tuple[str, int]] = {
     "embed_dim": ("stages.{}", OUT_OF),
     "channels": ("level{}", OUT_OF),
 }
-"""Attribute name, of one class or of any -> the child whose channels it counts, if there is one,
-and on which side. The braces take the key of an item of a list."""
+"""`<class>.<attribute>`, or the attribute of any class -> the child whose channels it counts, and
+whether at its input or output. `{}` stands for the index of an item, if the attribute is a list."""
 
 STAND_INS: dict[str, dict[str, str]] = {
     "HighResolutionNet": {
@@ -95,13 +95,13 @@ STAND_INS: dict[str, dict[str, str]] = {
     "MobileNetV5": {"bn1": "conv_stem"},
     "TResNet": {"": "body.conv1"},
 }
-"""Class name -> module named in `feature_info` -> the one that its feature comes out of."""
+"""Class name -> module named in `feature_info` -> the module whose output that feature is."""
 
 
 def attribute_labels(module: nn.Module, program: Program) -> dict[str, Labels]:
     """`<module>:<attribute>` -> the labels of the channels that the integer counts.
 
-    Where `forward` uses one integer for several unlike rows of channels, those are fixed.
+    Where `forward` uses one integer for several rows that are not tied, these rows are fixed.
     """
     found: dict[str, Labels] = {}
     for path, layer in module.named_modules():
@@ -111,13 +111,13 @@ def attribute_labels(module: nn.Module, program: Program) -> dict[str, Labels]:
         for name, value in width_attributes(layer).items():
             base, _, item = name.partition(".")
             if base in shapes:
-                rows = _shaped(program, path, base, item)
+                rows = _rows_of_shape_operators(program, path, base, item)
             elif named_tensors(layer) and isinstance(layer, tuple(REPAIRS)):
                 continue
             else:
-                rows = _counted(program, layer, path, base, item)
+                rows = _rows_that_may_be_counted(program, layer, path, base, item)
             rows = [row for row in rows if len(row) == value]
-            if rows and _alike(program, rows):
+            if rows and _are_tied(program, rows):
                 found[f"{path}:{name}"] = rows[0]
             elif base in shapes:
                 for row in rows:
@@ -126,13 +126,13 @@ def attribute_labels(module: nn.Module, program: Program) -> dict[str, Labels]:
 
 
 def counted_child(layer: nn.Module, base: str, item: str) -> tuple[str, int]:
-    """The child whose channels an attribute counts, and on which side; "" for none."""
+    """The child whose channels an attribute counts ("" for none), and `INTO` or `OUT_OF`."""
     child, side = CHILDREN.get(f"{type(layer).__name__}.{base}") or CHILDREN.get(base, ("", INTO))
     return child.format(item), side
 
 
-def _shaped(program: Program, path: str, base: str, item: str) -> list[Labels]:
-    """The rows that the attribute may be used for by the shape operators of its module."""
+def _rows_of_shape_operators(program: Program, path: str, base: str, item: str) -> list[Labels]:
+    """The rows that shape operators of the module may slice, split or pad by the attribute."""
     return [
         constant.labels
         for constant in program.constants
@@ -144,14 +144,16 @@ def _shaped(program: Program, path: str, base: str, item: str) -> list[Labels]:
     ]
 
 
-def _counted(program: Program, layer: nn.Module, path: str, base: str, item: str) -> list[Labels]:
+def _rows_that_may_be_counted(
+    program: Program, layer: nn.Module, path: str, base: str, item: str
+) -> list[Labels]:
     """The rows that the attribute may count."""
     if base == "feature_info":
-        return _feature(program, layer, path, item)
+        return _rows_of_feature_info(program, layer, path, item)
     if base == "num_features" and hasattr(layer, "forward_features"):
-        return _featured(program, path)
+        return _rows_of_features(program, path)
     if base == "head_hidden_size" or (base == "inplanes" and hasattr(layer, "get_classifier")):
-        return _classified(program, layer, path)
+        return _rows_into_classifier(program, layer, path)
     child, side = counted_child(layer, base, item)
     rows = _flowing(program, _join(path, child), side) if child else []
     if base in INPUTS or (base == "groups" and type(layer).__name__ in DEPTHWISE):
@@ -165,8 +167,8 @@ def _flowing(program: Program, path: str, side: int) -> list[Labels]:
     return _channels(program.flows[path][side]) if path in program.flows else []
 
 
-def _featured(program: Program, path: str) -> list[Labels]:
-    """What the last operator called from `forward_features` gives."""
+def _rows_of_features(program: Program, path: str) -> list[Labels]:
+    """The rows of the last operator that `forward_features` calls."""
     nodes = [
         node
         for node in program.values
@@ -175,8 +177,8 @@ def _featured(program: Program, path: str) -> list[Labels]:
     return _channels(program.values[nodes[-1]]) if nodes else []
 
 
-def _classified(program: Program, layer: Any, path: str) -> list[Labels]:
-    """What flows into the classifier that a timm network names, or into the first of several."""
+def _rows_into_classifier(program: Program, layer: Any, path: str) -> list[Labels]:
+    """The rows that enter the classifier of a timm network, or the first of several."""
     classifier = layer.get_classifier() if hasattr(layer, "get_classifier") else None
     if isinstance(classifier, tuple):
         classifier = classifier[0]
@@ -184,10 +186,11 @@ def _classified(program: Program, layer: Any, path: str) -> list[Labels]:
     return _flowing(program, paths[0], INTO) if paths else []
 
 
-def _feature(program: Program, layer: Any, path: str, item: str) -> list[Labels]:
-    """What flows out of the module that an entry of `feature_info` names; joined, if it is a tuple.
+def _rows_of_feature_info(program: Program, layer: Any, path: str, item: str) -> list[Labels]:
+    """The rows that leave the module named by an entry of `feature_info`.
 
-    An identity leaves no operator in the program; as the last feature it gives the network's.
+    If that module returns a tuple, its concatenation counts too. An identity leaves no operator in
+    the program; if it is the last feature, the output of `forward_features` is taken.
     """
     number, _, key = item.partition(".")
     if key != "num_chs":
@@ -195,7 +198,7 @@ def _feature(program: Program, layer: Any, path: str, item: str) -> list[Labels]
     name = layer.feature_info[int(number)]["module"]
     source = _join(path, STAND_INS.get(type(layer).__name__, {}).get(name, name))
     if source not in program.flows and int(number) == len(layer.feature_info) - 1:
-        return _featured(program, path)
+        return _rows_of_features(program, path)
     joins = (
         value
         for node, value in program.values.items()
@@ -221,7 +224,7 @@ def _channels(value: Value) -> list[Labels]:
     return [row for row in value.labels if is_channels(row)]
 
 
-def _alike(program: Program, rows: list[Labels]) -> bool:
+def _are_tied(program: Program, rows: list[Labels]) -> bool:
     """Whether rows of one length are tied to each other."""
     find = np.vectorize(program.trace.find)
     first = find(rows[0])

@@ -1,8 +1,8 @@
-"""Audit: whether a pruned network still says of itself what is true of it.
+"""Audit: whether the attributes of a pruned network are still true.
 
-What modules claim in attributes (`in_channels`, `num_features`, `feature_info`, ...) is compared
-with the shapes of their tensors and with what flows through them in a forward pass, never with what
-the plan predicted. What was not true of the dense network need not be of the pruned one.
+Attributes (`in_channels`, `num_features`, `feature_info`, ...) are compared with the shapes of
+tensors, inputs and outputs in a forward pass, never with what the plan predicted. What was wrong in
+the dense network may be wrong in the pruned one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from zoo.tracing.attributes import INPUTS, LIBRARIES, OUTPUTS, counted_child
 __all__ = ["audit"]
 
 Flows = dict[str, tuple[list[int], list[int]]]
-"""Module -> the channels that flow into its first call, and out of it: first or last in shape."""
+"""Module -> sizes of dimension 1 and the last one, of inputs and outputs of its first call."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What an attribute says, and all that may make it true."""
+    """The value of an attribute, and the observed values, any of which makes it true."""
 
     said: Any
     seen: tuple[Any, ...]
@@ -39,16 +39,16 @@ class Claim:
 
 
 def audit(dense: nn.Module, pruned: nn.Module, images: Tensor) -> list[str]:
-    """What the attributes of `pruned` claim and a forward pass refutes, of what held for `dense`.
+    """The attributes that are true of `dense` and wrong in `pruned`, one message for each.
 
     Args:
         dense: the network before surgery.
         pruned: the network after it.
-        images: one batch (N, C, H, W) that both run on.
+        images: one batch (N, C, H, W) that both accept.
     """
     before, after = _claims(dense, images), _claims(pruned, images)
     return [
-        f"{name} is {after[name].said}, but {_listed(after[name].seen)} is there"
+        f"{name} is {after[name].said}, but {_listed(after[name].seen)} was observed"
         for name, claim in before.items()
         if claim.holds and not after[name].holds
     ]
@@ -59,7 +59,7 @@ def _listed(seen: tuple[Any, ...]) -> str:
 
 
 def _claims(network: nn.Module, images: Tensor) -> dict[str, Claim]:
-    """What the modules of a network claim, by `<module>:<attribute>`."""
+    """The claims of all modules of a network, by `<module>:<attribute>`."""
     found: dict[str, Claim] = {}
     with evaluating(network), torch.no_grad():
         flows = _flows(network, images)
@@ -99,7 +99,7 @@ def _channels(value: Any) -> list[int]:
 
 
 def _stored(layer: nn.Module) -> Iterator[tuple[str, Claim]]:
-    """What a layer of torch claims about its own tensors."""
+    """The claims of a torch layer about the shapes of its own tensors."""
     for kind, (names, shape) in TENSORS.items():
         if isinstance(layer, kind):
             tensors = (getattr(layer, name, None) for name in ("weight", "running_mean"))
@@ -124,11 +124,11 @@ TENSORS: dict[type[nn.Module], tuple[str, Callable[[Any], tuple[int, ...]]]] = {
     nn.LayerNorm: ("normalized_shape", lambda x: tuple(x.normalized_shape)),
     nn.RMSNorm: ("normalized_shape", lambda x: tuple(x.normalized_shape)),
 }
-"""Per class, the attributes that give the shape of its tensors, and how."""
+"""Layer class -> the attributes that give the shape of its tensors, and that shape."""
 
 
 def _flowing(layer: nn.Module, path: str, flows: Flows) -> Iterator[tuple[str, Claim]]:
-    """What a module claims about what flows in or out of it, or of a child of it."""
+    """The claims of a module about the channels that flow in or out of it or of a child."""
     into, out = flows[path]
     for name, value in width_attributes(layer).items():
         base, _, item = name.partition(".")
@@ -141,7 +141,7 @@ def _flowing(layer: nn.Module, path: str, flows: Flows) -> Iterator[tuple[str, C
 
 
 def _features(network: Any, images: Tensor) -> Iterator[tuple[str, Claim]]:
-    """What a timm network claims about the features that it hands out."""
+    """The claims of a timm network about the channels of its features."""
     calls: dict[str, tuple[Any, Callable[[], Any]]] = {
         "num_features": (network.num_features, lambda: network.forward_features(images)),
         "head_hidden_size": (
@@ -157,7 +157,7 @@ def _features(network: Any, images: Tensor) -> Iterator[tuple[str, Claim]]:
     for name, (said, look) in calls.items():
         try:
             seen = _channels(look())
-        except Exception:  # whatever the network raises: what cannot be seen does not hold
+        except Exception:  # whatever the network raises: what was not observed does not hold
             seen = []
         yield name, Claim(said, tuple(seen))
 

@@ -1,4 +1,4 @@
-"""Calling a network: a tensor, or a tuple or dict of them, in; tensors in any structure out."""
+"""Calling a network with a tensor, tuple or dict of tensors, and reading its nested outputs."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ __all__ = [
 Inputs = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
 """What a network is called with: one tensor, several in order, or several by name.
 
-A dict is taken as named arguments where `forward` has them, else as the one argument it is.
+A dict is passed as named arguments if `forward` has them, else as one argument.
 """
 
 
 def checked_inputs(inputs: Any) -> Inputs:
-    """`inputs`, a list of tensors as a tuple.
+    """`inputs`, with a list converted to a tuple.
 
     Raises:
-        GraphError: if they are no tensor, tuple or dict of tensors, or one of them holds nothing.
+        GraphError: if they are not a tensor, tuple or dict of tensors, or if a tensor is empty.
     """
     if isinstance(inputs, list):
         inputs = tuple(inputs)
@@ -52,8 +52,8 @@ def checked_inputs(inputs: Any) -> Inputs:
         if found and all(isinstance(t, Tensor) and 0 not in t.shape for t in found):
             return inputs
     raise GraphError(
-        f"The example input is a batch of images (N, C, H, W), or whatever tensor, tuple or dict "
-        f"of tensors the network takes, none of them empty; got {described(inputs)}."
+        f"The example input must be a batch of images (N, C, H, W), or whatever tensor, tuple or "
+        f"dict of tensors the network takes, none of them empty; got {described(inputs)}."
     )
 
 
@@ -65,7 +65,7 @@ def tensors_of(inputs: Inputs) -> tuple[Tensor, ...]:
 
 
 def mapped(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
-    """`inputs`, each tensor replaced by what `function` makes of it."""
+    """`inputs` with `function` applied to each tensor."""
     if isinstance(inputs, Mapping):
         return {name: function(tensor) for name, tensor in inputs.items()}
     if isinstance(inputs, tuple):
@@ -74,7 +74,7 @@ def mapped(function: Callable[[Tensor], Tensor], inputs: Inputs) -> Inputs:
 
 
 def arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and the named arguments, these in the order of `forward`."""
+    """The positional and the named arguments of a call; the latter in the order of `forward`."""
     if not isinstance(inputs, Mapping):
         return tensors_of(inputs), {}
     try:
@@ -89,20 +89,20 @@ def arguments(module: nn.Module, inputs: Inputs) -> tuple[tuple[Any, ...], dict[
 
 
 def call(module: nn.Module, inputs: Inputs) -> Any:
-    """What `module` gives for `inputs`."""
+    """The output of `module` for `inputs`."""
     args, kwargs = arguments(module, inputs)
     return module(*args, **kwargs)
 
 
 def leaves(output: Any) -> tuple[Tensor, ...]:
-    """The tensors in what a network gives: nested tuples, lists, dicts and dataclasses of them."""
+    """All tensors of an output that nests tuples, lists, dicts and dataclasses."""
     return tuple(tensor for _, tensor in named_leaves(output))
 
 
 def named_leaves(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """`leaves`, each with the keys and fields that it stands under.
+    """As `leaves`, each tensor with a name joined from its keys, fields and indices.
 
-    One alone is `logits`; in tuples and lists they are counted.
+    A single tensor is named `logits`.
     """
     if isinstance(output, Tensor):
         yield path or "logits", output
@@ -120,12 +120,12 @@ def named_leaves(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def batch_of(inputs: Inputs) -> int:
-    """The first dimension of the first tensor; 1 for a scalar."""
+    """The batch size: the first dimension of the first tensor; 1 for a scalar."""
     return next(iter(tensors_of(inputs)[0].shape), 1)
 
 
 def described(inputs: Any) -> str:
-    """Shapes, or what `inputs` are instead of tensors, for messages."""
+    """Shapes and dtypes of `inputs`, or their type if they are not tensors, for messages."""
     if isinstance(inputs, Tensor):
         return f"{tuple(inputs.shape)} of {str(inputs.dtype).removeprefix('torch.')}"
     if isinstance(inputs, Mapping):
@@ -139,7 +139,7 @@ def described(inputs: Any) -> str:
 
 
 def shapes_of(inputs: Inputs) -> tuple[InputShape, ...]:
-    """What `example_of` needs to make inputs like these."""
+    """Shapes, names and dtypes of `inputs`, from which `example_of` makes similar inputs."""
     names = inputs if isinstance(inputs, Mapping) else [""] * len(tensors_of(inputs))
     return tuple(
         InputShape(tuple(tensor.shape), name, str(tensor.dtype).removeprefix("torch."))
@@ -150,17 +150,17 @@ def shapes_of(inputs: Inputs) -> tuple[InputShape, ...]:
 def input_shapes(
     module: nn.Module, image_size: int, inputs: tuple[InputShape, ...]
 ) -> tuple[InputShape, ...]:
-    """`inputs`, or where there are none, square images of the channels that `module` takes."""
+    """`inputs`; if empty, one square image (1, C, size, size) with the C that `module` takes."""
     return inputs or (InputShape((1, image_channels(module), image_size, image_size)),)
 
 
 def example_of(
     shapes: tuple[InputShape, ...], batch: int, fill: Callable[[tuple[int, ...]], Tensor]
 ) -> Inputs:
-    """Inputs of these shapes with another batch.
+    """Inputs of these shapes with another batch size.
 
-    Floating-point tensors are what `fill` makes of a shape; integers are zeros, for they may be
-    positions in a table, and masks are true.
+    Floating-point tensors come from `fill(shape)`. Integers are zeros, because they may be indices
+    into a table; masks are true.
     """
 
     def one(of: InputShape) -> Tensor:
@@ -184,9 +184,9 @@ def example_for(
     fill: Callable[[tuple[int, ...]], Tensor],
     batch: int | None = None,
 ) -> Inputs:
-    """What `module` takes, by `input_shapes` and `example_of`, on its device and of its type.
+    """An example input for `module`, on its device and of its dtype.
 
-    By default of the batch that `inputs` had.
+    The batch size defaults to that of `inputs`.
     """
     shapes, own = input_shapes(module, image_size, inputs), next(module.parameters())
     made = example_of(shapes, shapes[0].shape[0] if batch is None else batch, fill)
@@ -194,6 +194,6 @@ def example_for(
 
 
 def image_channels(module: nn.Module) -> int:
-    """The channels that a network takes: those of its first convolution, or 3 without one."""
+    """The image channels that a network takes: those of its first convolution, else 3."""
     layers = (layer for layer in module.modules() if isinstance(layer, _ConvNd))
     return next((layer.in_channels for layer in layers), 3)

@@ -1,8 +1,8 @@
-"""The check of channel groups: a trial surgery, and what it shows that no label could.
+"""The check of channel groups by trial surgery, which shows what labels cannot.
 
-Under fake tensors every layer's output shape is compared with the predicted one; where slices of
-channels, or numbers that change with the widths, could be wrong in the right shape, the trial is
-traced (`zoo.tracing.retrace`); and parts that only training uses are run in training mode.
+Every layer's output shape under fake tensors is compared with the predicted one. Where slices or
+numbers could be wrong although all shapes are right, the pruned network is traced
+(`zoo.tracing.retrace`). Parts that only training uses are run in training mode.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ __all__ = ["first_failure", "removed_roots"]
 def first_failure(
     module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> Failure | None:
-    """What goes wrong when `module` is cut by a trial plan; None if nothing does.
+    """The first failure when `module` is cut by trial plans; None if there is none.
 
     Args:
         module: the dense network.
-        groups: its groups.
-        program: its interpretation.
-        inputs: as it was traced with.
+        groups: its channel groups.
+        program: its interpreted program.
+        inputs: those it was traced with.
 
     Raises:
-        GraphError: if what training mode does besides would break.
+        GraphError: if surgery would break a part that only training mode uses.
     """
     failure = _check_shapes(module, groups, program, inputs, _trial_plan(groups))
     if failure is None:
@@ -65,9 +65,9 @@ def first_failure(
 def _check_shapes(
     module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs, plan: Plan
 ) -> Failure | None:
-    """The first layer whose output shape, under fake tensors, is not as predicted."""
+    """The first layer whose output shape under fake tensors differs from the prediction."""
     removed = removed_roots(program, groups, plan)
-    with _faked(module) as (mode, fake):
+    with _fake_copy(module) as (mode, fake):
         pruned = apply(fake, groups, plan).eval()
         seen: list[tuple[str, tuple[int, ...] | None]] = []
         active: list[str] = []
@@ -87,61 +87,58 @@ def _check_shapes(
     for made in program.calls:
         shapes = by_path.get(made.path, [])
         if taken[made.path] >= len(shapes):
-            return Failure(made.path, "was called less often than in the traced program")
+            return Failure(made.path, "was called fewer times than in the traced program")
         got, expected = shapes[taken[made.path]], predicted(program, made.value, removed)
         taken[made.path] += 1
         if got is not None and not agree(got, expected):
-            return Failure(made.path, f"gives shape {got}, expected {shown(expected)}")
+            return Failure(made.path, f"returns shape {got}, expected {shown(expected)}")
     outputs = leaves(result)
     if len(outputs) != len(program.outputs):
-        return Failure("", f"gives {len(outputs)} tensors, expected {len(program.outputs)}")
+        return Failure("", f"returns {len(outputs)} tensors, expected {len(program.outputs)}")
     for output, value in zip(outputs, program.outputs, strict=True):
         expected = predicted(program, value, removed)
         if not agree(tuple(output.shape), expected):
-            return Failure("", f"gives shape {tuple(output.shape)}, expected {shown(expected)}")
+            return Failure("", f"returns shape {tuple(output.shape)}, expected {shown(expected)}")
     return None
 
 
 def _check_training(
     module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> None:
-    """Refuse what only training does, and surgery would break, as an auxiliary classifier.
+    """Refuse networks that surgery would break in training mode (auxiliary classifiers, ...).
 
-    Parameters that are idle in eval mode must be seen at work; else it is enough that nothing is
-    seen to break.
+    One that does not run in training mode is refused if it has idle parameters; else it passes.
     """
     idle = [name for name, _ in module.named_parameters() if name in program.idle]
-    unseen = (
-        f"{idle[0]!r} has no part in eval mode, and" if idle else "In eval mode all is well, but"
-    )
-    with _faked(module) as (mode, fake):
+    opening = f"{idle[0]!r} is not used in eval mode, and" if idle else "Eval mode works, but"
+    with _fake_copy(module) as (mode, fake):
         pair = mapped(lambda tensor: torch.cat([mode.from_tensor(tensor)] * 2), inputs)
-        sizes = (mapped(partial(_enlarged, times), pair) for times in (1, 2, 4))
+        sizes = (mapped(partial(_with_longer_sides, times), pair) for times in (1, 2, 4))
         given = next((larger for larger in sizes if _training_error(fake, larger) is None), None)
         if given is None and not idle:
             return
         if given is None:
             raise GraphError(
-                f"{unseen} whether surgery would break it in training mode cannot be seen, for the "
-                f"network cannot be trained on such inputs: {_training_error(fake, pair)}. Give an "
-                f"example input of the size that it is trained on, or remove what only training "
-                f"uses first."
+                f"{opening} whether surgery would break it in training mode cannot be checked: the "
+                f"network does not run in training mode on such inputs: "
+                f"{_training_error(fake, pair)}. Give an example input of the size that it is "
+                f"trained on, or first remove the parts that only training uses."
             )
         broken = _training_error(apply(fake, groups, _trial_plan(groups)), given)
         if broken is not None:
             raise GraphError(
-                f"{unseen} surgery would break the network in training mode: {broken}. Remove what "
-                f"only training uses first."
+                f"{opening} surgery would break the network in training mode: {broken}. First "
+                f"remove the parts that only training uses."
             )
 
 
-def _enlarged(times: int, tensor: Tensor) -> Tensor:
-    """Images of so many times the sides: an auxiliary head may need more than the network does."""
+def _with_longer_sides(times: int, tensor: Tensor) -> Tensor:
+    """Images with `times` longer sides: an auxiliary head may need more than the network."""
     return tensor.repeat(1, 1, times, times) if tensor.ndim == 4 else tensor
 
 
 def _training_error(network: nn.Module, inputs: Inputs) -> str | None:
-    """Why a network cannot be trained on such inputs; None if it can."""
+    """The error that a network raises in training mode on `inputs`; None if it runs."""
     try:
         call(network.train(), inputs)
     except Exception as error:
@@ -150,8 +147,8 @@ def _training_error(network: nn.Module, inputs: Inputs) -> str | None:
 
 
 @contextmanager
-def _faked(module: nn.Module) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
-    """Fake tensors, and a copy of `module` of them; a failure there is an answer, not logged."""
+def _fake_copy(module: nn.Module) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
+    """The fake mode and a fake copy of `module`; torch's log is silent, as errors are expected."""
     log = logging.getLogger("torch._subclasses")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -167,10 +164,10 @@ def _faked(module: nn.Module) -> Iterator[tuple[FakeTensorMode, nn.Module]]:
 def _check_numbers(
     module: nn.Module, groups: ChannelGroups, program: Program, inputs: Inputs
 ) -> Failure | None:
-    """What a trace of a trial surgery shows, where slices or numbers could be wrong in it.
+    """The first wrong slice or number of two trial surgeries, which are traced where needed.
 
-    The first trial removes the first and the last channel of every group, and every other one
-    between; the second keeps a quarter, for numbers that change only where little is left.
+    The first trial removes the first and last unit of every group and every other one between; the
+    second keeps a quarter, because some numbers change only where few channels are left.
     """
     for step in (2, 4):
         kept = {g.name: range(1, max(2, g.size - 1), step) for g in groups.groups}
@@ -178,7 +175,7 @@ def _check_numbers(
         failure = _check_shapes(module, groups, program, inputs, plan)
         if failure is not None:
             return failure
-        with _faked(module) as (mode, fake):
+        with _fake_copy(module) as (mode, fake):
             given = mapped(mode.from_tensor, inputs)
             dense, fewer = (
                 numbers_in(network.eval(), given) for network in (fake, apply(fake, groups, plan))
@@ -192,7 +189,7 @@ def _check_numbers(
 
 
 def _trial_plan(groups: ChannelGroups) -> Plan:
-    """The last half or so of every group, with neighbouring groups of different widths."""
+    """Keeps about the last half of every group; neighbouring groups get different widths."""
     kept = {}
     for number, group in enumerate(groups.groups):
         width = max(1, group.size // 2 - number % 3)
@@ -213,9 +210,9 @@ def _plan(groups: ChannelGroups, chosen: Mapping[str, range]) -> Plan:
 def _watched(
     module: nn.Module, seen: list[tuple[str, tuple[int, ...] | None]], active: list[str]
 ) -> Iterator[None]:
-    """Note the output shape of every leaf call, and the modules that have not returned yet.
+    """Record the output shape of every leaf call in `seen`, and the running modules in `active`.
 
-    A leaf that gives several tensors has no such shape; what comes after it shows them.
+    The shape is None for several tensors; later layers show theirs.
     """
 
     def before(path: str) -> Callable:

@@ -1,9 +1,9 @@
-"""The contract of surgery: a pruned network computes what the dense one does with zeros in it.
+"""The contract of surgery: a pruned network computes what the masked dense network computes.
 
-The dense side is run operator by operator from its traced program, with zeros in every position
-that the plan removes. Operators that reduce or convolve over channels (`CHANNEL_WISE`: layer
-normalisation, channel means, ...) are restricted to the channels that are kept, as they are by
-surgery; everything else sees the full width.
+The masked dense network is run operator by operator from its traced program, with zeros in every
+position that the plan removes. Operators that reduce or convolve over channels (`CHANNEL_WISE`:
+layer normalisation, channel means, ...) get the kept channels only, as after surgery; all others
+get the full width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["difference", "masked_forward", "random_tensors", "randomised", "viol
 
 
 def randomised(module: nn.Module, seed: int = 1) -> nn.Module:
-    """`module` itself, in double precision and eval mode, every parameter and buffer random."""
+    """`module` itself, in float64 and eval mode, with random parameters and buffers."""
     tensors = named_tensors(module)
     with torch.no_grad():
         for name, noise in random_tensors(module, seed).items():
@@ -43,9 +43,9 @@ def randomised(module: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def random_tensors(module: nn.Module, seed: int) -> dict[str, Tensor]:
-    """Random numbers in place of every floating-point parameter and buffer, in single precision.
+    """Random float32 values for every floating-point parameter and buffer, by name.
 
-    Fresh networks hide errors: last scales are zero, layer scales tiny, all statistics alike.
+    Initial values would hide errors: last scales are zero, layer scales tiny, statistics all equal.
     """
     generator = torch.Generator().manual_seed(seed)
     random = {}
@@ -62,24 +62,24 @@ def random_tensors(module: nn.Module, seed: int) -> dict[str, Tensor]:
 
 
 PERIOD = 1_048_573
-"""After how many numbers those of a large tensor are repeated: a prime, so no two rows are alike.
+"""How many random values large tensors repeat: a prime, so that no two rows are equal.
 
-Drawing all of them would take longer than tracing VGG does.
+Drawing all values would take longer than tracing VGG.
 """
 
 
 def violation(
     module: nn.Module, program: Program, groups: ChannelGroups, plan: Plan, inputs: Inputs
 ) -> float:
-    """The largest difference of pruned from masked dense, relative to the largest value there.
+    """The largest relative difference between the pruned and the masked dense network.
 
-    Compared are all outputs, the gradients of the floating-point inputs and of every parameter that
-    remains, of a loss that weighs all outputs differently. Outputs of another structure are
-    infinitely different, and so are all where the dense network gives nothing but zeros.
+    It is relative to each tensor's largest value, over all outputs and the gradients of the
+    floating-point inputs and remaining parameters, for a loss that weights all output elements
+    differently. It is infinite for outputs of another structure, or if the dense ones are all zero.
 
     Args:
         module: the dense network, in eval mode.
-        program, groups: as `analyse` gave them for it.
+        program, groups: what `analyse` returned for it.
         plan: any plan for the groups.
         inputs: of the shapes that were traced.
     """
@@ -90,8 +90,8 @@ def violation(
     got_outputs, got_given, got = _differentiated(partial(call, pruned), pruned, inputs)
     with torch.no_grad():
         structures = [tree_structure(call(network, inputs)) for network in (zeroed, pruned)]
-    alike = structures[0] == structures[1] and len(got_outputs) == len(outputs)
-    if not alike or not any(output.any() for output in outputs):
+    same = structures[0] == structures[1] and len(got_outputs) == len(outputs)
+    if not same or not any(output.any() for output in outputs):
         return float("inf")
     pairs = zip((*got_outputs, *got_given), (*outputs, *given), strict=True)
     worst = max(difference(mine, theirs) for mine, theirs in pairs)
@@ -114,7 +114,7 @@ def _differentiated(
 
     own = mapped(fresh, inputs)
     outputs = leaves(forward(own))
-    loss = sum(_weighed(output) for output in outputs if output.requires_grad)
+    loss = sum(_weighted_sum(output) for output in outputs if output.requires_grad)
     if isinstance(loss, Tensor):
         loss.backward()
     given = [tensor.grad for tensor in tensors_of(own) if tensor.grad is not None]
@@ -122,15 +122,15 @@ def _differentiated(
     return [output.detach() for output in outputs], given, gradients
 
 
-def _weighed(output: Tensor) -> Tensor:
+def _weighted_sum(output: Tensor) -> Tensor:
     weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
     return (output * weights.view_as(output)).sum()
 
 
 def difference(got: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
-    """The largest, relative to that of `expected`, or to `smallest` where that is larger.
+    """The largest absolute difference, relative to the largest value of `expected`.
 
-    Infinite for another shape, and where `got` is no number.
+    The divisor is at least `smallest`. Infinite for another shape, and where `got` is not finite.
     """
     if got.shape != expected.shape:
         return float("inf")
@@ -145,9 +145,9 @@ def difference(got: Tensor, expected: Tensor, smallest: float = 0.0) -> float:
 def masked_forward(
     program: Program, groups: ChannelGroups, plan: Plan, zeroed: nn.Module
 ) -> Callable[[Inputs], tuple[Tensor, ...]]:
-    """The dense program with the tensors of `zeroed`, the dense network with zeros by `plan`.
+    """A function that runs the dense program with the tensors of `zeroed`, the masked network.
 
-    It gives the network's tensors alone, as `zoo.tracing.calls.leaves` does.
+    It returns the output's tensors as `zoo.tracing.calls.leaves` does.
     """
     removed = removed_roots(program, groups, plan)
     find = program.trace.find
@@ -163,7 +163,7 @@ def masked_forward(
         for node in program.exported.graph.nodes:
             if node.op == "call_function":
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), environment.__getitem__)
-                with _switched(node):
+                with _gradient_mode(node):
                     if _is_restricted(node, program.values):
                         environment[node] = _restricted(node, args, kwargs, program.values, kept)
                     else:
@@ -177,8 +177,8 @@ def masked_forward(
     return forward
 
 
-def _switched(node: fx.Node) -> AbstractContextManager:
-    """Gradients as the network switches them for this node."""
+def _gradient_mode(node: fx.Node) -> AbstractContextManager:
+    """Switches gradients on or off as the network does for this node."""
     switched = node.meta.get(GRADIENTS)
     return nullcontext() if switched is None else torch.set_grad_enabled(switched)
 
@@ -205,11 +205,11 @@ def _is_restricted(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     if name not in CHANNEL_WISE:
         return False
     x = values[node.all_input_nodes[0]]
-    if name in ("max", "min") and len(node.all_input_nodes) > 1:  # of two tensors
+    if name in ("max", "min") and len(node.all_input_nodes) > 1:  # elementwise, of two tensors
         return False
-    if name in ("conv1d", "conv2d"):  # along channels, as in efficient channel attention
+    if name in ("conv1d", "conv2d"):  # may run along channels, as in efficient channel attention
         return any(is_channels(row) for row in x.labels[2:])
-    if name == "batch_norm":  # of weights, by their own mean and variance
+    if name == "batch_norm":  # weight standardisation: by the weights' own mean and variance
         return bool(node.args[5])
     return any(is_channels(row) for row in x.labels)
 
@@ -221,7 +221,7 @@ def _restricted(
     values: dict[fx.Node, Any],
     kept: Callable[[Labels], Tensor],
 ) -> Tensor | tuple[Tensor, ...]:
-    """The operator on the kept channels alone; zeros elsewhere."""
+    """The operator's result on the kept channels, with zeros in the removed ones."""
 
     def select(of: Any, tensor: Any) -> Any:
         if isinstance(of, fx.Node) and isinstance(values[of], Value):
@@ -236,13 +236,13 @@ def _restricted(
         cut[1] = list(cut[0].shape[-len(cut[1]) :])
     result = node.target(*cut, **named)  # type: ignore[operator]
     if isinstance(result, Tensor):
-        return _spread(result, values[node], kept)
+        return _scattered(result, values[node], kept)
     parts = zip(result, values[node], strict=True)
-    return tuple(part if of is None else _spread(part, of, kept) for part, of in parts)
+    return tuple(part if of is None else _scattered(part, of, kept) for part, of in parts)
 
 
-def _spread(result: Tensor, value: Value, kept: Callable[[Labels], Tensor]) -> Tensor:
-    """Back to the dense width, zeros between."""
+def _scattered(result: Tensor, value: Value, kept: Callable[[Labels], Tensor]) -> Tensor:
+    """`result` scattered to the dense width, with zeros in the removed positions."""
     for dim, row in enumerate(value.labels):
         if is_channels(row):
             shape = (*result.shape[:dim], value.shape[dim], *result.shape[dim + 1 :])

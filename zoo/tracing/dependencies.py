@@ -1,8 +1,8 @@
-"""All that the trace of a network depends on, as one key: equal keys, equal traces.
+"""The cache key of a trace: a digest of all that it depends on. Equal keys, equal traces.
 
-Code is taken as it is compiled in memory, not from its source file, which may have been edited
-since, and of whatever package it comes: installed ones are edited and reinstalled under the same
-version too. Python, torch, NumPy and the zoo alone are told by their versions.
+The key covers code as compiled in memory, not its source file, which may have been edited since. It
+covers installed packages too, because these are edited and reinstalled under the same version. Only
+Python, torch, NumPy and the zoo are identified by their versions.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from zoo.tracing.fingerprint import digest, qualified_name, structure
 __all__ = ["trace_key"]
 
 PACKAGES = ("prunezoo", "torch", "torchvision", "timm", "numpy")
-TOLD_BY_VERSION = sys.stdlib_module_names | {"zoo", "torch", "numpy"}
+IDENTIFIED_BY_VERSION = sys.stdlib_module_names | {"zoo", "torch", "numpy"}
 CONSTANTS = bool | int | float | complex | str | bytes | None | types.EllipsisType | enum.Enum
 CONSTANTS |= torch.dtype | torch.device | torch.layout | torch.memory_format
 ROOMS = ("spec", "surgery", "tracing", "models")
-"""Those of the zoo whose code has a part in a trace."""
+"""The folders of the zoo whose code affects a trace."""
 CALLED = ("__call__", "__getattr__", "__getattribute__")
-"""The special methods that may have a part in a forward pass."""
+"""The special methods that may run in a forward pass."""
 
 
 def trace_key(module: nn.Module, inputs: Inputs) -> str | None:
-    """sha256 of all that tracing `module` with such an input depends on; None if that is unknown.
+    """sha256 of all that the trace of `module` depends on; None if that cannot be determined.
 
-    That is its structure and attributes, the shape and type of every tensor and of the input, which
-    tensors are tied, versions, the rules of this package, and the code of its classes with all that
-    it refers to. Hooks, parametrizations, a `forward` of one layer alone and objects of unknown
-    content leave it unknown; those in installed packages, which are many, are told by their class.
+    It covers the structure and attributes, the shape and dtype of every tensor and of the inputs,
+    which tensors are tied, versions, the rules of this package, and the code of the classes with
+    all that it refers to. It is None for hooks, parametrizations, a `forward` set on an instance,
+    and objects of unknown content; those in installed packages, which are many, count by class.
     """
     try:
         return digest(_dependencies(module, inputs))
-    except (_UnknownError, ValueError):  # a closure's cell may be empty
+    except (_UnknownError, ValueError):  # ValueError: an empty cell of a closure
         return None
 
 
 class _UnknownError(Exception):
-    """Something whose content cannot be told."""
+    """An object whose content cannot be described."""
 
 
 def _dependencies(module: nn.Module, inputs: Inputs) -> Iterator[str]:
@@ -77,7 +77,7 @@ def _dependencies(module: nn.Module, inputs: Inputs) -> Iterator[str]:
         described.add(type(layer))
         described.add(type(layer).forward)
         for name, value in layer.__dict__.items():
-            if name not in _ordinary():
+            if name not in _skipped_attributes():
                 described.add(name)
                 described.add(value)
     yield from described.lines
@@ -90,21 +90,21 @@ def _versions() -> list[str]:
 
 @functools.cache
 def _rules() -> str:
-    """A digest of the code that makes groups of a network, and of the zoo's own networks."""
+    """A digest of the code that derives channel groups, and of the zoo's own networks."""
     home = Path(__file__).parents[1]
     files = [file for room in ROOMS for file in (home / room).glob("*.py")]
     return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(files))).hexdigest()
 
 
 @functools.cache
-def _ordinary() -> frozenset[str]:
-    """The attributes of every module, which the structure covers, and a pruned one's record."""
+def _skipped_attributes() -> frozenset[str]:
+    """Attributes to skip: those of every module, in the structure already, and the record."""
     return frozenset((*nn.Module().__dict__, "pruning"))
 
 
-def _told_by_version(name: str) -> bool:
+def _identified_by_version(name: str) -> bool:
     """Whether the module of this name is Python's, torch's, NumPy's or the zoo's."""
-    return name.partition(".")[0] in TOLD_BY_VERSION and name != "__main__"
+    return name.partition(".")[0] in IDENTIFIED_BY_VERSION and name != "__main__"
 
 
 @functools.cache
@@ -115,7 +115,7 @@ def _installed(name: str) -> bool:
 
 
 class _Description:
-    """Values, functions and classes, each by its content and that of all it refers to."""
+    """Lines that describe values, functions and classes, with all that they refer to."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -124,10 +124,10 @@ class _Description:
         self.tolerant = False
 
     def add(self, value: Any) -> None:
-        """Describe `value`, and then what it refers to.
+        """Describe `value` and all that it refers to.
 
         Raises:
-            _UnknownError: if any of that is of no known kind.
+            _UnknownError: if an object of an unknown kind is among them.
         """
         self._add(value)
         while self.waiting:  # not by recursion: packages refer to one another without end
@@ -138,7 +138,7 @@ class _Description:
     def _add(self, value: Any) -> None:
         if isinstance(value, CONSTANTS):
             self.lines.append(f"{type(value).__name__} {value!r}")
-        elif isinstance(value, tuple | frozenset):  # whether equal ones are one object is chance
+        elif isinstance(value, tuple | frozenset):  # equal ones may or may not be one object
             items = value if isinstance(value, tuple) else sorted(value, key=repr)
             self._add_all(type(value).__name__, items)
         elif id(value) in self.seen:
@@ -180,7 +180,7 @@ class _Description:
     def _add_named(self, value: Any) -> None:
         place, name = value.__module__ or "builtins", qualified_name(value)
         self.lines.append(name)
-        if _told_by_version(place):
+        if _identified_by_version(place):
             return
         tolerant = self.tolerant or _installed(place)
         if isinstance(value, types.FunctionType):
@@ -198,7 +198,7 @@ class _Description:
 
 
 def _parts(function: types.FunctionType) -> Iterator[Any]:
-    """What a function is made of, and the globals that it refers to."""
+    """The code, defaults and closure of a function, and the globals that it refers to."""
     code = function.__code__
     yield from (code, function.__defaults__, function.__kwdefaults__)
     yield from (cell.cell_contents for cell in function.__closure__ or ())
@@ -210,13 +210,15 @@ def _parts(function: types.FunctionType) -> Iterator[Any]:
             value = space.get(name)
             if not isinstance(value, types.ModuleType):
                 yield value
-            elif not _told_by_version(value.__name__) and all(vars(value) is not s for s in spaces):
+            elif not _identified_by_version(value.__name__) and all(
+                vars(value) is not s for s in spaces
+            ):
                 spaces.append(vars(value))
         names = {name for c in codes for name in c.co_names}  # any may be a module's attribute
 
 
 def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """`code` and what is compiled inside it."""
+    """`code` and the code objects nested in it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -1,7 +1,6 @@
-"""A network as a program of ATen operators, traced by `torch.export` in eval mode.
+"""Tracing of networks in eval mode by `torch.export`, as programs of ATen operators.
 
-Networks that surgery cannot cut whatever a trace says (wrappers, computed weights, ...) are refused
-first.
+`check_prunable` refuses networks that surgery can never cut (wrappers, computed weights, ...).
 """
 
 from __future__ import annotations
@@ -28,29 +27,29 @@ from zoo.tracing.calls import Inputs, arguments, batch_of, leaves
 __all__ = ["GRADIENTS", "check_prunable", "export", "export_module"]
 
 GRADIENTS = "gradients"
-"""The key in a node's `meta` of whether gradients were on, where the network switched them."""
+"""Key in a node's `meta`: whether gradients are on, if the network switches them there."""
 
 _REGIONS = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
 def export(module: nn.Module, inputs: Inputs) -> torch.export.ExportedProgram:
-    """The ATen program of `module` in eval mode, with its outputs as `leaves` gives them.
+    """The ATen program of `module` in eval mode, with its outputs flattened by `leaves`.
 
     Raises:
-        GraphError: with the reason that torch gives, and the line of the module's own code that it
-            fails in, if it cannot be traced.
+        GraphError: if it cannot be traced, with torch's reason and the failing line of the
+            module's code.
     """
-    with _flattened(module):
+    with _flat_outputs(module):
         exported = _exported(module, inputs)
     _inline_regions(exported.graph_module)
     return exported
 
 
 def export_module(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
-    """The ATen program of `module` in eval mode as a module, for any batch of two and more.
+    """The ATen program of `module` in eval mode as a module, for any batch size from two.
 
     Raises:
-        GraphError: as `export`, and for outputs that are no tuples, lists and dicts of tensors.
+        GraphError: as `export`, and for outputs other than tuples, lists and dicts of tensors.
     """
     args, kwargs = arguments(module, inputs)
     count = batch_of(inputs)
@@ -78,8 +77,8 @@ def _exported(module: nn.Module, inputs: Inputs, **options: Any) -> torch.export
 
 
 @contextlib.contextmanager
-def _flattened(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` gives its tensors alone: torch.export knows no dataclasses."""
+def _flat_outputs(module: nn.Module) -> Iterator[None]:
+    """Inside, `module` returns a flat tuple of tensors: torch.export knows no dataclasses."""
     hook = module.register_forward_hook(lambda _module, _inputs, output: leaves(output))
     try:
         yield
@@ -88,7 +87,7 @@ def _flattened(module: nn.Module) -> Iterator[None]:
 
 
 def _failing_line(error: BaseException) -> str:
-    """Where `error` left the user's code for torch's, and what stands there; "" where unknown."""
+    """File, number and text of the last line of user code before `error`; "" if unknown."""
     others = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
     standard = sysconfig.get_path("stdlib")
     own = [
@@ -101,7 +100,7 @@ def _failing_line(error: BaseException) -> str:
 
 
 def _inline_regions(program: fx.GraphModule) -> None:
-    """Put what runs with autocast or gradients switched, a graph of its own, in its place."""
+    """Inline the subgraphs that run with autocast or gradients switched, and mark their nodes."""
     for region in list(program.graph.nodes):
         if getattr(region.target, "__name__", "") not in _REGIONS:
             continue
@@ -115,14 +114,14 @@ def _inline_regions(program: fx.GraphModule) -> None:
         if region.target.__name__ == "wrap_with_set_grad_enabled":
             for node in copies.keys() - set(given):
                 copies[node].meta = {GRADIENTS: region.args[0], **copies[node].meta}
-        for part in list(region.users):  # a region gives a tuple
+        for part in list(region.users):  # a region returns a tuple
             part.replace_all_uses_with(results[part.args[1]])
             program.graph.erase_node(part)
         program.graph.erase_node(region)
 
 
 def check_prunable(module: nn.Module) -> None:
-    """Refuse networks that are not, or not only, made of modules and their own parameters.
+    """Refuse networks that are not plain modules with parameters of their own.
 
     Raises:
         GraphError: naming the module, and what to prune instead.
@@ -171,4 +170,4 @@ _REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
         "remove_weight_norm, remove_spectral_norm or prune.remove",
     ),
 )
-"""What applies to a module that cannot be pruned -> what to say of it."""
+"""A test for modules that cannot be pruned, and the end of the error message."""

@@ -1,4 +1,4 @@
-"""A digest of a network's structure: do groups that were stored for an architecture still hold?"""
+"""A digest of a network's structure, which shows whether stored channel groups still hold."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ __all__ = ["digest", "fingerprint", "qualified_name", "structure"]
 
 VARYING = {"num_classes", "out_features", "in_features", "pretrained_cfg", "default_cfg"}
 VARYING |= {"training", "pruning"}
-"""Attributes that vary within an architecture: with the classes, a flattened map, the weights' tag;
-the mode, and the record of a pruned network."""
+"""Attributes left out, as they vary within an architecture: with the classes, the image size (where
+a map is flattened), the weights' tag, the mode, and the record of a pruned network."""
 
 
 def fingerprint(module: nn.Module) -> str:
     """sha256 of what surgery relies on: layers, their classes and attributes, names of tensors.
 
-    It depends neither on the number of classes nor on the image size nor on any tensor's shape,
-    which `ChannelGroups.adapted` compares.
+    It does not depend on the number of classes, the image size or the shapes of tensors;
+    `ChannelGroups.adapted` compares those.
     """
     return digest(structure(module))
 
@@ -39,7 +39,7 @@ def structure(module: nn.Module) -> Iterator[str]:
 
 
 def _plain(value: Any) -> str:
-    """A plain value by its content, any other by its class."""
+    """Text of a value: its content if it is a plain value, else the name of its class."""
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     if isinstance(value, list | tuple):

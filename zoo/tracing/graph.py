@@ -1,10 +1,10 @@
-"""Channel groups of any traced network: one mechanism for every architecture.
+"""Channel groups of any network that can be traced: one mechanism for every architecture.
 
-`zoo.tracing.program` traces the network and passes channel labels through its operators,
-`zoo.tracing.attributes` finds the integers that repeat a width, and the sets of tied labels become
-units and groups here. Then `zoo.tracing.check` puts them to the test. Where that fails, a width
-hides as a constant inside `forward`: the groups that produce it are kept whole and listed as
-unprunable, and the rest is tested again.
+`zoo.tracing.program` traces the network and passes channel labels through its operators.
+`zoo.tracing.attributes` finds integers that repeat a width. Here, sets of tied labels become units
+and channel groups, and `zoo.tracing.check` tests them. A failure means that a width is a constant
+inside `forward`: the groups that produce it are kept whole and listed as unprunable, and the rest
+is tested again.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def channel_groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
     """The channel groups of `module`, verified by a trial surgery under fake tensors.
 
     Args:
-        module: a network that gives tensors, in any structure; not edited.
+        module: a network that returns tensors, in any structure; not edited.
         inputs: what it is called with, of the size that MACs are counted at.
 
     Raises:
-        GraphError: if the network cannot be traced, or surgery would give a wrong shape for no
-            reason that can be pinned.
+        GraphError: if the network cannot be traced, or if surgery would break it and keeping no
+            group whole prevents that.
     """
     return analyse(module, inputs)[1]
 
@@ -100,7 +100,7 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
     for signature, roots in units.items():
         name = _unique(first_filter[signature].removesuffix(".weight"), groups)
         if len(roots) == 1:
-            unprunable[name] = "its channels are one unit"
+            unprunable[name] = "has only one unit"
             continue
         slots = _slots([members[root] for root in roots])
         own = {(slot.tensor, slot.dim) for slot in slots}
@@ -131,7 +131,7 @@ def _unique(name: str, groups: Sequence[Group]) -> str:
 
 
 def _slots(units: list[list[tuple[str, int, int]]]) -> tuple[Slot, ...]:
-    """The slots that give unit j the positions `units[j]`."""
+    """Slots in which unit j has the positions `units[j]`, a list of (tensor, dim, position)."""
     tables: dict[tuple[str, int], list[list[int]]] = defaultdict(list)
     for unit in units:
         own: dict[tuple[str, int], list[int]] = defaultdict(list)
@@ -157,7 +157,7 @@ def _slots(units: list[list[tuple[str, int, int]]]) -> tuple[Slot, ...]:
 
 
 def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
-    """Fix the groups whose width is a constant where the failure is; without one, raise."""
+    """Fix the groups whose width is a constant at the place of the failure; raise if none is."""
     path = failure.path
     suspects = [
         constant
@@ -180,7 +180,7 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
         fresh = free(_rows_of_stated_widths(program, path))[:1]
     why = failure.reason
     if not fresh:
-        why = f"is computed with ({failure.message})"
+        why = f"is used in a computation that fails ({failure.message})"
         fresh = free((r, f"a call after {at!r}") for at, r in failure.before if is_channels(r))[-1:]
     if not fresh:
         raise GraphError(f"Surgery would break module {path!r}: {failure.message}.")
@@ -194,7 +194,7 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
 
 
 def _rows_of_stated_widths(program: Program, path: str) -> Iterator[tuple[Labels, str]]:
-    """Channels as many as a number around the failure says, whatever tensor it says it of."""
+    """Produced rows whose length equals an integer near the failure, whatever that counts."""
     for node in program.exported.graph.nodes:
         module = module_path(node)
         if _is_within(path, module) or _is_within(module, path):

@@ -1,4 +1,4 @@
-"""Channel groups without tracing twice: from the registry, or from the user's cache folder."""
+"""Channel groups from the registry or the user's cache folder, else traced."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["groups_of", "matching_groups", "reference_groups", "traced_groups"]
 def groups_of(
     arch: str, module: nn.Module, image_size: Size, in_channels: int = RGB
 ) -> ChannelGroups:
-    """The groups of `module`, of architecture `arch`: stored ones, where they hold for it.
+    """The channel groups of `module`, of architecture `arch`: stored ones if they fit, else traced.
 
-    Those are of colour images; for `in_channels` of others, and at a size that they do not scale
-    to, the network is traced.
+    Stored groups are for colour images; they are adapted to `in_channels`. The network is traced at
+    an image size that they do not scale to.
     """
     stored = matching_groups(arch, module)
     if stored is None or not stored.scale_to(image_size):
@@ -42,13 +42,13 @@ def groups_of(
 
 
 def reference_groups(arch: str) -> ChannelGroups:
-    """The channel groups of an architecture at its reference: its classes and image size."""
+    """The channel groups of an architecture at its own number of classes and image size."""
     known = architecture(arch)
     return groups_of(arch, build_model(arch, known.num_classes), known.image_size)
 
 
 def matching_groups(arch: str, module: nn.Module) -> ChannelGroups | None:
-    """The stored groups of `arch`, if it has some and they are of the structure of `module`.
+    """The stored groups of `arch`, if they fit the structure of `module`; else None.
 
     Another version of the library may build another network under the same name.
     """
@@ -57,9 +57,9 @@ def matching_groups(arch: str, module: nn.Module) -> ChannelGroups | None:
 
 
 def traced_groups(module: nn.Module, inputs: Inputs) -> tuple[Program | None, ChannelGroups]:
-    """As `analyse`, or the groups alone from the cache folder, if they were traced before.
+    """As `analyse`; if the cache folder has the groups, these and None for the program.
 
-    A file there that is damaged is made anew; where nothing can be written, nothing is kept.
+    A damaged cache file is written anew. If the folder cannot be written, nothing is cached.
     """
     key = trace_key(module, inputs)
     path = cache_folder() / "groups" / f"{key}.json"

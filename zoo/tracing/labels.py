@@ -1,9 +1,9 @@
-"""Channel labels: an abstract tensor has one integer label per position of a dimension.
+"""Channel labels: one integer label for every position of a dimension.
 
-A `Value` is an abstract tensor. A row of it is the labels of one dimension: None where nothing
-prunable lives (batch, image height, ...), and `FREE` where all positions are alike, as after
-`expand`, so that any of them may go. A `Trace` knows which labels are tied, which are fixed, and
-what the operators noted.
+A `Value` is an abstract tensor: a shape and labels, no numbers. A row holds the labels of one
+dimension. It is None for dimensions without channels (batch, image height, ...), and `FREE` where
+all positions are equal, as after `expand`, so that any may be removed. A `Trace` knows which labels
+are tied (cut together) and fixed (never cut), and what the operators' rules recorded.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import numpy as np
 __all__ = ["FREE", "Labels", "Trace", "Value", "is_channels", "parts_of", "rows_of"]
 
 Labels = np.ndarray
-"""int64, one label per position of one dimension."""
+"""int64, (size of the dimension,): one label for each position."""
 
 FREE: Labels = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Value:
-    """An abstract tensor; `name` is set for parameters and buffers."""
+    """An abstract tensor; `name` is the full name of a parameter or buffer, else ""."""
 
     shape: tuple[int, ...]
     labels: tuple[Labels | None, ...]
@@ -34,32 +34,32 @@ class Value:
 
 
 def is_channels(row: Labels | None) -> TypeGuard[Labels]:
-    """Whether a dimension with this row has channels of its own in it."""
+    """Whether the row has labels: it is neither None nor `FREE`."""
     return row is not None and len(row) > 0
 
 
 def parts_of(value: Any) -> tuple[Any, ...]:
-    """What an operator gives, one thing or several."""
+    """The outputs of an operator as a tuple."""
     return tuple(value) if isinstance(value, tuple | list) else (value,)
 
 
 def rows_of(value: Any) -> Iterator[Labels | None]:
-    """The rows of one abstract tensor, or of several."""
+    """The rows of one abstract tensor, or of a tuple or list of them."""
     for part in parts_of(value):
         if isinstance(part, Value):
             yield from part.labels
 
 
 class Trace:
-    """The labels of one interpreted program: a union-find, and what the rules noted.
+    """The labels of one interpreted program: a union-find, and what the rules recorded.
 
     Attributes:
         batch: images in the traced batch.
         fixed: label -> why it cannot be cut.
-        positions: weight -> output positions of one image, for MACs.
-        fixed_macs: multiply-accumulates of one image between activations, which no plan changes.
-        producers: weight and its dimension of outputs -> the labels of the channels it computes.
-        where: node, module and line of the operator whose rule is at work, if one is.
+        positions: weight -> output positions per image, for counting MACs.
+        fixed_macs: MACs of products of activations, per image; no plan changes them.
+        producers: (weight, its output dimension) -> the labels of the channels that it computes.
+        where: node, module and line of the operator whose rule is running; "" if none is.
     """
 
     def __init__(self, batch: int = 1) -> None:
@@ -74,7 +74,7 @@ class Trace:
         self.where = ""
 
     def fresh(self, count: int, tensor: str = "", dim: int = 0) -> Labels:
-        """`count` new labels, of one dimension of a stored tensor if it is named."""
+        """`count` new labels; if `tensor` is named, those of its dimension `dim`."""
         first = len(self._parent)
         self._parent.extend(range(first, first + count))
         self._starts.append(first)
@@ -82,7 +82,7 @@ class Trace:
         return np.arange(first, first + count)
 
     def home(self, row: Labels | None) -> tuple[str, int]:
-        """The stored tensor and its dimension that a row was made for; ("", 0) if there is none."""
+        """The stored tensor and dimension that a row's labels were created for; else ("", 0)."""
         if not is_channels(row):
             return "", 0
         first = self._tensors[bisect_right(self._starts, int(row[0])) - 1]
@@ -98,13 +98,13 @@ class Trace:
         return label
 
     def tie(self, left: Labels | None, right: Labels | None) -> Labels | None:
-        """Cut these positions together, pairwise; labels met by none are fixed."""
+        """Tie two rows pairwise, and return the merged one; labels that meet None are fixed."""
         if left is FREE or right is FREE:
             return right if left is FREE else left
         if left is None or right is None:
             known = left if right is None else right
             if known is not None and len(known) > 1:
-                self.fix(known, "is combined with a tensor that no channel group owns")
+                self.fix(known, "is combined with a tensor that belongs to no channel group")
             return known
         for a, b in zip(left.tolist(), right.tolist(), strict=True):
             root_a, root_b = self.find(a), self.find(b)
@@ -113,15 +113,15 @@ class Trace:
         return left
 
     def fix(self, labels: Labels | None, reason: str) -> None:
-        """These positions cannot be cut, for a reason that lies at `where`; "" is by design."""
+        """Mark labels as never to be cut. `where` is added to the reason; "" means by design."""
         if labels is not None:
             reason = f"{reason}, at {self.where}" if reason and self.where else reason
             self.fixed.update(dict.fromkeys(labels.tolist(), reason))
 
     def produce(self, labels: Labels) -> None:
-        """A weight computes the channels with these labels, its own, from nothing that has them.
+        """Record that a weight produces channels: `labels` are its own, and its input lacks them.
 
-        The weight may itself be computed from a stored one, as by weight standardisation.
+        The weight may be computed from a stored one, as in weight standardisation.
         """
         home = self.home(labels)
         if home == ("", 0):
@@ -130,7 +130,7 @@ class Trace:
             self.producers.setdefault(home, labels)
 
     def count(self, weight: Value, positions: int) -> None:
-        """The operator multiplies every element of `weight` at this many positions of the batch."""
+        """Record that `weight` is applied at so many output positions of the batch, for MACs."""
         name = weight.name or self.home(weight.labels[0])[0]
         if name:
             self.positions[name] += positions // self.batch

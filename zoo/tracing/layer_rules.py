@@ -1,4 +1,4 @@
-"""Rules of operators with weights or products: convolutions, dense layers, norms, attention."""
+"""Rules of operators with weights or products: convolutions, linear layers, norms, attention."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def transposed_convolution(
     groups: int = 1,
     dilation: object = 1,
 ) -> Value:
-    """Depthwise ones pass channels on; the outputs of others are cut with those they meet."""
+    """Depthwise ones pass labels on; others produce new ones; grouped ones are fixed."""
     del stride, padding, output_padding, dilation
     trace.count(weight, x.shape[0] * math.prod(x.shape[2:]))
     fan_in, outputs = weight.labels[0], weight.labels[1]
@@ -96,11 +96,11 @@ def transposed_convolution(
 
 
 def _image_rows(trace: Trace, shape: Shape, x: Value) -> list[Labels | None]:
-    """A convolution along channels (efficient channel attention) leaves them in their places."""
+    """The rows convolved over; channels among them (efficient channel attention) keep labels."""
     rows: list[Labels | None] = []
     for old, new, row in zip(x.shape[2:], shape[2:], x.labels[2:], strict=True):
         if is_channels(row) and old != new:
-            trace.fix(row, "is convolved over, to another length")
+            trace.fix(row, "is convolved over, which changes its length")
             row = None
         rows.append(row)
     return rows
@@ -110,7 +110,7 @@ def linear(trace: Trace, shape: Shape, x: Value, weight: Value, bias: Value | No
     trace.count(weight, math.prod(x.shape[:-1]))
     outputs, fan_in = weight.labels
     if outputs is None or fan_in is None:
-        raise GraphError("a dense layer whose weight has no labels")
+        raise GraphError("a linear layer whose weight has no labels")
     if x.labels[-1] is None:
         trace.fix(fan_in, "")
     else:
@@ -161,12 +161,12 @@ def group_norm(
 
 def embedding(trace: Trace, shape: Shape, table: Value, *rest: Any, **options: Any) -> Value:
     del rest, options
-    trace.fix(table.labels[0], "is addressed by a position")
+    trace.fix(table.labels[0], "is indexed by a position")
     return Value(shape, (*[None] * (len(shape) - 1), table.labels[1]))
 
 
 def product(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
-    """Products of activations (attention): their widths stay whole."""
+    """Products of activations (attention): all their channels are fixed."""
     values = [v for v in (*operands, *options.values()) if isinstance(v, Value)]
     for value in values:
         for row in value.labels:
@@ -177,7 +177,7 @@ def product(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value
 
 
 def matmul(trace: Trace, shape: Shape, x: Value, y: Value) -> Value:
-    """A dense layer where the second factor is a stored matrix, or its transpose."""
+    """A linear layer if the second factor is a stored matrix or its transpose."""
     homes = {trace.home(row) for row in y.labels}
     if len(y.shape) == len(homes) == 2 and len({name for name, _ in homes} - {""}) == 1:
         return linear(trace, shape, x, _transposed(trace, y))

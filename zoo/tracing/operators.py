@@ -1,8 +1,7 @@
 """How channel labels pass through operators: one small function per ATen operator.
 
-Rules move labels, tie those that must be cut together, fix those that cannot be cut, and note
-which weights produce channels. Adding an operator is adding a function, or a name to a list, in
-`RULES`.
+Rules move labels, tie those that must be cut together, fix those that cannot be cut, and record
+which weights produce channels. To add an operator, add a function or a name to `RULES`.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ Shape = tuple[int, ...]
 Rule = Callable[..., "Value | tuple[Value, ...]"]
 
 
-def _same(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
-    """Position by position."""
+def _elementwise(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
+    """Elementwise on one tensor: the labels stay."""
     del trace, rest, options
     return Value(shape, x.labels)
 
@@ -29,7 +28,7 @@ def _same(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> V
 def _windowed(
     dims: int, trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any
 ) -> Value | tuple[Value, ...]:
-    """Pooling and resizing over the last `dims` dimensions, with or without their positions."""
+    """Pooling and resizing over the last `dims` dimensions, with or without returned indices."""
     del rest, options
     for row in x.labels[-dims:]:
         trace.fix(row, "is pooled over")
@@ -40,7 +39,7 @@ def _windowed(
 
 
 def pointwise(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
-    """Elementwise over several tensors: aligned from the last dimension, tied where both vary."""
+    """Elementwise on several tensors, broadcast: rows are tied where neither has size 1."""
     del options
     values = [operand for operand in operands if isinstance(operand, Value)]
     result: list[Labels | None] = []
@@ -56,16 +55,16 @@ def pointwise(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Val
 
 
 def _unpooled(dims: int, trace: Trace, shape: Shape, x: Value, at: Value, *rest: Any) -> Value:
-    """Back to where the maxima were, which `at` says of each channel by itself."""
+    """Max unpooling: the indices `at` are per channel, so they are tied with `x`."""
     rows = _windowed(dims, trace, shape, pointwise(trace, x.shape, x, at), *rest)
     assert isinstance(rows, Value)
     return rows
 
 
 def _sampled(trace: Trace, shape: Shape, x: Value, grid: Value, *rest: Any) -> Value:
-    """Every channel at the places that `grid` says, (N, ..., coordinates)."""
+    """Every channel sampled at the coordinates in `grid`, (N, ..., coordinates)."""
     for row in grid.labels:
-        trace.fix(row, "says where to sample")
+        trace.fix(row, "gives the coordinates of grid_sampler")
     rows = _windowed(len(shape) - 2, trace, shape, x, *rest)
     assert isinstance(rows, Value)
     return rows
@@ -79,7 +78,7 @@ def _reduce(
     trace: Trace, shape: Shape, x: Value, dims: Iterable[int] | int | None = None, *rest: Any,
     **options: Any,
 ) -> Value:  # fmt: skip
-    """Mean, sum, ...: over channels too, of which the pruned network has fewer."""
+    """Mean, sum, ...; over channels too, of which the pruned network has fewer."""
     del trace, rest, options
     wanted = range(len(x.shape)) if dims is None else [dims] if isinstance(dims, int) else dims
     gone = {d % len(x.shape) for d in wanted}
@@ -91,9 +90,9 @@ def _reduce(
 
 
 def _extreme(trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any) -> Any:
-    """max and min: of all, of two tensors, or along a dimension, with positions there.
+    """max and min: of all elements, of two tensors, or along a dimension, with indices.
 
-    Positions among channels are None: they would change with surgery.
+    Indices of channels are None: they would change with surgery.
     """
     if not isinstance(shapes, list):
         pair = rest and isinstance(rest[0], Value)
@@ -106,18 +105,18 @@ def _extreme(trace: Trace, shapes: Any, x: Value, *rest: Any, **options: Any) ->
 def _position(
     trace: Trace, shape: Shape, x: Value, dim: int | None = None, *rest: Any, **options: Any
 ) -> Value:
-    """Where the largest is: not among channels, whose positions change with surgery."""
+    """argmax, argmin: channels searched are fixed, as surgery changes their positions."""
     for row in x.labels if dim is None else (x.labels[dim],):
-        trace.fix(row, "is searched for a position")
+        trace.fix(row, "is searched for a position (argmax, argmin)")
     return _reduce(trace, shape, x, dim, *rest, **options)
 
 
-def _along(
+def _ordered(
     trace: Trace, shapes: Any, x: Value, dim: int = -1, *rest: Any, **options: Any
 ) -> Value | tuple[Value, ...]:
-    """Position by position but for one dimension, whose order matters."""
+    """Elementwise except for one dimension, whose order matters: it is fixed."""
     del rest
-    trace.fix(x.labels[options.get("dim", dim)], "is summed up or sorted in order")
+    trace.fix(x.labels[options.get("dim", dim)], "is accumulated or sorted in order")
     if isinstance(shapes, list):
         return tuple(Value(shape, x.labels) for shape in shapes)
     return Value(shapes, x.labels)
@@ -155,7 +154,7 @@ RULES: dict[str, Rule] = {
     **_names(layer_rules.layer_norm, "layer_norm", "rms_norm"),
     **_names(layer_rules.group_norm, "group_norm"),
     **_names(
-        _same,
+        _elementwise,
         *("gelu_", "hardswish", "hardswish_", "mish_", "log_sigmoid", "threshold_", "rrelu"),
         *("rrelu_", "relu6_", "elu_", "celu_", "selu_", "fill_", "zero_", "zeros_like"),
         *("ones_like", "full_like", "dropout", "dropout_", "feature_dropout", "feature_dropout_"),
@@ -210,7 +209,7 @@ RULES: dict[str, Rule] = {
     **_names(_reduce, "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "prod"),
     **_names(_extreme, "max", "min"),
     **_names(_position, "argmax", "argmin"),
-    **_names(_along, "cumsum", "cumprod", "logcumsumexp", "sort", "argsort"),
+    **_names(_ordered, "cumsum", "cumprod", "logcumsumexp", "sort", "argsort"),
     **_names(_similarity, "cosine_similarity"),
     **_names(_norm, "linalg_vector_norm", "norm"),
     **_names(_softmax, "softmax", "log_softmax"),
@@ -228,6 +227,6 @@ CHANNEL_WISE = frozenset(
     | {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm", "norm"}
     | {"logsumexp", "prod"}
 )
-"""Operators that may reduce or convolve over channels: what they compute there depends on how many
-there are. Surgery restricts them to the kept channels, and so does the reference that it is held
-to (`zoo.tracing.contract`)."""
+"""Operators that may reduce or convolve over channels: their result depends on how many there are.
+Surgery restricts them to the kept channels, and so does the masked network that the result is
+compared with (`zoo.tracing.contract`)."""

@@ -1,4 +1,4 @@
-"""A traced network, interpreted with channel labels in place of numbers."""
+"""Traced programs, interpreted with channel labels in place of numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ SHAPE_OPERATORS |= {"constant_pad_nd", "pad"}
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a leaf module: its path, and the labels and shape of what it returns."""
+    """One call of a leaf module: its path, and its output as an abstract tensor."""
 
     path: str
     value: Value
@@ -50,15 +50,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Constant:
-    """A row of channels that an operator is told the length of, by a constant or by a shape.
+    """A row of channels whose length may be an integer argument of a shape operator.
 
     Attributes:
-        path: of the module whose `forward` has the operator.
+        path: the module whose `forward` calls the operator.
         where: node, module and source line.
-        value: the length.
+        value: the length of the row.
         labels: the row.
-        place: of the number within its argument, `.0`, `.1`, ... or `before` and `after`, or "".
-        literal: whether the number stands among the operator's arguments.
+        place: which item of the argument it is: `.0`, `.1`, ..., `before`, `after`, or "".
+        literal: whether the length is among the operator's arguments.
     """
 
     path: str
@@ -78,11 +78,11 @@ class Program:
         trace: its labels.
         values: node -> its abstract tensor, or a tuple of them.
         tensors: parameter or buffer -> its abstract tensor.
-        idle: parameters and buffers that nothing is computed from in eval mode.
-        calls: of leaf modules, in order.
-        constants: integers in operators that may be hidden widths.
-        flows: module -> (what flows into its first call, what flows out of its last).
-        outputs: of the network, as `leaves` gives them.
+        idle: parameters and buffers that eval mode does not use.
+        calls: calls of leaf modules, in order.
+        constants: rows whose length may be a constant in `forward`.
+        flows: module -> (input of its first call, output of its last call).
+        outputs: outputs of the network, in the order of `leaves`.
         image_size, inputs: as in `ChannelGroups`.
     """
 
@@ -102,7 +102,7 @@ class Program:
 def interpret(module: nn.Module, inputs: Inputs) -> Program:
     """Trace `module` in eval mode and pass channel labels through every operator.
 
-    What enters an operator without a rule stays whole, so that it sees the shapes it always saw.
+    Channels that enter an operator without a rule are fixed, so that its input shapes never change.
 
     Raises:
         GraphError: if the network cannot be traced, or returns no tensor.
@@ -135,7 +135,7 @@ def interpret(module: nn.Module, inputs: Inputs) -> Program:
             path, key = _module_of(node)
             if path in leaves and isinstance(values[node], Value):
                 calls[key] = Call(path, values[node])
-        elif node.op == "get_attr":  # the graph of a region that was put in its place
+        elif node.op == "get_attr":  # the subgraph of a region, which `export` has inlined
             values[node] = None
         elif node.op == "output":
             results: Any = fx.map_arg(node.args[0], values.__getitem__)
@@ -160,19 +160,19 @@ def interpret(module: nn.Module, inputs: Inputs) -> Program:
 
 
 def _is_leaf(layer: nn.Module) -> bool:
-    """Whether a layer is called, and calls no other: one without a `forward` just holds tensors."""
+    """Whether a layer has a `forward` and no children; without one it only holds tensors."""
     return not list(layer.children()) and type(layer).forward is not nn.Module.forward
 
 
 def _stored(trace: Trace, name: str, shape: tuple[int, ...], is_kernel: bool) -> Value:
-    """A parameter or buffer: any dimension may hold channels, of a kernel the first two."""
+    """A parameter or buffer with fresh labels in every dimension; of a kernel, in the first two."""
     channels = 2 if is_kernel else len(shape)
     rows = (trace.fresh(n, name, d) if d < channels else None for d, n in enumerate(shape))
     return Value(shape, tuple(rows), name)
 
 
 def _are_square_images(module: nn.Module, inputs: Inputs) -> bool:
-    """Whether `input_shapes` knows inputs like these by the length of their side."""
+    """Whether `input_shapes` can make inputs like these from the image size alone."""
     (first, *others) = tensors_of(inputs)
     if isinstance(inputs, Mapping) or others or first.ndim != 4 or first.dtype != torch.float32:
         return False
@@ -181,7 +181,7 @@ def _are_square_images(module: nn.Module, inputs: Inputs) -> bool:
 
 
 def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> dict[str, str]:
-    """placeholder name -> the parameter's or buffer's full name, the first one of a tied tensor."""
+    """Placeholder -> full name of the parameter or buffer; of tied tensors, the first name."""
     tensors = named_tensors(module)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
     return {
@@ -192,7 +192,7 @@ def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> d
 
 
 def _flows(values: dict[fx.Node, Any]) -> dict[str, tuple[Value, Value]]:
-    """module -> (what flows into its first call, what flows out of its last)."""
+    """Module -> (input of its first call, output of its last call)."""
     into: dict[str, Value] = {}
     out: dict[str, Value] = {}
     for node, value in values.items():
@@ -219,41 +219,42 @@ def _apply_rule(trace: Trace, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if name == "getitem":
         part = args[0][args[1]]
         if part is None and node.users:
-            part = _held(trace, node, values, "is searched for a position")
+            part = _fix_inputs(trace, node, values, "is searched for a position (max, min)")
         return part
     value = node.meta.get("val")
     if value is None or not isinstance(value, (torch.Tensor, tuple, list)):
         if value is None and not name.startswith(_ASSERTING):
-            _held(trace, node, values, f"enters the operator {name!r}, which gives no tensor")
+            reason = f"enters the operator {name!r}, which returns no tensor"
+            _fix_inputs(trace, node, values, reason)
         return value
     rule = RULES.get(name)
     if rule is None and isinstance(value, torch.Tensor) and _is_pointwise(node.target):
         rule = pointwise
     if rule is None:
-        return _held(trace, node, values, f"enters the operator {name!r}, which has no rule")
+        return _fix_inputs(trace, node, values, f"enters the operator {name!r}, which has no rule")
     try:
         return rule(trace, _shapes(node), *args, **kwargs)
     except GraphError as error:
-        return _held(trace, node, values, f"enters {error} ({name!r})")
+        return _fix_inputs(trace, node, values, f"enters {error} ({name!r})")
     except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         reason = f"enters the operator {name!r}, whose rule does not cover its use ({error})"
-        return _held(trace, node, values, reason)
+        return _fix_inputs(trace, node, values, reason)
 
 
 def _is_pointwise(target: Any) -> bool:
-    """Whether torch says of the operator that it computes position by position."""
+    """Whether torch tags the operator as elementwise."""
     return torch.Tag.pointwise in getattr(target, "tags", ())
 
 
 _ASSERTING = ("_assert", "sym_constrain")
-"""How the names of operators begin that give and change nothing."""
+"""Prefixes of the names of operators that return nothing and change nothing."""
 
 
-def _held(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) -> Any:
-    """What leaves an operator all of whose inputs stay whole: nothing that could be cut."""
+def _fix_inputs(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) -> Any:
+    """Fix all inputs of a node, and return outputs without labels."""
     for source in node.all_input_nodes:
-        if node.target is operator.getitem:  # what it is a part of cannot be told from its parts
-            _held(trace, source, values, reason)
+        if node.target is operator.getitem:  # the input is a tuple: fix what it was computed from
+            _fix_inputs(trace, source, values, reason)
         for row in rows_of(values.get(source)):
             if is_channels(row):
                 trace.fix(row, reason)
@@ -261,7 +262,7 @@ def _held(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) 
 
 
 def _shapes(node: fx.Node) -> Any:
-    """The shape of a node's tensor, or a list of those of its tensors."""
+    """The shape of a node's tensor, or a list of shapes if it has several."""
     value = node.meta.get("val")
     if isinstance(value, list | tuple):
         return [tuple(map(int, part.shape)) if hasattr(part, "shape") else () for part in value]
@@ -269,7 +270,7 @@ def _shapes(node: fx.Node) -> Any:
 
 
 def _without_channels(_: Trace, shapes: Any, *args: Any, **kwargs: Any) -> Any:
-    """Any operator on tensors that no channel lives in: constants, positions, masks."""
+    """Abstract tensors without channels: constants, positions, masks."""
     del args, kwargs
     if isinstance(shapes, list):
         return tuple(Value(shape, (None,) * len(shape)) for shape in shapes)
@@ -284,14 +285,14 @@ def operator_name(node: fx.Node) -> str:
 
 
 def _module_of(node: fx.Node) -> tuple[str, str]:
-    """(path of the innermost module, key that tells its calls apart)."""
+    """(path of the innermost module, key that is unique for each of its calls)."""
     stack = list((node.meta.get("nn_module_stack") or {"": ("", None)}).items())
     key, (path, *_) = stack[-1]
     return path, key
 
 
 def module_path(node: fx.Node) -> str:
-    """Of the innermost module whose `forward` has the node."""
+    """The path of the innermost module whose `forward` has the node."""
     return _module_of(node)[0]
 
 
@@ -303,7 +304,7 @@ def locate(node: fx.Node) -> str:
 
 
 def _constants(node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Constant]:
-    """The channel rows that a shape operator splits, slices, pads or reshapes by."""
+    """The rows whose lengths a shape operator splits, slices, pads or reshapes by."""
     name = operator_name(node)
     if name not in SHAPE_OPERATORS:
         return
@@ -316,7 +317,7 @@ def _constants(node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Constant]:
 
 
 def integers(arguments: Iterable[Any]) -> Iterator[int]:
-    """The integers but for 0, without their signs, in arguments and lists of them."""
+    """The absolute values of all integers except 0 in nested arguments."""
     for argument in arguments:
         if isinstance(argument, list | tuple):
             yield from integers(argument)
@@ -327,7 +328,7 @@ def integers(arguments: Iterable[Any]) -> Iterator[int]:
 def _shaped_rows(
     name: str, node: fx.Node, values: dict[fx.Node, Any]
 ) -> Iterator[tuple[Labels, str]]:
-    """(row, place): `place` tells the numbers of one argument apart, as in `Constant`."""
+    """(row, place) for each row that the operator may state the length of, as in `Constant`."""
     given, result = values[node.all_input_nodes[0]], values[node]
     if name in ("pad", "constant_pad_nd"):
         for n, width in enumerate(node.args[1]):  # type: ignore[arg-type]

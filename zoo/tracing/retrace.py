@@ -1,8 +1,8 @@
-"""A trace of a trial surgery beside the dense one: the same operators, on the channels that remain.
+"""Compares the trace of a pruned network with the dense one, operator by operator.
 
 A width can be a number in a computation: the bound of a slice, the groups of a shuffle or of a
-normalisation, a scale of 1 / sqrt(C). Surgery changes the number with the width, and another
-function of the right shape is what comes of it.
+normalisation, a scale of 1 / sqrt(C). Surgery changes the number with the width, so the pruned
+network may compute another function although all shapes are right.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Failure:
-    """Where a trial surgery went wrong: the module's path, and what was seen.
+    """Where a trial surgery failed: the module's path, and what was observed.
 
-    `row` are the channels to keep whole for it, `where` the node, and `reason` what holds them, if
-    that much is known; by default it is a constant. `before` are the layers that were called until
-    then, and the rows of what they gave.
+    `row` are the channels to keep whole because of it, `where` the node, and `reason` why, if these
+    are known. `before` are the layers called until then, each with a row of its output.
     """
 
     path: str
@@ -56,9 +55,9 @@ class Failure:
 
 
 def predicted(program: Program, value: Value, removed: set[int]) -> tuple[int | None, ...]:
-    """The shape of `value` once the channels with the `removed` labels are gone.
+    """The shape of `value` without the channels whose labels are in `removed`.
 
-    None where positions are all alike, as after `expand`: whoever takes them says how many.
+    A size is None where all positions are equal, as after `expand`: it adapts to its consumer.
     """
     find = program.trace.find
 
@@ -75,7 +74,7 @@ def shown(expected: tuple[int | None, ...]) -> str:
 
 
 def agree(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
-    """Whether the shapes are the same where a size is expected at all."""
+    """Whether `got` equals `expected`, in which None matches any size."""
     return len(got) == len(expected) and all(
         size in (None, own) for own, size in zip(got, expected, strict=True)
     )
@@ -85,9 +84,9 @@ def agree(got: tuple[int, ...], expected: tuple[int | None, ...]) -> bool:
 
 
 def numbers_in(network: nn.Module, inputs: Inputs) -> list[tuple[str, list[float]]]:
-    """The functions that `network` calls, in order, with the numbers that they are told.
+    """The torch functions that `network` calls, in order, with their numeric arguments.
 
-    What layers with tensors to go by call is left out: surgery sets their numbers right.
+    Layers in `REPAIRS` are left out: surgery corrects their numbers.
     """
     recorder = _Recorder()
     hooks = []
@@ -105,12 +104,12 @@ def numbers_in(network: nn.Module, inputs: Inputs) -> list[tuple[str, list[float
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes the functions that are called, but for those that a muted layer calls."""
+    """Records the torch functions that are called outside muted layers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, list[float]]] = []
-        self._muted = 0  # layers that have not returned: one may call another
+        self._muted = 0  # number of running muted layers: one may call another
 
     def mute(self, *_: Any) -> None:
         self._muted += 1
@@ -123,13 +122,13 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         del types
         name = getattr(func, "__name__", str(func))
-        if not self._muted and name not in _READING:
+        if not self._muted and name not in _READS:
             self.calls.append((name, list(_numbers((args, kwargs or {})))))
         return func(*args, **(kwargs or {}))
 
 
-_READING = ("__get__", "size", "dim", "numel", "__len__", "stride")
-"""What asks a tensor, and does nothing with the answer."""
+_READS = ("__get__", "size", "dim", "numel", "__len__", "stride")
+"""Functions that only read a property of a tensor."""
 
 
 def _numbers(value: Any) -> Iterator[float]:
@@ -143,7 +142,7 @@ def _numbers(value: Any) -> Iterator[float]:
             yield from _numbers(part)
     elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's too
         plain = value if isinstance(value, int) else float(value)
-        yield plain if plain == plain else math.nan  # one object, which lists find equal to itself
+        yield plain if plain == plain else math.nan  # one NaN object: equal lists compare equal
 
 
 # --- the trace ------------------------------------------------------------------------------------
@@ -152,12 +151,12 @@ def _numbers(value: Any) -> Iterator[float]:
 def first_change(
     program: Program, pruned: nn.Module, inputs: Inputs, removed: set[int]
 ) -> Failure | None:
-    """The first operator of `pruned` that is not the dense one on the channels that remain.
+    """The first operator of `pruned` that differs from the dense one on the kept channels.
 
     Args:
-        program: of the dense network.
-        pruned: what a plan made of it.
-        inputs: as it was traced with.
+        program: the interpreted program of the dense network.
+        pruned: the network after surgery.
+        inputs: those the dense network was traced with.
         removed: the representatives of the labels that the plan removes.
     """
     traced = export(pruned, inputs)
@@ -183,7 +182,7 @@ def first_change(
                 expected = predicted(program, value, removed)
                 if not agree(tuple(map(int, got.shape)), expected):
                     return _failure(program, old, "is divided into parts")
-        if _told(old, old) != _told(new, old):
+        if _fixed_numbers(old, old) != _fixed_numbers(new, old):
             return _failure(program, old, "is used as a number")
     if len(dense) != len(fewer):
         return _failure(program, dense[-1], "decides what is computed")
@@ -191,7 +190,7 @@ def first_change(
 
 
 def _constant_failure(program: Program, traced: torch.export.ExportedProgram) -> Failure | None:
-    """A number that became a tensor, as by `torch.tensor(x.shape[1])`, and is another one now."""
+    """A failure for a number stored as a tensor, as `torch.tensor(x.shape[1])`, that changed."""
     after = traced.constants
     changed = {
         name
@@ -211,10 +210,11 @@ def _operators(program: torch.export.ExportedProgram) -> Iterator[fx.Node]:
     return (node for node in program.graph.nodes if node.op == "call_function")
 
 
-def _told(node: fx.Node, dense: fx.Node) -> list[float]:
-    """The numbers that an operator is told and that surgery must not change.
+def _fixed_numbers(node: fx.Node, dense: fx.Node) -> list[float]:
+    """The numeric arguments of an operator that surgery must not change.
 
-    Lengths show in the shapes; the groups of a depthwise convolution are as many as its channels.
+    Left out are lengths, which the shapes show, and the groups of a depthwise convolution, which
+    are its channels.
     """
     name, args = operator_name(dense), list(node.args)
     if name in SHAPE_OPERATORS:
@@ -230,7 +230,7 @@ GROUPS = 6
 
 
 def _failure(program: Program, node: fx.Node, reason: str) -> Failure:
-    """With the last row of channels up to a node that may be cut at all."""
+    """A failure at a node, with the last row of channels up to it that is not fixed yet."""
     find = program.trace.find
     fixed = {find(label) for label in program.trace.fixed}
     nodes = list(program.exported.graph.nodes)
@@ -248,7 +248,7 @@ def _failure(program: Program, node: fx.Node, reason: str) -> Failure:
 
 
 def slices_channels(program: Program) -> bool:
-    """Whether an operator takes some of the channels, by their positions."""
+    """Whether some operator slices channels by their positions."""
     return any(
         operator_name(node) in ("slice", "narrow") and _cuts_channels(program, node)
         for node in _operators(program.exported)
@@ -258,15 +258,15 @@ def slices_channels(program: Program) -> bool:
 def _slice_failure(
     program: Program, old: fx.Node, new: fx.Node, removed: set[int]
 ) -> Failure | None:
-    """A slice of channels whose bounds have not moved with them.
+    """A failure for a slice whose bounds did not move with its channels.
 
-    Two such slices can agree in every shape that follows, as the halves of a swap do.
+    Two such slices can leave all later shapes right, as when two halves are swapped.
     """
     row = _sliced_row(program, old)
     if row is None or not _cuts_channels(program, old):
         return None
     stays = [program.trace.find(label) not in removed for label in row.tolist()]
-    step: Any = old.args[4] if len(old.args) > 4 else 1  # what one step skips goes together
+    step: Any = old.args[4] if len(old.args) > 4 else 1  # the channels of one step are one unit
     for bound, got in zip(_bounds(old), _bounds(new), strict=True):
         within = bound % step
         at = bound - within
@@ -280,7 +280,7 @@ def _slice_failure(
 def _padding_failure(
     program: Program, old: fx.Node, new: fx.Node, removed: set[int]
 ) -> Failure | None:
-    """Channels that are padded by other numbers than remain of them, though their sum be right."""
+    """A failure for padding by other widths than are kept, even if their sum is right."""
     result = program.values[old]
     widths: Any = (old.args[1], new.args[1])
     for n, (width, got) in enumerate(zip(*widths, strict=True)):

@@ -1,9 +1,9 @@
-"""A network as its own traced program, in which the constants that may be widths can be changed.
+"""Turns a network into a module of its traced program, whose constants surgery can change.
 
 `x.view(-1, 32 * 8 * 8)` in a `forward` ties the width of a layer to a number that surgery cannot
-reach. Here the program is a module with the parameters and buffers under their names, every
-operator that is told lengths is a module that keeps them as a list, and so `zoo.tracing.attributes`
-finds the ones that count channels as it finds those of any layer.
+reach. In the program's module, parameters and buffers keep their names, and every operator with
+lengths among its arguments is a submodule that holds them in a list. So `zoo.tracing.attributes`
+finds the lengths that count channels as it does for any layer.
 """
 
 from __future__ import annotations
@@ -21,22 +21,21 @@ from zoo.tracing.program import SHAPE_OPERATORS, operator_name
 __all__ = ["SizedOperator", "rewritten"]
 
 SWITCHES = ("training", "train")
-"""The arguments by which an operator is told whether the network is being trained."""
+"""The names of operators' arguments that switch to training mode."""
 
 
 def rewritten(module: nn.Module, inputs: Inputs) -> nn.Module:
-    """`module` as its traced program, for inputs of any batch; no tensor is copied.
+    """The traced program of `module` as a module, for any batch size; no tensor is copied.
 
-    It computes what `module` computes in eval mode. In training mode batch norm and dropout do what
-    they do then, and everything else is as it was traced: branches on `self.training`, stochastic
-    depth and auxiliary heads are not there.
+    It computes what `module` computes in eval mode. In training mode only batch norm and dropout
+    change; branches on `self.training`, stochastic depth and auxiliary heads are not in it.
 
     Args:
         module: the dense network.
         inputs: what it is called with.
 
     Raises:
-        GraphError: if it cannot be traced, or not for other batches than this one.
+        GraphError: if it cannot be traced, or only for this batch size.
     """
     count = batch_of(inputs)
     pair = mapped(lambda t: torch.cat([t, t]) if t.ndim and len(t) == count == 1 else t, inputs)
@@ -47,8 +46,8 @@ def rewritten(module: nn.Module, inputs: Inputs) -> nn.Module:
     first = next(node for node in placeholders if isinstance(node.meta.get("val"), Tensor))
     if tensors_of(pair)[0].ndim and _is_fixed(first.meta["val"].shape[0]):
         raise GraphError(
-            f"{type(module).__name__} cannot be rewritten: the batch of {batch_of(pair)} is a "
-            f"constant in it too. Take it from the tensor (x.shape[0])."
+            f"{type(module).__name__} cannot be rewritten: its batch size {batch_of(pair)} is a "
+            f"constant in forward too. Take it from the tensor (x.shape[0])."
         )
     for node in list(graph.nodes):
         if node.op == "call_module" and node.name.startswith("_guards"):
@@ -60,18 +59,18 @@ def rewritten(module: nn.Module, inputs: Inputs) -> nn.Module:
                 new = graph.call_module(f"operators.{node.name}", tuple(given))
             node.replace_all_uses_with(new)
             graph.erase_node(node)
-    for node in graph.nodes:  # traced again, its own modules count and not those it came from
+    for node in graph.nodes:  # when traced again, only the modules of the new graph count
         node.meta.pop("nn_module_stack", None)
     return fx.GraphModule(traced, graph, type(module).__name__).eval()
 
 
 def _is_fixed(size: Any) -> bool:
-    """Whether a size is a number, or a symbol that can be but one."""
+    """Whether a size is an integer, or a symbol with a single possible value."""
     return isinstance(size, int) or size.node.maybe_as_int() is not None
 
 
 def _operator(node: fx.Node) -> nn.Module | None:
-    """The module that takes the place of an operator; None where it may stay one."""
+    """The module that replaces an operator; None if the operator may stay."""
     if operator_name(node) in SHAPE_OPERATORS:
         return SizedOperator(node.target, node.args, node.kwargs)
     schema = getattr(node.target, "_schema", None)
@@ -82,9 +81,9 @@ def _operator(node: fx.Node) -> nn.Module | None:
 
 
 class SizedOperator(nn.Module):
-    """An operator of tensors that is told lengths, which are its attribute `sizes`.
+    """An operator with lengths among its arguments, which are kept in the attribute `sizes`.
 
-    A view becomes a reshape, which takes tensors in channels-last as well.
+    A view becomes a reshape, which accepts channels-last tensors as well.
     """
 
     def __init__(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,7 +99,7 @@ class SizedOperator(nn.Module):
 
 
 class SwitchedOperator(nn.Module):
-    """An operator that is told whether the network is being trained, by the mode of the module."""
+    """An operator whose training argument follows the mode of this module."""
 
     def __init__(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
@@ -118,7 +117,7 @@ class SwitchedOperator(nn.Module):
 # --- arguments with gaps --------------------------------------------------------------------------
 
 _GIVEN = "given"
-"""Stands in a template for a value of the program."""
+"""Marks the place of a value of the program in a template."""
 
 
 def _is_length(value: Any) -> bool:
@@ -135,7 +134,7 @@ def _flat(arguments: Any) -> list[Any]:
 
 
 def _template(arguments: Any, numbers: Any) -> Any:
-    """`arguments` without the values of the program, and with the lengths' numbers where asked."""
+    """`arguments` with gaps for values of the program and, if `numbers` is given, for lengths."""
     if isinstance(arguments, dict):
         return {key: _template(value, numbers) for key, value in arguments.items()}
     if isinstance(arguments, tuple | list):
@@ -148,7 +147,7 @@ def _template(arguments: Any, numbers: Any) -> Any:
 
 
 class _Gap:
-    """A place in a template: of the next value of the program, or of the length of a number."""
+    """A gap in a template: for the next value of the program, or for `sizes[of]`."""
 
     def __init__(self, of: str | int) -> None:
         self.of = of

@@ -51,7 +51,7 @@ def cat(trace: Trace, shape: Shape, tensors: Sequence[Value], dim: int = 0) -> V
             for tensor, row in zip(tensors, rows, strict=True):
                 if not is_channels(row):
                     row = trace.fresh(tensor.shape[d])
-                    trace.fix(row, "is concatenated with a tensor that no channel group owns")
+                    trace.fix(row, "is concatenated with a tensor that belongs to no channel group")
                 owned.append(row)
             result.append(np.concatenate(owned))
         else:
@@ -75,8 +75,8 @@ def _tied(trace: Trace, rows: Sequence[Labels | None]) -> Labels | None:
 def reshape(trace: Trace, shape: Shape, x: Value, *rest: Any) -> Value:
     """Any change of shape that keeps the order of the elements.
 
-    The dimensions are matched in blocks of equal products. A block that merges repeats or
-    interleaves labels; one that splits ties the j-th position of every part and keeps the parts.
+    Old and new dimensions are matched in blocks of equal numbers of elements. Merging dimensions
+    repeats or interleaves labels. Splitting one ties the j-th positions of all its parts.
     """
     del rest
     result: list[Labels | None] = []
@@ -120,7 +120,7 @@ def _merge(trace: Trace, labels: Sequence[Labels | None], sizes: Sequence[int]) 
 
 
 def _split(trace: Trace, labels: Labels | None, sizes: Sequence[int]) -> list[Labels | None]:
-    """One dimension's labels spread over dimensions of these sizes."""
+    """The labels of one dimension that is split into dimensions of these sizes."""
     if not is_channels(labels):
         return [labels] * len(sizes)
     if math.prod(sizes) == 1:
@@ -130,7 +130,7 @@ def _split(trace: Trace, labels: Labels | None, sizes: Sequence[int]) -> list[La
         return [labels if n == wide[0] else None for n in range(len(sizes))]
     table = labels.reshape(*[sizes[n] for n in wide])
     roots = np.vectorize(trace.find)(table)
-    # A dimension along which the labels do not change only repeats them: undo a flattening.
+    # Labels that do not vary along a dimension were repeated by a flattening, which is undone.
     varying = [axis for axis in range(len(wide)) if (roots != np.take(roots, [0], axis=axis)).any()]
     inner = varying[-1] if varying else len(wide) - 1
     if len(varying) <= 1:
@@ -146,7 +146,7 @@ def _split(trace: Trace, labels: Labels | None, sizes: Sequence[int]) -> list[La
 
 
 def expand(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> Value:
-    """Dimensions of one are repeated: their positions are all alike."""
+    """Dimensions of size 1 are repeated: all their positions are equal."""
     del trace, rest, options
     new = len(shape) - len(x.shape)
     rows = [x.labels[d] if size == x.shape[d] else FREE for d, size in enumerate(shape[new:])]
@@ -154,7 +154,7 @@ def expand(trace: Trace, shape: Shape, x: Value, *rest: Any, **options: Any) -> 
 
 
 def repeat(trace: Trace, shape: Shape, x: Value, *rest: Any) -> Value:
-    """Whole copies, one after the other; of a dimension of one, its positions are all alike."""
+    """Copies one after the other; a repeated dimension of size 1 has equal positions."""
     del trace, rest
     new = len(shape) - len(x.shape)
     rows: list[Labels | None] = [FREE] * new
@@ -174,13 +174,13 @@ def repeat_interleave(
 
 
 def spread(trace: Trace, shape: Shape, x: Value, *rest: Any) -> Value:
-    """Every channel becomes a block of them: pixel_unshuffle, and windows as channels (im2col)."""
+    """Every channel becomes a block of channels: pixel_unshuffle and im2col."""
     del rest
     return _image(trace, shape, x, _spread(x.labels[1], shape[1] // x.shape[1]))
 
 
 def gather(trace: Trace, shape: Shape, x: Value, *rest: Any) -> Value:
-    """Blocks of channels become one each: pixel_shuffle, and windows summed up again (col2im)."""
+    """Every block of channels becomes one channel: pixel_shuffle and col2im."""
     del rest
     row = x.labels[1]
     if is_channels(row):
@@ -209,7 +209,7 @@ def _replaced(shape: Shape, x: Value, dim: int, row: Labels | None) -> Value:
 
 
 def shuffle(trace: Trace, shape: Shape, x: Value, groups: int) -> Value:
-    """channel_shuffle: the j-th channels of all groups come together."""
+    """channel_shuffle: the j-th channels of all groups become neighbours and are tied."""
     row = x.labels[1]
     if is_channels(row):
         parts_ = np.split(row, groups)
@@ -219,7 +219,7 @@ def shuffle(trace: Trace, shape: Shape, x: Value, groups: int) -> Value:
 
 
 def halve(trace: Trace, shape: Shape, x: Value, dim: int = -1) -> Value:
-    """glu: one half gates the other."""
+    """glu: one half gates the other, so the halves are tied."""
     row = x.labels[dim]
     return _replaced(shape, x, dim, _tied(trace, np.split(row, 2)) if is_channels(row) else row)
 
@@ -240,7 +240,7 @@ def roll(trace: Trace, shape: Shape, x: Value, _: Any, dims: Sequence[int] = ())
 
 
 def unlabelled(trace: Trace, shape: Shape, *rest: Any, **options: Any) -> Value:
-    """A new tensor of a stated shape."""
+    """A new tensor whose shape is an argument: no labels."""
     del trace, rest, options
     return Value(shape, (None,) * len(shape))
 
@@ -280,11 +280,11 @@ def slice_(
     if not is_channels(row):
         return _replaced(shape, x, dim, row)
     if shape[dim] == 1 < len(row):
-        trace.fix(row, "is addressed by a position")
-    elif step > 1 and len(row) % step == 0:  # each stays what it is only if `step` go together
+        trace.fix(row, "is indexed by a position")
+    elif step > 1 and len(row) % step == 0:  # `step` neighbours go together, or the slice moves
         _tied(trace, [row[n::step] for n in range(step)])
     elif step > 1:
-        trace.fix(row, "is sliced by a step that does not divide it")
+        trace.fix(row, "is sliced with a step that does not divide its length")
     return _replaced(shape, x, dim, row[slice(start, end, step)])
 
 
@@ -293,17 +293,17 @@ def narrow(trace: Trace, shape: Shape, x: Value, dim: int, start: int, length: i
 
 
 def parts(trace: Trace, shapes: Sequence[Shape], x: Value, _: Any, dim: int = 0) -> Any:
-    """chunk and split: equal parts tie their j-th channels, unequal ones keep what they have."""
+    """chunk and split by one number: equal parts are tied, unequal ones fixed."""
     row = x.labels[dim]
     if len({shape[dim] for shape in shapes}) > 1:
-        trace.fix(row, "is split into unequal parts by their number")
+        trace.fix(row, "is split into unequal parts by a single number")
     return split_with_sizes(trace, shapes, x, _, dim)
 
 
 def split_with_sizes(
     trace: Trace, shapes: Sequence[Shape], x: Value, _: Any, dim: int = 0
 ) -> tuple[Value, ...]:
-    """Equal parts tie their j-th channels; unequal ones are plain slices."""
+    """The j-th channels of equal parts are tied; unequal parts are plain slices."""
     row = x.labels[dim]
     sizes = [shape[dim] for shape in shapes]
     result, first = [], 0
@@ -320,7 +320,7 @@ def split_with_sizes(
 
 def select(trace: Trace, shape: Shape, x: Value, dim: int, position: int) -> Value:
     del position
-    trace.fix(x.labels[dim], "is addressed by a position")
+    trace.fix(x.labels[dim], "is indexed by a position")
     rows = list(x.labels)
     del rows[dim]
     return Value(shape, tuple(rows))
@@ -331,10 +331,10 @@ def unbind(trace: Trace, shapes: Sequence[Shape], x: Value, dim: int = 0) -> Any
 
 
 def index(trace: Trace, shape: Shape, x: Value, indices: Sequence[Value | None]) -> Value:
-    """Advanced indexing: the indexed dimensions stay whole; the others keep their labels."""
+    """Advanced indexing: the indexed dimensions are fixed; the others keep their labels."""
     taken = [d for d, rows in enumerate(indices) if rows is not None]
     for d in taken:
-        trace.fix(x.labels[d], "is addressed by a table of positions")
+        trace.fix(x.labels[d], "is indexed by a tensor of positions")
     kept = [x.labels[d] for d in range(len(x.shape)) if d not in taken]
     new = len(shape) - len(kept)
     adjacent = taken == list(range(taken[0], taken[-1] + 1))
@@ -343,7 +343,7 @@ def index(trace: Trace, shape: Shape, x: Value, indices: Sequence[Value | None])
 
 
 def unfold(trace: Trace, shape: Shape, x: Value, dim: int, *rest: Any) -> Value:
-    """Windows along one dimension, in a new last one."""
+    """Windows along one dimension, which is fixed, in a new last dimension."""
     del rest
     trace.fix(x.labels[dim], "is cut into windows")
     rows = list(x.labels)
@@ -359,7 +359,7 @@ def pad(
     mode: str = "constant",
     value: float | None = None,
 ) -> Value:
-    """Zero channels put before and after get labels of their own, which go where they are added."""
+    """Zero channels before and after get fresh labels, which are tied where they are added."""
     rows = list(x.labels)
     for n, (before, after) in enumerate(zip(widths[::2], widths[1::2], strict=True)):
         dim = len(shape) - 1 - n

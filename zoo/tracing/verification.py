@@ -1,9 +1,9 @@
-"""What a plan makes of a network, held to the contract of surgery before the user gets it.
+"""Verifies that a pruned network obeys the contract of surgery, before the user gets it.
 
-The network is filled with random numbers and run on one small batch: pruned, and dense with zeros
-in place of what is pruned. Where the two differ, a layer may compute over channels, as layer
-normalisation does: then the dense one is its traced program, run as the contract says
-(`zoo.tracing.contract`).
+The network is filled with random numbers and run on one small batch: pruned, and masked (dense,
+with zeros for what is removed). If the two differ, a layer may compute over channels, as layer
+normalisation does. Then the traced program of the dense network takes its place, run as the
+contract says (`zoo.tracing.contract`).
 """
 
 from __future__ import annotations
@@ -33,31 +33,33 @@ __all__ = ["verify"]
 
 BATCH = 2
 ALIKE = 1e-4
-"""Up to which relative difference single precision is believed; a wrong channel gives 0.1 to 1."""
+"""Relative difference up to which float32 is trusted; a wrong channel gives 0.1 to 1."""
 BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-2}
-"""The largest relative difference. Networks may compute in single precision inside."""
+"""The largest relative difference allowed. Networks may compute in float32 inside."""
 
 
 def verify(
     module: nn.Module, groups: ChannelGroups, plan: Plan, inputs: Inputs, program: Program | None
 ) -> None:
-    """Hold what `plan` makes of `module` to the contract of surgery.
+    """Check that `module`, pruned by `plan`, obeys the contract of surgery.
 
-    Single precision comes first, which is ten times as fast; where the two differ there, double
-    precision decides, if the network runs in it. Where nothing can be told, because the output is
-    random or no number, a warning says so.
+    float32 comes first, because it is ten times as fast. If the networks differ there, float64
+    decides, if the network runs in it. A warning is given if the outputs cannot be compared because
+    they are random or not finite.
 
     Args:
         module: the dense network; not edited.
-        groups, plan: its groups, and what to keep of them.
-        inputs: as it was traced with; the first items of the batch are used.
-        program: the interpretation that `groups` come from, where it is at hand.
+        groups, plan: its channel groups, and what to keep of them.
+        inputs: those it was traced with; only the first items of the batch are used.
+        program: the interpreted program that `groups` come from, if there is one.
 
     Raises:
-        GraphError: if the pruned network computes anything else, or does not run.
+        GraphError: if the pruned network does not run, or its outputs differ.
     """
     small = _small(module, inputs)
-    worst = partial(_worst, module, groups, plan, small, program if small is inputs else None)
+    worst = partial(
+        _worst_difference, module, groups, plan, small, program if small is inputs else None
+    )
     quick = worst(torch.float32, True)
     if quick is not None and quick <= ALIKE:
         return
@@ -66,19 +68,19 @@ def verify(
             found = worst(dtype, random)
             if found is not None and found > bound:
                 raise GraphError(
-                    f"{type(module).__name__}, pruned, computes something else than with zeros in "
-                    f"place of the channels: an output differs by {found:.2g} of the largest "
-                    f"value. That is a fault of the zoo; verify=False prunes all the same."
+                    f"{type(module).__name__}, pruned, does not compute what it computes with "
+                    f"zeros for the removed channels: an output differs by {found:.2g} of the "
+                    f"largest value. That is a bug of the zoo; verify=False skips this check."
                 )
             if found is not None:
                 return
     warnings.warn(
-        f"{type(module).__name__} could not be verified: its output is random, or no number.",
+        f"{type(module).__name__} could not be verified: its output is random or not finite.",
         stacklevel=4,
     )
 
 
-def _worst(
+def _worst_difference(
     module: nn.Module,
     groups: ChannelGroups,
     plan: Plan,
@@ -87,7 +89,7 @@ def _worst(
     dtype: torch.dtype,
     random: bool,
 ) -> float | None:
-    """The largest difference of all outputs; None where such numbers do not show it."""
+    """The largest relative difference of all outputs; None if they cannot be compared."""
 
     def typed(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
@@ -102,28 +104,28 @@ def _worst(
     mask(dense, groups, plan)
     given = mapped(typed, inputs)
     expected = _outputs(partial(call, dense), given)
-    if expected is None or not _is_telling(expected):
+    if expected is None or not _are_comparable(expected):
         return None
     try:
         got = _run(partial(call, pruned), given)
     except Exception as error:
         raise GraphError(
-            f"{type(module).__name__}, pruned, does not run: {first_line(error)}. That is a fault "
-            f"of the zoo; verify=False prunes all the same."
+            f"{type(module).__name__}, pruned, does not run: {first_line(error)}. That is a bug "
+            f"of the zoo; verify=False skips this check."
         ) from error
-    worst = _largest(got, expected)
+    worst = _largest_difference(got, expected)
     if worst <= ALIKE:
         return worst
     again = _outputs(partial(call, dense), given, seed=1)
-    if again is None or _largest(again, expected) > 0:
+    if again is None or _largest_difference(again, expected) > 0:
         return None
     program = program or analyse(dense, given)[0]
     expected = _outputs(masked_forward(program, groups, plan, dense), given)
-    return None if expected is None else _largest(got, expected)
+    return None if expected is None else _largest_difference(got, expected)
 
 
 def _small(module: nn.Module, inputs: Inputs) -> Inputs:
-    """The first items of `inputs`, if the network takes so few; else all of them."""
+    """The first two items of `inputs`, if the network runs on so few; else all of them."""
     count = batch_of(inputs)
     if count <= BATCH:
         return inputs
@@ -139,7 +141,7 @@ def _small(module: nn.Module, inputs: Inputs) -> Inputs:
 def _outputs(
     forward: Callable[[Inputs], Any], inputs: Inputs, seed: int = 0
 ) -> tuple[Tensor, ...] | None:
-    """The tensors that `forward` gives; None if it fails."""
+    """The tensors that `forward` returns; None if it fails."""
     try:
         return _run(forward, inputs, seed)
     except Exception:  # whatever the network raises
@@ -147,20 +149,20 @@ def _outputs(
 
 
 def _run(forward: Callable[[Inputs], Any], inputs: Inputs, seed: int = 0) -> tuple[Tensor, ...]:
-    # random generators and warnings' filters are the whole process's
+    # random generators and warning filters are shared by all threads
     with ONE_AT_A_TIME, seeded(seed), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return leaves(forward(inputs))
 
 
-def _is_telling(outputs: tuple[Tensor, ...]) -> bool:
-    """Whether all are numbers, and not nothing but zeros; those of the meta device have none."""
+def _are_comparable(outputs: tuple[Tensor, ...]) -> bool:
+    """Whether outputs can be compared: finite, not all zero, and not on the meta device."""
     if any(output.is_meta for output in outputs):
         return False
     return all(bool(o.isfinite().all()) for o in outputs) and any(bool(o.any()) for o in outputs)
 
 
-def _largest(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+def _largest_difference(outputs: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
     if len(outputs) != len(expected):
         return float("inf")
     return max(map(difference, outputs, expected))
