@@ -84,7 +84,7 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ZooError(f"Cannot write {target}: {error}. What was there is unchanged.") from error
+        raise ZooError(f"Cannot write {target}: {error}. The old content is unchanged.") from error
 
 
 def write_model(model: nn.Module, folder: str | Path) -> None:

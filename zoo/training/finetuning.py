@@ -161,7 +161,7 @@ def finetune(
     settings, seed = read_recipe(recipe), integer("seed", seed) % 2**32
     trackers = [trackers] if isinstance(trackers, str) else trackers
     if resume and checkpoint is None:
-        raise ZooError("resume=True needs checkpoint=, the folder to go on from.")
+        raise ZooError("resume=True needs checkpoint=, the folder to continue from.")
     dense, taught_by = find_teacher(model, teacher)
     folder = None if checkpoint is None else Path(checkpoint).expanduser()
     check_trackers(trackers, folder)

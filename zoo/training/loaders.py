@@ -39,7 +39,7 @@ def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
     """
     if isinstance(data, str):
         name, _, folder = data.partition("@")
-        if ":" in name:  # imagefolder:PATH and hf:ORG/NAME@REVISION say it themselves
+        if ":" in name:  # in imagefolder:PATH and hf:ORG/NAME@REVISION, @ names no folder
             name, folder = data, ""
         record = record_of(model)
         size = 32 if record is None else record.size
