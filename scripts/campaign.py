@@ -1,13 +1,12 @@
-"""Carry on with the plan in campaign.toml, on any machine, for any while, from where it was left.
+"""Continue the plan in campaign.toml, on any machine and for any time.
 
     python scripts/campaign.py status
     python scripts/campaign.py run --budget 25m --data-dir DIR --out runs/campaign
     python scripts/campaign.py merge runs/campaign
 
-`run` does the most valuable job that fits into what is left of its budget, then the next; a job
-that is stopped goes on when it is run again. `merge` brings results into the repository, from where
-they are known everywhere: base networks and figures into campaign-results/, evaluations into
-registry/ledger/.
+`run` does the most valuable job that fits into the rest of its budget, then the next; a job that is
+stopped continues in the next run. `merge` copies results into the repository, where every machine
+finds them: base networks and figures into campaign-results/, evaluations into registry/ledger/.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ HERE = Path(__file__).resolve().parent
 TOOK, SPENT = "took.jsonl", "spent.json"
 H100 = "NVIDIA H100 80GB HBM3"
 LARGEST = 5 * 2**20
-"""Bytes of a file that `merge` takes; larger base networks are trained again where needed."""
+"""Largest file in bytes that `merge` copies; larger base networks are trained again if needed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +86,12 @@ class Run(Shared):
     together: int | None = None
     """jobs at a time: by default one per core, and eight on a CUDA device"""
     only: tuple[str, ...] = ()
-    """jobs whose name begins so, and no others"""
+    """run only jobs whose name begins with one of these"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status(Shared):
-    """What is done, what is next, and what it would cost here and on an H100."""
+    """Print what is done, what is next, and the hours left here and on an H100."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +99,7 @@ class Merge(Shared):
     """Bring the finished jobs of any number of folders into the repository."""
 
     folders: Positional[tuple[Path, ...]]
-    """as --out of `run`"""
+    """folders that were --out of `run`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +117,7 @@ class One(Shared):
 
 @dataclass
 class _Running:
-    """A job in a process of its own; `estimated` before its first run, `spent` by earlier ones."""
+    """A running job; seconds `estimated` before its first run, and `spent` by earlier runs."""
 
     job: Job
     process: subprocess.Popen
@@ -129,25 +128,25 @@ class _Running:
 
 @dataclass(frozen=True)
 class _Spent:
-    """What is kept of a job between its runs."""
+    """The seconds of a job that are stored between its runs."""
 
     estimated: float
     spent: float
 
 
 def run(options: Run) -> None:
-    """Start jobs while one fits, and stop what has not ended when the budget has.
+    """Start jobs while one fits into the budget, and stop those that still run at its end.
 
     Raises:
-        ZooError: for options that nothing can be done by, another run in the same folder, and at
-            the end if a job failed.
+        ZooError: for unusable options, another run in the same folder, and at the end if a job
+            failed.
     """
     jobs, budget = options.jobs, parse_budget(options.budget)
     if options.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     on = machine()
     if options.device == "cuda" and on.startswith("cpu"):
-        raise ZooError("No CUDA device is to be seen.")
+        raise ZooError("No CUDA device is visible.")
     if not options.data_dir.is_dir():
         raise ZooError(f"--data-dir {options.data_dir} is not a folder.")
     for start in options.only:
@@ -194,14 +193,14 @@ def _carry_on(
             own.process.terminate()
         for own in running.values():
             own.process.wait()
-            _note(options.out / own.job.name, own)
+            _write_spent(options.out / own.job.name, own)
     return failed
 
 
 def _start(options: Run, job: Job, estimated: float) -> _Running:
     folder = options.out / job.name
     folder.mkdir(parents=True, exist_ok=True)
-    earlier = _noted(folder)
+    earlier = _read_spent(folder)
     command = [sys.executable, __file__, "one", job.name, "--data-dir", options.data_dir]
     command += ["--plan", options.plan, "--out", options.out]
     command += ["--merged", options.merged, "--ledgers", options.ledgers]
@@ -215,9 +214,9 @@ def _start(options: Run, job: Job, estimated: float) -> _Running:
 
 
 def _finish(options: Run, own: _Running, on: str, together: int, took: BinaryIO) -> bool:
-    """Keep what a job that ended took; false if it failed."""
+    """Record the seconds of a job that ended; return False if it failed."""
     folder, job = options.out / own.job.name, own.job
-    seconds = _note(folder, own)
+    seconds = _write_spent(folder, own)
     if own.process.returncode:
         say(f"{job.name} failed: see {folder / 'log.txt'}")
         return False
@@ -230,15 +229,15 @@ def _finish(options: Run, own: _Running, on: str, together: int, took: BinaryIO)
     return True
 
 
-def _note(folder: Path, own: _Running) -> float:
-    """The seconds that all runs of a job took until now, which are kept."""
+def _write_spent(folder: Path, own: _Running) -> float:
+    """Store and return the seconds that all runs of a job took until now."""
     seconds = own.spent + time.monotonic() - own.started
     write_json(folder / SPENT, _Spent(own.estimated, round(seconds, 1)))
     return round(seconds, 1)
 
 
-def _noted(folder: Path) -> _Spent | None:
-    """None where nothing is, or nothing that can be read: it is but a cost."""
+def _read_spent(folder: Path) -> _Spent | None:
+    """The stored seconds; None if missing or damaged, which only makes the estimate worse."""
     try:
         return decode(_Spent, read_json(folder / SPENT), SPENT)
     except DocumentError:
@@ -246,8 +245,8 @@ def _noted(folder: Path) -> _Spent | None:
 
 
 def _remaining(folder: Path, estimated: float) -> float:
-    """Of a job that was stopped, what is left; at least a tenth, for it may take longer."""
-    earlier = _noted(folder)
+    """Estimated seconds left of a job; at least a tenth, because it may take longer."""
+    earlier = _read_spent(folder)
     return max(estimated - (earlier.spent if earlier else 0.0), 0.1 * estimated)
 
 
@@ -260,7 +259,7 @@ def one(options: One) -> None:
 
 
 def _follow_parent(parent: int) -> None:
-    """End with the process that started this one, however it ended."""
+    """End this process when the one that started it ends, in whatever way."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
@@ -270,7 +269,7 @@ def _follow_parent(parent: int) -> None:
 
 
 def status(options: Shared) -> None:
-    """What is done and left of every network and stage, and what comes next."""
+    """Print what is done and left of every network and stage, and the next jobs."""
     jobs, rows, here = options.jobs, options.took, machine()
     done = {row.job for row in rows}
     heads = ("network", "stage", "done", "of", f"hours left: {here}", H100)

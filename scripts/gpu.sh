@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A quarter of an hour on a machine with one GPU and no network, made to count. Every step has its
-# own limit and leaves its own files in OUT.
+# Make good use of a quarter of an hour on a machine with one GPU and no network. Every step has its
+# own time limit and writes its own files to OUT.
 #
 #   gpu.sh checks OUT           the tests marked gpu                               3 minutes at most
 #   gpu.sh campaign OUT DATA    the campaign on CUDA; OUT gets its results         9
 #   gpu.sh bench OUT            training, then ONNX Runtime on CUDA                8
 #
-# Results come back by `cat OUT/results.tar.* | tar x -C runs/gpu`, then `campaign.py merge runs/gpu`.
+# Unpack results by `cat OUT/results.tar.* | tar x -C runs/gpu`, then `campaign.py merge runs/gpu`.
 #
-# What such a machine lacks travels in several calls, for one takes no more than SIZE:
+# A large file that the machine lacks is sent in several calls, because one takes at most SIZE:
 #
 #   gpu.sh pieces WHEEL DIR     here: a large wheel (onnxruntime-gpu) as folders DIR/1, DIR/2, ...
 #   gpu.sh take DIR/1           there: keeps a piece until `bench`, which joins them
 #
 # WHEELS names a folder of small wheels that are installed first (tyro and what it needs). DATA holds
-# the data sets, as folders or .tar.xz. The other variables below make a rehearsal small.
+# the data sets, as folders or .tar.xz. The other variables below are for small rehearsals.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}

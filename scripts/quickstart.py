@@ -136,7 +136,7 @@ def main(config: Quickstart) -> None:
 
 @contextmanager
 def stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
-    """Say what is being done, and note and say how long it took."""
+    """Print the name of a stage and its seconds, and add these to `seconds`."""
     print(f"{name} ...", end=" ", flush=True)
     started = time.perf_counter()
     yield

@@ -1,4 +1,4 @@
-"""Time the zoo against what one would do without it, in one run. Ratios are printed, not judged.
+"""Time the zoo against other ways to do the same, in one run; print ratios, without a judgement.
 
 python scripts/bench load
 python scripts/bench search
@@ -39,7 +39,7 @@ ARCH, CF = "torchvision:resnet50", 2.0
 
 @dataclass(frozen=True)
 class Load:
-    """`load_pruned` against `torch.load`; plan and surgery against Torch-Pruning: a ResNet-50."""
+    """Time a ResNet-50: `load_pruned` and `torch.load`; plan with surgery and Torch-Pruning."""
 
     repeats: int = 15
     """runs of each side, by turns; medians are printed"""
@@ -55,7 +55,7 @@ def bench_load(config: Load) -> None:
 
 
 def compare_loading(dense: nn.Module, scratch: Path, repeats: int) -> None:
-    """From files, in the page cache, to a network that is ready to run."""
+    """Time loading from files in the page cache to a network that is ready to run."""
     file, folder = scratch / "resnet50.pth", scratch / "pruned"
     torch.save(dense.state_dict(), file)
     zoo.save(zoo.load(ARCH, CF, dense, profile="equal"), folder)
@@ -78,7 +78,7 @@ def compare_loading(dense: nn.Module, scratch: Path, repeats: int) -> None:
 
 
 def compare_pruning(dense: nn.Module, repeats: int) -> None:
-    """From a dense network in memory to a pruned one with the same channels."""
+    """Time pruning a dense network in memory; both sides keep the same channels."""
     asked = request("equal", ARCH, CF, "params", "random", 0, 1, 0.0, None)
     image = torch.zeros(1, 3, 224, 224)
 
@@ -88,7 +88,7 @@ def compare_pruning(dense: nn.Module, repeats: int) -> None:
         return surgery.apply(dense, groups, plan), groups, plan
 
     pruned, groups, plan = ours()
-    # it prunes in place: every run gets a copy, made before its time begins
+    # Torch-Pruning prunes in place: every run gets a copy, made before it is timed
     copies = iter([copy.deepcopy(dense) for _ in range(repeats + 2)])
 
     def theirs() -> nn.Module:
@@ -107,7 +107,7 @@ def compare_pruning(dense: nn.Module, repeats: int) -> None:
 
 
 def medians(repeats: int, *sides: Callable[[], object]) -> list[float]:
-    """Milliseconds of each side, by turns, after one run of each that is not counted."""
+    """Median milliseconds of each side; they take turns, and the first run is not counted."""
     times: list[list[float]] = [[] for _ in sides]
     for turn in range(repeats + 1):
         for own, side in zip(times, sides, strict=True):

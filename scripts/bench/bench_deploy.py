@@ -1,4 +1,4 @@
-"""What pruning saves in ONNX Runtime: architectures, factors, metrics and alignments."""
+"""Measure what pruning saves in ONNX Runtime, by architecture, factor, metric and alignment."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ CONDITIONS = ("machine", "profile", "options")
 
 @dataclass(frozen=True)
 class Deploy:
-    """The dense network beside those that one policy prunes, by turns; Markdown at the end.
+    """Time the dense network and those that one policy prunes, by turns; print Markdown.
 
-    What an architecture and a metric give goes into a file at once: started again, it goes on.
+    The results of every architecture and metric are written to a file at once; started again, it
+    continues.
     """
 
     out: Path = Path("deploy.jsonl")
-    """what was measured so far, a case per line"""
+    """file of what was measured so far, a case per line"""
     architectures: tuple[str, ...] = (
         "resnet20-16",
         "torchvision:resnet18",
         "torchvision:resnet50",
         "torchvision:mobilenet_v2",
     )
-    """at the image size of their reference"""
+    """networks, at the image size of their architecture"""
     factors: tuple[float, ...] = (2, 4, 6)
     """compression factors"""
     metrics: tuple[str, ...] = ("params", "macs")
-    """what they count"""
+    """metrics of these factors"""
     aligns: tuple[int, ...] = (1, 8, 16)
-    """widths are multiples of it, or whole"""
+    """widths are cut to multiples of this, or stay whole"""
     pads: tuple[int, ...] = (8,)
-    """widths of networks with align 1 are filled up to multiples of it, as an export does"""
+    """widths of networks with align 1 are padded to multiples of this, as in an export"""
     profile: str = "equal"
     """policy that prunes"""
     options: zoo.BenchmarkOptions = field(default_factory=zoo.BenchmarkOptions)
@@ -74,7 +75,7 @@ def bench_deploy(config: Deploy) -> None:
         if not any(case == {key: row.get(key) for key in case} for row in known):
             known.append(case | measured(config, arch, metric))
             with config.out.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps(known[-1]))  # a line cut short stays alone
+                file.write("\n" + json.dumps(known[-1]))  # \n first: the last may be cut short
             print(f"{arch} by {metric}: measured", flush=True)
     print(markdown(known))
 
@@ -92,7 +93,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def measured(config: Deploy, arch: str, metric: str) -> dict[str, Any]:
-    """Rows of the networks of every factor, each time after the dense one; why others are missing.
+    """The rows of every factor, each time after a dense one, and the errors of missing networks.
 
     Each factor is a run of its own, since all networks of a run are in memory together.
     """
@@ -116,13 +117,14 @@ def measured(config: Deploy, arch: str, metric: str) -> dict[str, Any]:
         if len(networks) > 1:
             rows = zoo.compare(networks, example_input=example, options=config.options)
             own = {row.network: {"params": row.params, "macs": row.macs} for row in rows}
-            costs = {name: own[unpadded.get(name, name)] for name in networks}  # zeros do no work
+            # the costs of a padded network are those without its zeros
+            costs = {name: own[unpadded.get(name, name)] for name in networks}
             told += [dataclasses.asdict(row) | costs[row.network] for row in rows]
     return {"rows": told, "errors": errors}
 
 
 def markdown(cases: list[dict[str, Any]]) -> str:
-    """A table per case, under the conditions that they were measured in."""
+    """A table per case, under a line with the conditions of its measurement."""
     lines: list[str] = []
     told = None
     for case in sorted(cases, key=lambda case: [str(case[key]) for key in CONDITIONS]):
@@ -136,7 +138,7 @@ def markdown(cases: list[dict[str, Any]]) -> str:
 
 
 def summary(cases: list[dict[str, Any]]) -> list[str]:
-    """How often each kind of widths is slower than dense, and what share of its MACs shows."""
+    """How often each kind of widths is slower than dense, and its share of the MACs ratio."""
     kinds: dict[str, list[BenchmarkRow]] = {}
     for row, compared in (pair for case in cases for pair in beside(case)):
         if row["network"] != "dense":
@@ -187,7 +189,7 @@ def taken(row: dict[str, Any]) -> Measurement:
 
 
 def cell(row: BenchmarkRow, dense: bool) -> str:
-    """Milliseconds of a call; of a pruned network also against the dense one's."""
+    """Milliseconds of a call; for a pruned network also the comparison with the dense one."""
     time = str(row.pruned.latency)
     return time if dense else f"{time}, {row.verdict}, {row.efficiency:.0%}"
 

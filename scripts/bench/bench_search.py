@@ -1,4 +1,4 @@
-"""The search's evaluation engine against the loop that one would write without it."""
+"""Time the search's evaluation engine against a plain loop of fine-tunes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ ARCH, SIZE, CF = "resnet20-16", 16, 4.0
 
 @dataclass(frozen=True)
 class Search:
-    """One short fine-tune per candidate, as one would write it, against the engine and its ladder.
+    """Time one short fine-tune per candidate in a plain loop, the engine, and its recalibration.
 
-    The images are noise: they cost what photographs cost.
+    The images are noise, which takes as long as photographs.
     """
 
     candidates: int = 8
@@ -50,7 +50,7 @@ class Search:
 
 
 def bench_search(config: Search) -> None:
-    """Print the ratios of the engine at equal fidelity, and of the ladder at equal ranks."""
+    """Print the speed of the engine at equal fidelity, and of recalibration at equal ranks."""
     threads = os.cpu_count() or 1
     torch.set_num_threads(threads)
     print(f"{platform.machine()}, {threads} threads, torch {torch.__version__}")
@@ -117,7 +117,7 @@ def noise_task(config: Search) -> Task:
 
 
 class Pictures(Dataset):
-    """Images as torchvision's CIFAR10 has them: an array, a PIL image for each, transforms."""
+    """Images as in torchvision's CIFAR10: stored as an array, given as transformed PIL images."""
 
     def __init__(self, data: ImageSet, transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self.pixels: np.ndarray = data.images.permute(0, 2, 3, 1).numpy()

@@ -1,4 +1,4 @@
-"""The training loop of `zoo.finetune` against the one of the textbooks, on one network."""
+"""Time the training loop of `zoo.finetune` against a textbook loop, on one network."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from zoo.planning.latency import device_name
 from zoo.training.finetuning import TrainResult
 
 HEAVY = ("conv", "batch_norm")
-"""What the operators of convolution and batch norm have in their names, backward passes too."""
+"""Parts of the names of the operators of convolution and batch norm, and of their backward."""
 
 
 @dataclass(frozen=True)
 class Train:
-    """`zoo.finetune` and, by turns, a DataLoader with two workers in fp32.
+    """Time `zoo.finetune` and a textbook loop (DataLoader with two workers, fp32), by turns.
 
-    The images are noise: they cost what photographs cost.
+    The images are noise, which takes as long as photographs.
     """
 
     arch: str = "resnet20-16"
@@ -93,7 +93,7 @@ def noise(config: Train, count: int) -> ImageSet:
 
 
 def textbook(model: nn.Module, data: ImageSet, config: Train, device: torch.device) -> None:
-    """Some epochs, as a tutorial writes them."""
+    """Train for some epochs, as a tutorial would."""
     steps = [
         transforms.RandomCrop(data.image_size, data.image_size // 8, padding_mode="reflect"),
         transforms.RandomHorizontalFlip(),
@@ -147,7 +147,7 @@ def captured(model: nn.Module, data: ImageSet, batch_size: int, steps: int = 200
 
 
 def images_per_second(sides: dict[str, Callable[[], object]], config: Train) -> dict[str, float]:
-    """Medians by turns, after one round that is not counted."""
+    """Median images per second; the sides take turns, and the first round is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     seen = config.epochs * (config.images - config.images % config.batch_size)
     for turn in range(config.rounds + 1):
@@ -164,8 +164,8 @@ def images_per_second(sides: dict[str, Callable[[], object]], config: Train) -> 
 def outside(side: Callable[[], TrainResult], cuda: bool) -> float:
     """The share of the epochs' time that is not spent in `HEAVY` operators.
 
-    The profiler slows a CPU's operators and what is between them alike. It does not slow a GPU's,
-    whose time is compared with that of a training without it.
+    On a CPU, the profiler slows the operators and everything between them alike. It does not slow a
+    GPU's operators, so their time is compared with that of a training without the profiler.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities) as found:

@@ -1,12 +1,12 @@
-"""One member of every convolutional family of timm and torchvision, pruned 2x and put to the test.
+"""Prune one member of every convolutional family of timm and torchvision 2x, and check it.
 
     python scripts/bench/coverage.py --out runs/coverage
 
-Each member is traced, planned (`equal`, random channels), cut, held to the contract of surgery
-(`zoo.tracing.contract`, in double precision, everything random), audited, exported and run with
-ONNX Runtime; beside it stands Torch-Pruning's own pruner on the same network. Results are kept one
-file per member, so that a second call goes on; then the table is written. All of it takes an hour
-on one core.
+Each member is traced, planned (`equal`, random channels), cut, checked against the contract of
+surgery (`zoo.tracing.contract`, in float64, with every tensor random), audited, exported and run in
+ONNX Runtime. Torch-Pruning's own pruner is run on the same network. Every member's results are
+stored in a file, so that a second call continues; then the table is written. All of it takes an
+hour on one core.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import TypeVar
 
 import torch
 import tyro
-from rival import Outcome, apart, halve
+from rival import Outcome, halve, in_own_process
 from torch import Tensor, nn
 
 import zoo
@@ -129,18 +129,19 @@ FAMILIES: dict[str, tuple[str, int]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one member.
+    """The results of one member.
 
     Attributes:
         verdict: `ok`, or what went wrong.
-        share: of the parameters, those that shrink with some channel group.
-        groups, whole: channel groups, and layers that stay whole.
-        got: compression factor in parameters, asked 2.
-        error: the largest relative difference of the contract, outputs and gradients.
-        onnx: `yes` where ONNX Runtime computes what the pruned network does.
-        stale: integers of modules that said the truth before and do not any more.
-        trace_seconds: of tracing and interpreting; `verify_seconds`: of the check of what is given
-            away; `prune_seconds`: of `zoo.prune` as a whole.
+        share: share of the parameters that belong to some channel group.
+        groups, whole: number of channel groups, and of layers that stay whole.
+        got: compression factor reached in parameters; 2 was asked for.
+        error: the largest relative difference of the contract, over outputs and gradients.
+        onnx: `yes` if ONNX Runtime computes what the pruned network does.
+        stale: integer attributes of modules that were right before pruning and are wrong after it.
+        trace_seconds: of tracing and interpreting.
+        verify_seconds: of verifying the pruned network.
+        prune_seconds: of `zoo.prune` as a whole.
     """
 
     verdict: str
@@ -211,7 +212,7 @@ def covered(arch: str, size: int) -> Row:
     double = randomised(build_model(arch, CLASSES))
     program, groups = analyse(double, images.double())
     error = math.inf
-    for seed in range(1, 9):  # some random networks are dead: nothing comes through to compare
+    for seed in range(1, 9):  # in some random networks no signal reaches the outputs to compare
         if math.isinf(error):
             error = violation(randomised(double, seed), program, groups, plan, images.double())
     onnx = _exported(pruned, images) or ("" if _exported(module, images) else "neither does dense")
@@ -232,7 +233,7 @@ def covered(arch: str, size: int) -> Row:
 
 
 def _exported(module: nn.Module, images: Tensor) -> str:
-    """`yes` where ONNX Runtime computes what the module does, else nothing."""
+    """`yes` if ONNX Runtime computes what the module does, else an empty string."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             zoo.export(module, Path(folder) / "model.onnx", example_input=images)
@@ -253,24 +254,24 @@ def _verdict(row: Row) -> str:
 
 
 def _guarded(arch: str, size: int) -> Row:
-    """As `covered`, in a process of its own: whatever goes wrong is the verdict."""
+    """As `covered`, in a process of its own; a failure becomes the verdict."""
     try:
-        return apart(LIMIT, _refusable, arch, size)
+        return in_own_process(LIMIT, _covered_or_refused, arch, size)
     except (TimeoutError, ChildProcessError) as error:
         return Row(str(error))
 
 
-def _refusable(arch: str, size: int) -> Row:
+def _covered_or_refused(arch: str, size: int) -> Row:
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["ZOO_CACHE"] = cache  # what an earlier call traced is traced again
+        os.environ["ZOO_CACHE"] = cache  # empty, so that the network is traced again
         try:
             return covered(arch, size)
         except ZooError as error:
             return Row(str(error))
 
 
-def _kept(path: Path, kind: type[Result], compute: Callable[[], Result]) -> Result:
-    """A result of an earlier call, or a new one, written at once."""
+def _stored(path: Path, kind: type[Result], compute: Callable[[], Result]) -> Result:
+    """The stored result of an earlier call, or a new one, which is stored at once."""
     if path.is_file():
         return kind(**json.loads(path.read_text()))
     result = compute()
@@ -350,12 +351,12 @@ def main(options: Options) -> None:
     for family in options.families or FAMILIES:
         arch, size = FAMILIES[family]
         name = arch.replace(":", "--")
-        rows[family] = _kept(
+        rows[family] = _stored(
             options.out / f"{name}.json", Row, functools.partial(_guarded, arch, size)
         )
         note = f"{family}: {rows[family].verdict}"
         if options.rival:
-            rivals[family] = _kept(
+            rivals[family] = _stored(
                 options.out / f"{name}.rival.json", Outcome, functools.partial(halve, arch, size)
             )
             note += f"; Torch-Pruning: {rivals[family].verdict}"

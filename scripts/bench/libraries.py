@@ -1,9 +1,9 @@
-"""What this project wrote itself, beside the library that it did not take (docs/decisions.md).
+"""Time what this project wrote itself beside the library not taken (docs/decisions.md).
 
     python scripts/bench/libraries.py
 
-Each side runs by turns, and the medians of one run are printed. cattrs is no dependency: its row
-appears where it is installed.
+The two sides take turns, and the medians of one run are printed. cattrs is not a dependency: its
+row appears only if it is installed.
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ def augmenting(side: int) -> tuple[str, Side, Side]:
 
 
 def each(transform: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """A transform draws once for a whole batch, so it is called once for each image."""
+    """Transform image by image, because a transform draws only once for a whole batch."""
     return torch.stack([transform(image) for image in images])
 
 
 def documents() -> tuple[str, Side, Side]:
-    """The channel groups of a ResNet-50 from the values of their JSON."""
+    """Decoding the channel groups of a ResNet-50 from the values of their JSON."""
     import cattrs
 
     arch = "torchvision:resnet50"

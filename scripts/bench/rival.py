@@ -1,9 +1,9 @@
-"""Torch-Pruning on one architecture: does its own pruner halve every layer's channels?
+"""Run Torch-Pruning on one architecture: does its own pruner halve every layer's channels?
 
     python scripts/bench/rival.py timm:resnet18
 
-It runs in a process of its own, because it can hang: what it does not finish in time is stopped.
-`cut` has it remove the channels that a plan of the zoo removes.
+It runs in a process of its own, because it can hang; that is killed at a time limit. `cut` makes it
+remove the channels that a plan of the zoo removes.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plan import Plan
 
-__all__ = ["Outcome", "apart", "cut", "halve"]
+__all__ = ["Outcome", "cut", "halve", "in_own_process"]
 
 Result = TypeVar("Result")
 
 CLASSES = 37
-"""Of the classifier, which stays whole: no layer inside a network has this width."""
+"""Classes: the classifier, which stays whole, is known by this width, which no other layer has."""
 LARGEST = 0.6
-"""Parameters left, as a fraction: half the channels everywhere leave a quarter to a half."""
+"""Largest share of parameters left: half the channels everywhere leave a quarter to a half."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one network.
+    """The result for one network.
 
     Attributes:
         verdict: `ok`, `not halved`, `timeout` or `failed: <reason>`.
-        dense, pruned: parameters before and after; `pruned` is 0 where nothing came out.
-        layers: convolutions and dense layers, the classifier apart; `whole` of them lost no output.
+        dense, pruned: parameters before and after; `pruned` is 0 after a failure.
+        layers, whole: convolutions and dense layers without the classifier, and how many of them
+            lost no output.
         seconds: of building the dependency graph and pruning, or until it was stopped.
     """
 
@@ -55,12 +56,12 @@ class Outcome:
 
     @property
     def factor(self) -> float:
-        """Compression factor of the parameters; 0 where nothing came out."""
+        """Compression factor of the parameters; 0 after a failure."""
         return self.dense / self.pruned if self.pruned else 0.0
 
 
 def halve(arch: str, image_size: int | None = None, limit: float = 60.0) -> Outcome:
-    """Halve the channels of `arch` with Torch-Pruning, at random, and run what comes out.
+    """Remove a random half of the channels of `arch` with Torch-Pruning, and run the result.
 
     Args:
         arch: a name that `zoo.create_model` takes.
@@ -72,7 +73,7 @@ def halve(arch: str, image_size: int | None = None, limit: float = 60.0) -> Outc
     """
     size = image_size or architecture(arch).image_size
     try:
-        return apart(limit, _halved, arch, size)
+        return in_own_process(limit, _halved, arch, size)
     except TimeoutError:
         return Outcome("timeout", seconds=limit)
     except ChildProcessError as error:
@@ -80,9 +81,9 @@ def halve(arch: str, image_size: int | None = None, limit: float = 60.0) -> Outc
 
 
 def cut(module: nn.Module, groups: ChannelGroups, plan: Plan, image: Tensor) -> nn.Module:
-    """`module` itself, with what `plan` removes removed by Torch-Pruning.
+    """Remove the channels that `plan` removes from `module` itself, by Torch-Pruning.
 
-    It is told the indices of one layer per channel group, and has to find the rest by itself.
+    It is given the indices of one layer per channel group, and has to find the rest by itself.
     """
     graph = torch_pruning.DependencyGraph().build_dependency(module, image, verbose=False)
     for group in groups.groups:
@@ -96,8 +97,8 @@ def cut(module: nn.Module, groups: ChannelGroups, plan: Plan, image: Tensor) -> 
     return module
 
 
-def apart(limit: float, function: Callable[..., Result], *arguments: Any) -> Result:
-    """What `function` gives in a process of its own, so that it cannot take this one down.
+def in_own_process(limit: float, function: Callable[..., Result], *arguments: Any) -> Result:
+    """The result of `function` in a process of its own, so that a crash does not end this one.
 
     Raises:
         TimeoutError: if it has not answered after `limit` seconds; the process is killed.
@@ -160,7 +161,7 @@ def _halved(arch: str, size: int) -> Outcome:
 def main(
     arch: tyro.conf.Positional[str], image_size: int | None = None, limit: float = 60.0
 ) -> None:
-    """Print what becomes of one architecture.
+    """Print the outcome for one architecture.
 
     Args:
         arch: a registered name, torchvision:<name> or timm:<name>.

@@ -1,11 +1,12 @@
-"""What each ingredient of fine-tuning is worth, at one factor, from inherited and random weights.
+"""Measure what each ingredient of fine-tuning is worth, from inherited and random weights.
 
     python scripts/evidence/ablation.py --weights base.safetensors --data cifar10 --data-dir DIR \
         --size 16 --out runs/ablation
 
-Test accuracy of the last weights, so that the test split chooses nothing. Every result goes into
-`results.jsonl` in `--out` as it comes, and a run that is started again goes on, in the middle of a
-training too. The base network must not have seen the test split.
+All networks have one compression factor. Accuracies are those of the last weights on the test
+split, which therefore selects nothing. Every result is written to `results.jsonl` in `--out` at
+once, and a run that is started again continues, even in the middle of a training. The base network
+must not have seen the test split.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def main(config: Ablation) -> None:
     dense, checkpoint = loaded.module, loaded.checkpoint
     results = Results(config.out / "results.jsonl")
     where = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    told_otherwise = {"out", "arms", "seeds", "data_dir", "weights", "epochs", "lr"}
-    shared = {name: value for name, value in asdict(config).items() if name not in told_otherwise}
+    elsewhere = {"out", "arms", "seeds", "data_dir", "weights", "epochs", "lr"}
+    shared = {name: value for name, value in asdict(config).items() if name not in elsewhere}
     shared |= {"weights": checkpoint.source.sha256, "device": where}
 
     def key_of(arm: str, init: str, seed: int) -> dict[str, Any]:
@@ -104,13 +105,13 @@ def main(config: Ablation) -> None:
 
 
 def arm_of(config: Ablation, arm: str) -> tuple[Literal["source"] | None, zoo.Recipe]:
-    """The teacher of an arm, and its recipe as it is trained."""
+    """The teacher of an arm, and its recipe with the epochs and learning rate of `config`."""
     teacher, recipe = ARMS[arm]
     return teacher, replace(recipe, epochs=config.epochs, lr=config.lr)
 
 
 class Results:
-    """Accuracies by what they are of, one line of JSON each."""
+    """Accuracies by their settings, in a file of one line of JSON each."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,7 +128,7 @@ class Results:
     def add(self, key: dict[str, Any], accuracy: float) -> None:
         self.rows.append({"key": key, "accuracy": accuracy})
         with self.path.open("a") as file:
-            file.write("\n" + json.dumps(self.rows[-1]))  # a line cut short stays alone
+            file.write("\n" + json.dumps(self.rows[-1]))  # \n first: the last may be cut short
 
 
 def measure(

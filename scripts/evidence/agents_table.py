@@ -1,4 +1,4 @@
-"""What every agent finds of a known optimum, at equal evaluations: a table.
+"""Print how near every agent comes to a known optimum, in equally many evaluations.
 
 python scripts/evidence/agents_table.py --episodes 320 --seeds 5
 """
@@ -20,13 +20,13 @@ class AgentsTable:
     episodes: int = 320
     """evaluations of every search"""
     seeds: int = 5
-    """of problem and agent: how many, from 0 on"""
+    """number of seeds of problem and agent, from 0 on"""
     agents: tuple[str, ...] = tuple(AGENTS)
     """which ones; random search always runs, for comparison"""
 
 
 def shares(name: str, problem: Synthetic, episodes: int) -> tuple[float, float]:
-    """Of the optimum: the best episode's, and the mean of what the agent proposes at the end."""
+    """Shares of the optimum: of the best episode, and the mean of the agent's final proposals."""
     rewards: list[float] = []
     proposed = agent(name)(
         problem.env(),

@@ -1,4 +1,4 @@
-"""The evidence of the bundled profiles as Markdown: accuracies, or all of it; or as a figure.
+"""Print the evidence of the bundled profiles as Markdown, accuracies or all of it, or draw it.
 
 python scripts/evidence/evidence_table.py
 python scripts/evidence/evidence_table.py --details
@@ -105,7 +105,7 @@ def _accuracy(row: Evidence) -> str:
 @dataclass(frozen=True)
 class Options:
     details: bool = False
-    """every number of the evidence, a table for each profile and base network"""
+    """print every number of the evidence, in a table for each profile and base network"""
     figure: Path | None = None
     """draw the README's figure into this file instead"""
 

@@ -1,10 +1,10 @@
-"""Search profiles, measure each beside its rivals on base networks and data no search saw, bundle.
+"""Search profiles, compare each with rivals on networks and data that no search saw; bundle them.
 
     python scripts/evidence/examine.py --search.arch resnet20-16 --search.cf 4 --search.size 16 \
         --search.tasks s0.safetensors@cifar10 --search.data-dir DIR --search.out runs/params \
         --exams s2.safetensors@cifar10 "b.safetensors@imagefolder:DIR[50:]" --bundle
 
-Started again it goes on: what its ledgers hold is not measured again.
+Started again, it continues: what its ledgers hold is not measured again.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class Examination:
     search: SearchConfig
     """the search"""
     exams: tuple[str, ...]
-    """CHECKPOINT@DATA of base networks that no search saw; random profiles meet the first"""
+    """CHECKPOINT@DATA of base networks that no search saw; the ranking is on the first"""
     rivals: tuple[str, ...] = ("equal", "increasing", "decreasing", "greedy")
-    """policies measured beside the searched profile, where they reach its factor"""
+    """policies that the searched profile is compared with, if they reach its factor"""
     rival_agents: tuple[str, ...] = ("cma-es",)
-    """agents that search on the same terms, for rivals"""
+    """agents that search for more rivals on the same terms"""
     random: int = 200
-    """random profiles that it is ranked among; the best of them is a rival too"""
+    """random profiles in the ranking of the searched one; the best of them is a rival too"""
     images: int = 10_000
     """training images of every fine-tune"""
     short_epochs: int = 1
-    """of the fine-tune that ranks"""
+    """of the fine-tune for the ranking"""
     epochs: int = 20
-    """of the fine-tune that compares"""
+    """of the fine-tune for the comparison"""
     lr: float = 0.05
     """their peak learning rate"""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
@@ -95,7 +95,7 @@ def load_exams(options: Examination) -> list[Task]:
 
 
 def search_rivals(options: Examination, profile: Profile) -> dict[str, Widths]:
-    """What other agents find at the profile's factor, in as many episodes."""
+    """The widths that other agents find at the profile's factor, in as many episodes."""
     config, made = options.search, profile.provenance
     assert made is not None
     found = {}
@@ -168,7 +168,7 @@ def print_certificate(options: Examination, certificate: Certificate) -> None:
 def ranked(
     options: Examination, profile: Profile, exam: Task, cost: CostModel, evaluator: Evaluator
 ) -> tuple[float, dict[Widths, float]]:
-    """The short fine-tune's accuracy of the profile, and of random ones at its factor."""
+    """Accuracies after the short fine-tune: of the profile, and of random ones at its factor."""
     drawn = [
         policy_solution("random", cost, profile.cf, profile.metric, seed).widths
         for seed in range(options.random)
@@ -187,7 +187,7 @@ def widths(profile: Profile) -> Widths:
 
 
 def solved(policy: str, cost: CostModel, profile: Profile) -> Widths | None:
-    """The policy's widths at the profile's factor, or None where it cannot reach it."""
+    """The policy's widths at the profile's factor, or None if it cannot reach that."""
     try:
         return policy_solution(policy, cost, profile.cf, profile.metric).widths
     except FactorError as error:

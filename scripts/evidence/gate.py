@@ -3,10 +3,9 @@
     python scripts/evidence/gate.py --arch resnet20-16 --task base.safetensors@cifar10 \
         --data-dir DIR --size 16 --out runs/gate
 
-The cheap accuracies are those of one draw of channels, as a search's are, whose episodes all share
-one draw per task; the long fine-tune of every profile is of a draw of its own, so that no luck is
-shared. Every accuracy goes into `ledger.jsonl` in
-`--out` as it comes; a run that is started again goes on.
+The cheap accuracies all use one draw of channels, as do all episodes of a search on one task. The
+long fine-tune of every profile uses a draw of its own, so that the two share no luck. Every
+accuracy is written to `ledger.jsonl` in `--out` at once; a run that is started again continues.
 `--masked-epochs 0` leaves out the base network that is trained under random masks.
 """
 
@@ -39,7 +38,7 @@ LR = 0.05
 """Peak learning rate of every training."""
 
 DATA = "cifar10"
-"""Of a base network that names none."""
+"""The data set of a base network that names none."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Gate:
     cf: float = 4.0
     """compression factor of every profile"""
     metrics: tuple[str, ...] = ("params", "macs")
-    """metrics to meet it in"""
+    """metrics of that factor"""
     profiles: int = 32
     """random profiles per metric"""
     images: int = 10_000
@@ -117,7 +116,7 @@ def main(config: Gate) -> None:
 
 
 def masked_twin(task: Task, config: Gate) -> Task:
-    """The same task with its base network trained on, under random masks; kept in a file."""
+    """The task with its base network trained further under random masks, and stored in a file."""
     path = config.out / f"masked-{task.network[:12]}-{config.masked_epochs}.safetensors"
     if not path.exists():
         module = copy.deepcopy(task.module)
@@ -131,7 +130,7 @@ def masked_twin(task: Task, config: Gate) -> Task:
 
 
 def seconds(ledger: Ledger, task: Task, fidelity: Fidelity) -> float:
-    """The median that an evaluation took."""
+    """The median seconds of an evaluation."""
     return statistics.median(
         row.seconds
         for row in ledger
@@ -167,7 +166,7 @@ def verdict(
     agreements: dict[tuple[str, str], Agreement],
     costs: dict[str, float],
 ) -> str:
-    """Which fidelity searches of `metric` use."""
+    """A line that says which fidelity searches of `metric` should use."""
     good = [name for name in names if agreements[name, metric].top_half >= ENOUGH]
     if not good:
         return f"{metric}: no fidelity reaches {ENOUGH} in the top half."

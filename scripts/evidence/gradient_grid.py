@@ -1,11 +1,11 @@
-"""Outputs and gradients of a training step, as `zoo.finetune` runs it, against float64.
+"""Compare outputs and gradients of a training step of `zoo.finetune` with those of float64.
 
 python scripts/evidence/gradient_grid.py --out grid.jsonl
 python scripts/evidence/gradient_grid.py --isas none AVX2 --precisions fp32 --widths 1 5 7 12
 
-Processors have different convolutions, some of them wrong for some shapes. Each row of the grid is
-one convolution in a network of its own, in other processes than this one, because a wrong one may
-abort or hang. Prints what is wrong, and exits 1 if anything is.
+Processors have different convolution kernels, some of them wrong for some shapes. Each row of the
+grid is one convolution in a network of its own. It runs in another process than this one, because a
+wrong kernel may abort or hang. Prints what is wrong, and exits with 1 if anything is.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ LIMITS = {"fp32": 1e-3, "bf16": 6e-2}
 """Largest error that rounding explains, as a share of the largest value of the same tensor."""
 
 SECONDS = 0.5
-"""For one convolution, after which it counts as hung; a process has a minute more to start in."""
+"""Time for one convolution, after which it counts as hung; a process has a minute more to start."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """Square kernel, padded by half of itself or not at all."""
+    """A convolution with a square kernel; kernel, stride and padding in pixels."""
 
     inputs: int
     outputs: int
@@ -45,7 +45,7 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a process runs under; `isa` limits oneDNN, `none` does not."""
+    """The settings of a process; `isa` is oneDNN's largest instruction set, `none` for no limit."""
 
     isa: str
     precision: str
@@ -55,10 +55,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Grid:
-    """Which convolutions, where."""
+    """Which convolutions to run, and under which settings."""
 
     isas: tuple[str, ...] = ("SSE41", "AVX2", "AVX512_CORE", "none")
-    """values of ONEDNN_MAX_CPU_ISA; none sets none"""
+    """values of ONEDNN_MAX_CPU_ISA; `none` leaves it unset"""
     precisions: tuple[str, ...] = ("fp32", "bf16")
     """of the training recipe"""
     threads: tuple[int, ...] = (1, 2)
@@ -72,7 +72,7 @@ class Grid:
     strides: tuple[int, ...] = (1, 2)
     """pixels"""
     raw: bool = False
-    """switch `zoo.common.strides` off: torch as it comes"""
+    """switch `zoo.common.strides` off, to test torch alone"""
     out: Path | None = None
     """file of JSON lines, one per convolution and setting"""
 
@@ -91,7 +91,7 @@ def convolutions(grid: Grid) -> Iterator[Convolution]:
 
 
 def run_grid(grid: Grid) -> Iterator[tuple[Setting, Convolution, float | None]]:
-    """Each convolution with its largest relative error, None where it kills or hangs."""
+    """Each convolution with its largest relative error; None if it aborts or hangs."""
     for words in itertools.product(grid.isas, grid.precisions, grid.threads):
         setting = Setting(*words, grid.raw)
         errors = _measured(setting, list(convolutions(grid)))
@@ -99,12 +99,12 @@ def run_grid(grid: Grid) -> Iterator[tuple[Setting, Convolution, float | None]]:
 
 
 def is_wrong(setting: Setting, error: float | None) -> bool:
-    """Whether rounding does not explain it."""
+    """Whether `error` is larger than rounding explains."""
     return error is None or not error <= LIMITS[setting.precision]
 
 
 def _measured(setting: Setting, some: Sequence[Convolution]) -> dict[Convolution, float | None]:
-    """Of those in a process that dies each half again, until it is known which one kills."""
+    """Errors by convolution; if their process dies, each half runs again, until one is found."""
     environment = {name: word for name, word in os.environ.items() if name != "ONEDNN_MAX_CPU_ISA"}
     if setting.isa != "none":
         environment["ONEDNN_MAX_CPU_ISA"] = setting.isa
@@ -145,7 +145,7 @@ def child() -> None:
 
 
 def largest_error(convolution: Convolution, precision: str) -> float:
-    """Of the outputs and of all gradients of one step, relative to float64's largest value."""
+    """Largest error of the outputs and all gradients of one step, relative to float64's largest."""
     import torch
     from torch.nn import functional
 
@@ -178,7 +178,7 @@ def _engine_step(probe: nn.Module, images: Tensor, labels: Tensor, precision: st
 def _probe(convolution: Convolution) -> nn.Module:
     """A network whose logits are weighted sums of one convolution's maps.
 
-    What it adds to its images has the gradient of the images, summed over the batch.
+    Its `shift` is added to the images, and so has their gradient, summed over the batch.
     """
     import torch
     from torch import nn
@@ -203,7 +203,7 @@ def _probe(convolution: Convolution) -> nn.Module:
 
 
 def _values(probe: nn.Module) -> dict[str, Tensor]:
-    """Filled while `probe` is trained: the last logits, and the gradients of its parameters."""
+    """A dict to which training `probe` adds its last logits and its parameters' gradients."""
     values: dict[str, Tensor] = {}
     probe.register_forward_hook(lambda _, __, logits: values.update(logits=logits.detach()))
     for name, parameter in probe.named_parameters():
@@ -214,7 +214,7 @@ def _values(probe: nn.Module) -> dict[str, Tensor]:
 
 
 def report(rows: Iterable[tuple[Setting, Convolution, float | None]], out: Path | None) -> int:
-    """Print each setting's count and what is wrong in it; how many are wrong in all."""
+    """Print each setting's count and wrong convolutions; return how many are wrong in all."""
     wrong = 0
     for setting, own in itertools.groupby(rows, key=lambda row: row[0]):
         count = 0

@@ -1,4 +1,4 @@
-"""Could an AVX2 machine have measured the ledgers before gradients were right there?
+"""Could the ledgers be from an AVX2 machine, whose gradients were once wrong?
 
 python scripts/evidence/narrow_rows.py
 
@@ -25,7 +25,7 @@ SAMPLE = 16
 
 
 def main() -> None:
-    """Print how many rows there are, and how many of the sample's processes die."""
+    """Print how many rows are narrow, and how many of the sample's processes die."""
     from zoo.registry.store import stored_groups
 
     groups = stored_groups("resnet20-16")
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def train(widths: list[int]) -> None:
-    """20 steps of a network of these widths, with the gradients that torch gives."""
+    """Train a network of these widths for 20 steps, with torch's own gradients."""
     import torch
 
     import zoo

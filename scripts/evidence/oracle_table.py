@@ -1,4 +1,4 @@
-"""How well every criterion knows what a channel is worth: Spearman's correlation with the oracle.
+"""Measure how well every criterion ranks channels: Spearman's correlation with the oracle.
 
     python scripts/evidence/oracle_table.py --arch cnet --weights base.safetensors --data digits \
         --size 16
@@ -33,9 +33,9 @@ class OracleTable:
     size: int | None = None
     """pixels per side; by default the checkpoint's, or the architecture's reference"""
     images: int = 512
-    """at least so many, or all there are"""
+    """at least this many training images are used, or all there are"""
     seed: int = 0
-    """of their choice, and of the random criterion"""
+    """of the choice of images, and of the random criterion"""
 
 
 def main(table: OracleTable) -> None:

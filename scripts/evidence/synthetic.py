@@ -4,10 +4,10 @@ The share of the base accuracy that widths keep is exp(-loss), with the loss
 
     Σ a_i (1/β_i - 1) + Σ b_ij (1/√(β_i β_j) - 1)
 
-over groups i and over neighbours i, j that share a layer; β are the keep ratios that the widths
-are. The a differ by orders of magnitude. In x = log β the loss is a sum of exponentials, and so is
-the cost of a network: the least loss at a given factor is a convex problem (a geometric programme),
-and what a descent from anywhere finds is the one optimum.
+over groups i and over neighbours i, j that share a layer; β are the keep ratios of the widths. The
+a differ by orders of magnitude. In x = log β the loss is a sum of exponentials, and so is the cost
+of a network. Finding the least loss at a given factor is therefore a convex problem (a geometric
+programme), and descent from any start finds its only optimum.
 """
 
 from __future__ import annotations
@@ -36,30 +36,30 @@ __all__ = ["Synthetic"]
 
 @dataclass(frozen=True)
 class Synthetic:
-    """The problem for one draw of the layers' importances, and the factor in parameters."""
+    """The problem for one draw of the layers' importances, at one factor in parameters."""
 
     seed: int = 0
     arch: str = "resnet20-16"
     cf: float = 4.0
     loss: float = 0.7
-    """of the equal policy, in continuous keep ratios"""
+    """of the equal policy, with continuous keep ratios"""
     spread: float = 1.2
     """standard deviation of the log importances"""
     base_accuracies: tuple[float, ...] = (0.9, 0.6)
     """of the tasks of the queue; the share that a profile keeps is the same on all"""
 
     def env(self, num_envs: int = 8) -> PruningVectorEnv:
-        """Environments to search it in."""
+        """Environments to search the problem in."""
         return PruningVectorEnv(
             lambda: PruningEnv(self.tasks, self.groups, self.cf, self.evaluate), num_envs
         )
 
     def evaluate(self, candidates: Sequence[Candidate]) -> list[float]:
-        """What the search's evaluator would measure."""
+        """The accuracies, in place of the search's evaluator."""
         return [c.task.base_accuracy * self.share(c.widths) for c in candidates]
 
     def share(self, widths: Sequence[int]) -> float:
-        """Of the base accuracy that a network of these widths keeps."""
+        """The share of the base accuracy that a network of these widths keeps."""
         return math.exp(-self._loss(np.log(np.array(widths) / self.groups.sizes)))
 
     @cached_property
@@ -69,11 +69,11 @@ class Synthetic:
 
     @cached_property
     def best(self) -> NDArray:
-        """The keep ratios that have it."""
+        """The keep ratios of the optimum."""
         return self.descend(np.full(len(self.groups.sizes), math.exp(self._log_equal)))
 
     def descend(self, keep_ratios: NDArray) -> NDArray:
-        """The best keep ratios, from some others."""
+        """The best keep ratios, by descent from `keep_ratios`."""
         found = minimize(
             self._loss,
             np.log(keep_ratios),
@@ -135,7 +135,7 @@ class Synthetic:
         return float(single @ np.expm1(-x) + pairs @ np.expm1(-np.array(means)))
 
     def _room(self, x: NDArray) -> float:
-        """How far below the allowed cost keep ratios exp(x) are, in logarithms."""
+        """log(allowed cost / cost) of the keep ratios exp(x); negative if they cost too much."""
         widths = np.exp(x) * self.groups.sizes
         dense = self._model.total(self.groups.sizes, "params")
         return math.log(dense / self.cf / self._model.total(widths, "params"))

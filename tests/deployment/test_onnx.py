@@ -280,7 +280,7 @@ class Squeezed(Small):
     [
         (Branching, "cannot be converted to ONNX: "),
         (Nothing, "gives no tensors"),
-        (Squeezed, re.escape("An output of shape (5,) for 1 item(s) is (3, 5) for 3")),
+        (Squeezed, re.escape("An output has shape (5,) for 1 item(s), and (3, 5) for 3")),
     ],
 )
 def test_modules_that_cannot_be_exported_say_why_and_print_nothing(
@@ -328,7 +328,7 @@ def test_what_is_no_module_or_cannot_be_copied_is_named(small: nn.Module, tmp_pa
         ({"inputs": (noise(4), "text")}, re.escape("not [(4, 3, 8, 8) of float32, str]")),
         (
             {"inputs": (noise(4), noise(4)), "options": ExportOptions(mean=[0] * 3, std=[1] * 3)},
-            "mean and std are of networks of one batch of images",
+            "mean and std are for networks of one batch of images",
         ),
         ({"inputs": (noise(4), noise(4))}, r"shape \[\(1, 3, 8, 8\) of float32, .* 3 were given"),
         ({"inputs": torch.zeros(4, 3, 8, 8, dtype=torch.uint8)}, "must be float images"),

@@ -1,1 +1,1 @@
-"""A network in; a verified ONNX file, its runtime and its figures out."""
+"""Export networks to verified ONNX files, run these, and measure them."""

@@ -1,4 +1,4 @@
-"""Whether a written ONNX file may stand: its outputs beside those of the network it is from."""
+"""Accept or refuse a written ONNX file: compare its outputs with those of its network."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ def check_file(
     precision: str,
     options: ExportOptions,
 ) -> Comparison:
-    """The written file beside its network.
+    """Compare the written `file` with its `network` in ONNX Runtime on the CPU.
+
+    An fp16 file's network is also run in fp16, and one with `dynamic_size` at twice the size.
 
     Raises:
-        ExportError: if it computes something else, on images of another size included.
+        ExportError: if they differ by more than the tolerance.
     """
     tolerance = TOLERANCES[precision.partition("-")[0]]
     if options.min_agreement is not None:
@@ -62,7 +64,7 @@ def check_file(
         )
         if not tolerance.allows(other):
             raise ExportError(
-                f"With all of its arithmetic in fp16 the module gives something else: {other}; "
+                f"With all of its arithmetic in fp16 the module's outputs change: {other}; "
                 f"allowed are {tolerance}."
             )
     if options.dynamic_size:
@@ -75,7 +77,7 @@ def check_file(
             )
         except ExportError as error:
             raise ExportError(f"{error} Export without dynamic_size.") from error
-        # classes are not asked for: the network may never have seen images of this size
+        # top classes are not compared: the network may never have seen images of this size
         if not other.relative_difference <= tolerance.difference:
             sides = tuple(tensors_of(larger)[0].shape[2:])
             raise ExportError(f"{other} on images of {sides}. Export without dynamic_size.")
@@ -83,10 +85,9 @@ def check_file(
 
 
 def _runner(file: Path) -> Callable[[Inputs], Outputs]:
-    """ONNX Runtime on the CPU, of inputs as the network takes them.
+    """A function that runs `file` in ONNX Runtime on the CPU, on inputs as the network takes them.
 
-    Raises:
-        ExportError: from the function, if ONNX Runtime fails.
+    The function raises an ExportError if ONNX Runtime fails.
     """
     session = open_session(file, [CPU], None, False)
     halves = {given.name: given.type == "tensor(float16)" for given in session.get_inputs()}
@@ -108,9 +109,9 @@ def _runner(file: Path) -> Callable[[Inputs], Outputs]:
 
 
 def _half_outputs(network: nn.Module, inputs: Inputs) -> Outputs:
-    """What the network gives with everything in fp16, as on a GPU.
+    """The outputs of the network with all arithmetic in fp16, as on a GPU.
 
-    ONNX Runtime computes the fp16 operators of a file in fp32 on the CPU, where none overflows.
+    On the CPU, ONNX Runtime computes a file's fp16 operators in fp32, which does not overflow.
     """
     half = mapped(lambda t: t.half() if t.is_floating_point() else t, inputs)
     try:

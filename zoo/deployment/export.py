@@ -1,4 +1,4 @@
-"""Modules to ONNX files that were run in ONNX Runtime against PyTorch before they exist."""
+"""Export modules to ONNX; a file is compared with PyTorch in ONNX Runtime before it appears."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ class ExportResult:
         max_abs_difference: largest |difference| of a value.
         relative_difference: the same, divided by the largest |value| of its output if that exceeds
             1; the largest over the outputs.
-        top1_agreement: share of images with the same top class, in [0, 1]; but for int8, an image
-            whose two top logits are closer than the tolerance counts as agreement. None where no
-            output is of logits, (N, classes) with at least two classes.
-        r2: of the outputs that are none, the share of PyTorch's variance over the images that the
-            file explains, at most 1; None where all are logits. The least over the outputs.
-        accuracy, module_accuracy: top-1, of the file and of the module, on the same images; None
-            where these have no labels.
-        images: compared.
+        top1_agreement: share of images with the same top class, in [0, 1]. Except for int8, an
+            image whose two top logits are closer than the tolerance counts as agreement. None if no
+            output is logits, (N, classes) with at least two classes.
+        r2: for outputs that are not logits, the share of PyTorch's variance over the images that
+            the file explains, at most 1; the least over these outputs. None if all are logits.
+        accuracy, module_accuracy: top-1 of the file and of the module on these images, in [0, 1];
+            None without labels.
+        images: number of images compared.
         inputs: what they were: an image set's name, `given`, or `noise`.
-        bytes: size of the file, with that of its weights if they are in another.
-        opset: of ONNX's operators.
-        pad: what the widths were filled up to multiples of; 1 if they are the network's own.
-        unpadded: why the widths of a pruned network could not be; "" if they could or need not be.
+        bytes: size of the file, including a separate file of weights.
+        opset: version of ONNX's operators.
+        pad: the widths were padded to multiples of this; 1 if they were not padded.
+        unpadded: why a pruned network could not be padded; "" if it could or need not be.
         seconds: wall time of the export and the comparison.
     """
 
@@ -96,28 +96,28 @@ def export(
 ) -> ExportResult:
     """Write `model` to an ONNX file with a dynamic batch, verified in ONNX Runtime on the CPU.
 
-    The file appears only when it computes what the module computes in eval mode; until then an
-    older file at `path` stays. The module itself is not touched. Weights of more than 1 GiB go to
-    `<file>.<digest>.data` beside it. The file's `metadata_props` say what it is: architecture,
-    profile, factor, sha256 of the dense checkpoint, classes, image shape, mean and std.
+    The file appears only if it computes what the module computes in eval mode; until then an older
+    file at `path` stays. The module is not changed. Weights of more than 1 GiB go to
+    `<file>.<digest>.data` beside the file. Its `metadata_props` hold the architecture, profile,
+    factor, sha256 of the dense checkpoint, classes, image shape, mean and std.
 
     Args:
-        model: a network that gives tensors, in any structure: a classifier's logits (N, classes),
-            or others, whose names in the file are those that they stand under.
+        model: a network whose output is tensors in any structure. A lone tensor, as a classifier's
+            logits (N, classes), is named `logits`; others by their places in the structure.
         path: of the file; missing folders are made.
-        inputs: normalised images to compare on, of which at most 256 are used: a tensor, a Dataset
-            (spread evenly) or a DataLoader of (image, label); or of a network that takes something
-            else, a batch of that, as in `zoo.prune`. int8 needs them, and takes as many again,
-            every other one, to set the ranges of its activations.
-        example_input: without `inputs`: a batch of what the network takes, whose shape the noise
-            has that is compared on. A pruned model knows its own.
+        inputs: normalised images to compare on, at most 256 of them: a tensor (N, C, H, W), a
+            Dataset (sampled evenly) or a DataLoader of (image, label). For a network with other
+            inputs, a batch of these, as in `zoo.prune`. int8 needs `inputs`: it takes up to 512 and
+            uses every other one to set the ranges of its activations.
+        example_input: a batch of the network's inputs. Without `inputs`, noise of this shape is
+            compared on. A pruned model knows its own shape.
         precision: of weights and arithmetic, one of `PRECISIONS`.
-        options: what else the file takes.
+        options: further options of the file.
 
     Raises:
-        ExportError: for an unwritable path, a module or images of another kind, an operator that
-            has no ONNX counterpart, or a file whose outputs differ from the module's by more than
-            `TOLERANCES` allows.
+        ExportError: for an unwritable path, a model that is no module, inputs that it does not
+            take, an operator that has no ONNX counterpart, or a file whose outputs differ from the
+            module's by more than `TOLERANCES` allows.
     """
     started = time.perf_counter()
     if precision not in PRECISIONS:

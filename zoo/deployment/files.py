@@ -1,4 +1,4 @@
-"""The files of an ONNX model: written beside their place, and moved there when all are whole."""
+"""Write the files of an ONNX model to a temporary folder; move them when all are complete."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["move_files", "scratch_folder", "write_files"]
 
 
 EXTERNAL_BYTES = 1 << 30
-"""Weights of more than this are written to a file of their own: one ONNX file holds 2 GiB."""
+"""Larger weights are written to a file of their own: one ONNX file holds at most 2 GiB."""
 
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path`, which shows before any work that `path` can be written."""
+    """A temporary folder beside `path`; making it shows early whether `path` can be written."""
     try:
         if path.is_dir():
-            raise ExportError(f"{path} is a folder; name a file in it, {path / 'model.onnx'} say.")
+            raise ExportError(f"{path} is a folder; name a file in it, as {path / 'model.onnx'}.")
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
@@ -38,7 +38,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
 
 
 def write_files(file: Any, folder: Path, path: Path) -> list[Path]:
-    """The files of a model in `folder`: first that of its weights, if it is large."""
+    """Write the model `file` into `folder`; return its files, a separate one of weights first."""
     import onnx
     from onnxscript import ir
 
@@ -58,7 +58,7 @@ def write_files(file: Any, folder: Path, path: Path) -> list[Path]:
 
 
 def move_files(written: list[Path], path: Path) -> None:
-    """Put the files in their place: the weights first, so that no file ever lacks its own."""
+    """Move the files to `path`: weights first, so that a model never lacks its own."""
     try:
         for file in written:
             os.chmod(file, 0o644)

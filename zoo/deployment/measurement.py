@@ -1,8 +1,7 @@
-"""Networks side by side in ONNX Runtime: what pruning saves, and what that makes of the time.
+"""Measure networks side by side in ONNX Runtime: their MACs, size, time and memory.
 
 Every network is exported, and the files take turns, call by call, so that a busy machine slows all
-of them alike. Images are noise; on a GPU they lie there already, and the clock stops when the
-logits do.
+of them alike. Images are noise. On a GPU, images and logits stay there: no copy is timed.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ class Latency:
     repeats: int
 
     def __str__(self) -> str:
-        """`median (p10-p90)`, of three digits each."""
+        """`median (p10-p90)`, with three significant digits each."""
         times = self.median_ms, self.p10_ms, self.p90_ms
         median, low, high = (f"{float(f'{ms:.3g}'):g}" for ms in times)
         return f"{median} ({low}-{high})"
@@ -71,8 +70,8 @@ class Measurement:
 
     Attributes:
         bytes: size of the file.
-        peak_bytes: most memory that loading it and one call took; None where it is not known.
-        pad: what its widths were filled up to multiples of.
+        peak_bytes: peak memory of loading it and one call; None if unknown.
+        pad: its widths were padded to multiples of this; 1 for none.
     """
 
     network: str
@@ -94,7 +93,7 @@ class BenchmarkRow:
     """Dense beside pruned; every ratio is dense / pruned.
 
     Attributes:
-        macs_ratio: of one forward pass; what the time would be divided by, if MACs were all.
+        macs_ratio: of one forward pass; the speedup if time depended on MACs alone.
     """
 
     dense: Measurement
@@ -108,7 +107,7 @@ class BenchmarkRow:
 
     @property
     def efficiency(self) -> float:
-        """The share of the MACs ratio that the latency shows."""
+        """The ratio of latencies as a share of the ratio of MACs."""
         return self.ratio / self.macs_ratio
 
     @property
@@ -123,7 +122,7 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One of several networks: what it costs, and how long it takes; `accuracy` where data is."""
+    """Costs and latencies of one of several networks; `accuracy` in [0, 1], None without data."""
 
     network: str
     params: int
@@ -139,11 +138,11 @@ def benchmark(
     example_input: Tensor | None = None,
     options: BenchmarkOptions | None = None,
 ) -> tuple[BenchmarkRow, ...]:
-    """How much faster the pruned network is, beside how many fewer MACs it has.
+    """Measure how much faster the pruned network is, and how many fewer MACs it has.
 
     Args:
         dense, pruned: classifiers of images (N, C, H, W); weights do not matter.
-        example_input: a batch of the images' shape. A pruned network knows its own.
+        example_input: a batch (N, C, H, W). A pruned network knows its own shape.
         options: what is measured, and how often.
 
     Returns:
@@ -167,11 +166,11 @@ def compare(
     example_input: Tensor | None = None,
     options: BenchmarkOptions | None = None,
 ) -> tuple[ComparisonRow, ...]:
-    """Several networks side by side: a dense one and pruned ones, or one pruned in several ways.
+    """Measure networks side by side: a dense one and pruned ones, or one pruned in several ways.
 
     Args:
-        networks: by the names that the rows have.
-        data: labelled images whose top-1 accuracy is measured, in PyTorch.
+        networks: by name; the rows have these names.
+        data: labelled images, on which the top-1 accuracy is measured in PyTorch.
         example_input, options: as in `benchmark`.
 
     Raises:
@@ -199,10 +198,11 @@ def time_calls(
     """The latency of each function, which take turns.
 
     Args:
-        runs: they return only when their work is done.
-        warmup: rounds before the first that counts.
-        repeats: rounds that count.
-        seconds: after which neither kind of round is begun, but for the first and the third.
+        runs: functions that return only when their work is done.
+        warmup: rounds that are not timed, before the others.
+        repeats: timed rounds.
+        seconds: limit of the warmup rounds, and again of the timed ones. No round begins after it,
+            but at least one is for warmup, and three are timed.
 
     Raises:
         ZooError: for fewer than one repeat, a negative warmup, or seconds that are not positive.
@@ -262,7 +262,7 @@ def _exported(
     precision: str,
     options: BenchmarkOptions,
 ) -> ExportResult:
-    """The file of a network whose classes do not matter."""
+    """Export a network; the agreement of classes does not matter."""
     images = _noise((CALIBRATION_IMAGES, *shape), options.seed)
     pad = None if record_of(network) is None else options.pad
     asked = ExportOptions(min_agreement=0, pad=pad)
@@ -333,18 +333,18 @@ def _image_shape(
         )
     (shape, *others) = shapes.pop()
     if others:
-        raise ZooError("Networks of one input can be measured; these take several.")
+        raise ZooError("Networks of one input can be measured, but these take several.")
     return shape
 
 
 def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
-    """Multiply-accumulates of one forward pass of one image.
+    """MACs of one forward pass of one image.
 
     Raises:
-        ExportError: if the network does not take it, or there are none.
+        ExportError: if the network does not take such an image, or has no MACs.
     """
     module = cpu_copy(network)
-    # of the fused attention of CPUs some versions of torch count nothing
+    # some versions of torch do not count the fused attention of CPUs
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs_of(module, torch.zeros(1, *shape))
     macs = counter.get_total_flops() // 2
@@ -354,7 +354,7 @@ def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def machine(threads: int | None = None) -> str:
-    """The processor, the graphics card if there is one, and the version that times are of."""
+    """The version of ONNX Runtime, the processor, and the GPU if there is one, as text."""
     cores = "" if threads is None else f" ({threads} threads)"
     names = [f"{device_name(torch.device('cpu'))}{cores}"]
     if torch.cuda.is_available():

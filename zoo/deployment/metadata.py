@@ -1,4 +1,4 @@
-"""What an exported ONNX file says of itself, in the key-value pairs that ONNX calls metadata."""
+"""The metadata of an exported ONNX file: its facts, as ONNX's key-value pairs of strings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from zoo.errors import DocumentError, ExportError
 __all__ = ["Metadata"]
 
 _VERSION = "prunezoo"
-"""The key by which a file is known as one of ours; its value is the version of the others."""
+"""The key that marks a file of this package; its value is the version of the metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,15 +23,15 @@ class Metadata:
     Attributes:
         architecture: a registered name.
         profile: the reference of the profile, or the name of the policy.
-        metric, compression_factor: what was counted, and the factor met.
+        metric, compression_factor: the metric, and the factor that was reached.
         source_sha256: of the dense checkpoint.
         precision: of weights and arithmetic.
-        num_classes: outputs.
+        num_classes: number of logits.
         classes: their names.
-        image_shape: channels, height and width of the images it was exported for.
-        mean, std: per channel; what images of 0 to 1 are normalised by.
-        folded: whether the graph itself does that.
-        pad: what widths were filled up to multiples of, with channels of zeros; 1 for none.
+        image_shape: (channels, height, width) of the images it was exported for.
+        mean, std: per channel, to normalise images in [0, 1] with.
+        folded: whether the graph itself normalises.
+        pad: widths were padded with channels of zeros to multiples of this; 1 for none.
     """
 
     architecture: str = ""
@@ -49,7 +49,7 @@ class Metadata:
     pad: int = 1
 
     def properties(self) -> dict[str, str]:
-        """As ONNX keeps them: text, of what is known; what is not a string is JSON."""
+        """The known facts as strings, which ONNX stores; other types are written as JSON."""
         facts = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
         known = {name: value for name, value, default in facts if value != default}
         texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in known.items()}
@@ -57,10 +57,10 @@ class Metadata:
 
     @classmethod
     def read(cls, properties: Mapping[str, str], name: str) -> Metadata:
-        """Those of the file `name`; nothing of a file that the zoo did not write.
+        """The facts in the `properties` of the file `name`; defaults if another tool wrote it.
 
         Raises:
-            ExportError: for a value of another kind, or a version that is not known.
+            ExportError: for a value of the wrong type, or an unknown version.
         """
         if _VERSION not in properties:
             return cls()

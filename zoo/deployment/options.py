@@ -1,4 +1,4 @@
-"""What may be asked of an export and of a benchmark; torch is not imported for it."""
+"""The options of an export and of a benchmark; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ __all__ = ["BenchmarkOptions", "ExportOptions"]
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What an ONNX file takes besides normalised fp32 images of one size."""
+    """How to export. By default a file takes normalised fp32 images of one size."""
 
     mean: tuple[float, ...] | None = None
-    """per channel, what was subtracted from images of 0 to 1; by default what the data set says"""
+    """per channel, subtracted from images in [0, 1] to normalise them; by default the data set's"""
     std: tuple[float, ...] | None = None
-    """per channel, what they were divided by; likewise"""
+    """per channel, the divisor of that normalisation; by default the data set's"""
     fold: bool = False
-    """normalise inside the graph, which then takes images of 0 to 1"""
+    """normalise inside the graph, which then takes images in [0, 1]"""
     dynamic_size: bool = False
-    """take images of other heights and widths, where the network allows it"""
+    """take images of other heights and widths too, if the network allows it"""
     half_inputs: bool = False
-    """images and logits of a fp16 file are fp16 as well"""
+    """make the images and logits of an fp16 file fp16 as well"""
     pad: int | None = None
-    """fill the widths of a pruned network up with channels of zeros to multiples of this, which
-    changes no output and makes it faster; by default 8 where that can be done, and 1 is none"""
+    """pad the widths of a pruned network with channels of zeros to multiples of this, which changes
+    no output and makes it faster; by default 8 where possible; 1 pads nothing"""
     arch: str | None = None
-    """architecture of a dense network, which the file then names; a pruned one names its own"""
+    """architecture to write into the file of a dense network; a pruned one knows its own"""
     min_agreement: float | None = None
     """least share of images with PyTorch's top class; by default 0.99, and 0.97 for int8"""
 
@@ -40,7 +40,7 @@ class ExportOptions:
             object.__setattr__(self, "pad", integer("pad", self.pad, 1))
         least = self.min_agreement
         if least is not None and not 0 <= least <= 1:
-            raise ZooError(f"min_agreement is a share, from 0 to 1, got {least!r}.")
+            raise ZooError(f"min_agreement must be a share from 0 to 1, got {least!r}.")
 
 
 def _numbers(name: str, values: Iterable[float]) -> tuple[float, ...]:
@@ -61,17 +61,17 @@ class BenchmarkOptions:
     providers: tuple[str, ...] = ()
     """ONNX Runtime's names, measured one after the other; by default the best that works here"""
     repeats: int = 20
-    """calls of each network that are timed, taking turns"""
+    """timed calls of each network; the networks take turns"""
     warmup: int = 3
-    """calls of each network before them"""
+    """untimed calls of each network before them"""
     seconds: float = 20.0
-    """for each batch size: calls end when they have taken this long, but not before three"""
+    """for each batch size: stop once the calls have taken this long, after three at the earliest"""
     threads: int | None = None
     """of ONNX Runtime on the CPU; by default one per core"""
     cuda_graph: bool = False
-    """record the calls to the GPU once, and replay them; CUDA alone does"""
+    """record the calls to the GPU once, and replay them; the CUDA provider alone can"""
     pad: int | None = None
-    """of the files of pruned networks, as for an export"""
+    """pad the widths of pruned networks, as for an export"""
     memory: bool = True
     """measure the peak memory of each network too, in a process of its own"""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""Widths of whole blocks: a pruned network with channels of zeros added computes the same."""
+"""Pad the widths of a pruned network with channels of zeros, which changes no output."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from zoo.tracing.known_groups import groups_of
 __all__ = ["padded", "padded_alike"]
 
 BLOCK = 8
-"""Channels that tensor cores (fp16) and ONNX Runtime on CPUs take at once, or in a multiple of."""
+"""Tensor cores (fp16) and ONNX Runtime on CPUs are fast at multiples of this many channels."""
 
 SAME = 1e-5
-"""Of the largest value, if that exceeds 1: what single precision makes of one computation."""
+"""Allowed difference of outputs by float32's rounding, relative to the largest value if above 1."""
 
 
 def padded_alike(model: nn.Module, inputs: Inputs, asked: int | None) -> tuple[nn.Module, int, str]:
-    """A network with wider widths, what they are multiples of, and why not; itself with 1.
+    """(padded network, multiple, ""), or (`model`, 1, reason) if it is not padded.
 
     Args:
         model: pruned or not, on the CPU and in eval mode.
-        inputs: that channels of zeros must not change the outputs of.
-        asked: by default `BLOCK`, where a pruned network can have it.
+        inputs: a batch, to check that padding does not change the outputs.
+        asked: the multiple; None is `BLOCK`, if `model` is pruned and can be padded.
 
     Raises:
-        ZooError: as `padded`, or if the outputs change; not by default, which gives the reason.
+        ZooError: if `asked` is given, and as `padded` or because the outputs change.
     """
     multiple = BLOCK if asked is None else asked
     if multiple == 1 or (asked is None and record_of(model) is None):
@@ -54,8 +54,8 @@ def padded_alike(model: nn.Module, inputs: Inputs, asked: int | None) -> tuple[n
             raise ExportError(f"The network cannot be padded. {error}") from error
         if not result.relative_difference <= SAME:
             raise ExportError(
-                "The network cannot be padded: something in it, a normalisation over channels say, "
-                "depends on how many there are. Export with pad=1."
+                "The network cannot be padded: something in it, as a normalisation over channels, "
+                "depends on the number of channels. Export with pad=1."
             )
     except ZooError as error:
         if asked is not None:
@@ -65,20 +65,19 @@ def padded_alike(model: nn.Module, inputs: Inputs, asked: int | None) -> tuple[n
 
 
 def padded(model: nn.Module, multiple: int) -> nn.Module:
-    """A copy of a pruned network with widths that are multiples of `multiple`, or as in the dense.
+    """A copy of a pruned network with widths padded to multiples of `multiple`, or the dense width.
 
-    Channels that were removed come back, with zeros in all of their places. Where a convolution has
-    so few channels per group that it would become the dense one, it is left as it is. An operator
-    that reduces or convolves over channels (layer normalisation, channel attention) computes
-    something else with zeros among them; the caller compares.
+    Some removed channels come back, filled with zeros. A grouped convolution that would reach its
+    dense width is left as it is. An operator that reduces or convolves over channels (layer
+    normalisation, channel attention) computes something else with such channels: compare outputs.
 
     Args:
         model: as `zoo.load` or `zoo.load_pruned` made it; it may have been trained since.
         multiple: at least 1.
 
     Raises:
-        ZooError: if the network was not pruned by its architecture's name, or its tensors are no
-            longer those that were cut.
+        ZooError: if the network was not pruned by its architecture's name, or its tensors no longer
+            have the shapes of its plan.
     """
     record = record_of(model)
     if record is None or not record.architecture:
@@ -91,8 +90,8 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
     own = record.plan.kept
     if set(own) != set(groups.names) or any(own[g.name][-1] >= g.size for g in groups.groups):
         raise ZooError(
-            f"The network cannot be padded: it was pruned by other channel groups than those that "
-            f"{record.architecture} has here."
+            f"The network cannot be padded: it was pruned by other channel groups than those of "
+            f"{record.architecture} here."
         )
     filled = {group.name: _filled(group, own[group.name], multiple) for group in groups.groups}
     before, after = (kept_positions(groups, kept) for kept in (own, filled))
@@ -114,8 +113,8 @@ def padded(model: nn.Module, multiple: int) -> nn.Module:
 
 
 def _filled(group: Group, kept: tuple[int, ...], multiple: int) -> tuple[int, ...]:
-    """The kept units of a group, and the first of the others up to the next whole block."""
-    # of a grouped convolution, a unit owns one channel of every part
+    """The kept units of a group, and the first of the others up to the next multiple."""
+    # in a grouped convolution, a unit owns one channel of every group of the convolution
     per_unit = min((_channels(group, filters) for filters in group.filters), default=1)
     lacking = -len(kept) % (multiple // math.gcd(multiple, per_unit))
     if per_unit > 1 and len(kept) + lacking >= group.size:
@@ -125,7 +124,7 @@ def _filled(group: Group, kept: tuple[int, ...], multiple: int) -> tuple[int, ..
 
 
 def _channels(group: Group, filters: str) -> int:
-    """How many filters of a weight belong to one unit."""
+    """How many filters of the weight `filters` belong to one unit."""
     own = [slot.block for slot in group.filter_slots if slot.tensor == filters]
     return max(1, sum(own))
 
@@ -137,7 +136,7 @@ def _spread(
     after: Mapping[int, np.ndarray],
     groups: ChannelGroups,
 ) -> Tensor:
-    """`tensor`, which has the positions `before` of the dense one, with those `after`."""
+    """`tensor`, moved from the dense positions `before` to those `after`, with zeros between."""
     for dim, own in before.items():
         if tensor.ndim <= dim or tensor.shape[dim] != len(own):
             raise ZooError(
@@ -147,14 +146,14 @@ def _spread(
         all_positions = after.get(dim, np.arange(groups.length(name, dim)))
         places = torch.from_numpy(np.searchsorted(all_positions, own)).to(tensor.device)
         shape = (*tensor.shape[:dim], len(all_positions), *tensor.shape[dim + 1 :])
-        # a variance of 0 would be divided by
+        # 1 and not 0, because batch norm divides by the variance
         empty = tensor.new_full(shape, 1 if name.endswith("running_var") else 0)
         tensor = empty.index_copy_(dim, places, tensor)
     return tensor
 
 
 def _regroup(layer: _ConvNd, dense: _ConvNd) -> None:
-    """Cut a convolution into parts as the dense one is: at width 1 it hides if it is depthwise."""
+    """Set `groups` as in the dense convolution: width 1 hides whether one is depthwise."""
     outputs, fan_in = layer.weight.shape[:2]
     depthwise = dense.groups > 1 and dense.groups == dense.in_channels
     layer.groups = outputs * dense.groups // dense.out_channels if depthwise else dense.groups

@@ -1,4 +1,4 @@
-"""An ONNX file against the module it came from: the inputs, the outputs, and how they compare."""
+"""Compare an ONNX file with the module it came from: gather inputs, run both, compare outputs."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ __all__ = [
 ]
 
 Outputs = tuple[Tensor, ...]
-"""The tensors that a network gives, as `zoo.tracing.calls.leaves` does, in float32.
+"""The output tensors of a network in float32, in the order of `zoo.tracing.calls.leaves`.
 
-Those of several batches stand one after the other where they are of its items.
+Outputs of several batches are concatenated along their batch dimension, or stacked without one.
 """
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a file may be from its module.
+    """How far a file's outputs may be from its module's.
 
     Attributes:
-        difference: of a value, as a share of the largest of its output if that exceeds 1.
-        tie: top classes may be exchanged where their logits are closer than this share.
-        agreement: least share of images with the same top class; where rounding is so coarse that
-            no difference says much, also the least share of the variance of the other outputs.
+        difference: of a value, as a share of the largest of its output if that exceeds 1. Infinite
+            if rounding is so coarse that no difference says much.
+        tie: the two top classes may be exchanged if their logits are closer than this share.
+        agreement: least share of images with the same top class. If `difference` is infinite, also
+            the least R² of outputs that are not logits.
     """
 
     difference: float
@@ -55,7 +56,7 @@ class Tolerance:
     agreement: float
 
     def allows(self, result: Comparison) -> bool:
-        """Whether a file that compares like this is the module's; no NaN passes."""
+        """Whether `result` is within the tolerance; NaN never is."""
         near = result.relative_difference <= self.difference
         asked = [result.top1_agreement, *([] if math.isfinite(self.difference) else [result.r2])]
         return near and all(share is None or share >= self.agreement for share in asked)
@@ -70,12 +71,12 @@ TOLERANCES = {
     "fp16": Tolerance(1e-2, 1e-2, 0.99),
     "int8": Tolerance(math.inf, 0.0, 0.97),
 }
-"""By precision. int8 rounds too coarsely for its logits to say much: its classes decide."""
+"""By precision. int8 rounds too coarsely to compare logits, so top classes are compared."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `ExportResult` says of a file and its module."""
+    """How a file's outputs compare with its module's; the fields are those of `ExportResult`."""
 
     max_abs_difference: float
     relative_difference: float
@@ -99,11 +100,12 @@ class Comparison:
 def compare_outputs(
     reference: Outputs, got: Outputs, tie: float, labels: Tensor | None = None
 ) -> Comparison:
-    """The outputs of a file beside those of its module, and the logits of both beside the labels.
+    """Compare a file's outputs with those of its module, and single logits with the labels.
 
-    Outputs (N, classes) of two and more are logits: their top classes are compared. Of all others,
-    a score or a map, the share of the module's variance over the items that the file explains (R²)
-    is. The worst of all outputs counts. Labels belong to a single output, of logits.
+    Outputs (N, classes) with two or more classes are logits: their top classes are compared. For
+    all others, as a score or a map, the comparison is R², the share of the module's variance over
+    the items that the file explains. The worst output counts. Accuracies are given only if there
+    are labels and a single output, of logits.
     """
     pairs = list(zip(reference, got, strict=True))
     differences = [(mine - theirs).abs().max().item() for theirs, mine in pairs]
@@ -125,7 +127,7 @@ def compare_outputs(
 
 
 def _worst(values: list[float]) -> float:
-    """The largest, which a NaN is."""
+    """The largest value, or NaN if there is one."""
     return max(values, key=lambda value: (math.isnan(value), value))
 
 
@@ -141,7 +143,7 @@ def _agreement(reference: Tensor, got: Tensor, tie: float) -> float:
 
 
 def _explained(reference: Tensor, got: Tensor) -> float:
-    """R²: 1 where all is, 0 and less where the mean over the items says as much."""
+    """R²: 1 for equal outputs; 0 or less if the mean over the items is as near or nearer."""
     reference, got = reference.double(), got.double()
     several = reference.ndim > 0 and len(reference) > 1
     centre = reference.mean(0, keepdim=True) if several else torch.zeros(())
@@ -150,10 +152,10 @@ def _explained(reference: Tensor, got: Tensor) -> float:
 
 
 def gather(inputs: Inputs | Dataset | DataLoader, most: int) -> tuple[Inputs, Tensor | None]:
-    """At most `most` items, and their labels where all have one: of a Dataset, spread evenly.
+    """At most `most` items, and their labels if all have one; a Dataset is sampled evenly.
 
     Raises:
-        ExportError: if there are none, or they are no tensors of one shape.
+        ExportError: if there are none, or they are not tensors of one shape.
     """
     if isinstance(inputs, Tensor | tuple | Mapping):
         return items(checked("inputs", inputs), slice(most)), None
@@ -204,10 +206,10 @@ def _collected(items: Iterable[tuple[Any, Any]], most: int) -> tuple[Tensor, Ten
 
 
 def checked(name: str, inputs: Any) -> Inputs:
-    """`inputs` on the CPU, numbers as float32.
+    """`inputs` on the CPU, floating-point tensors as float32.
 
     Raises:
-        ExportError: if they are no tensors, hold nothing, or are images of whole numbers.
+        ExportError: if they are not tensors, are empty, or are images of integers.
     """
     try:
         inputs = checked_inputs(inputs)
@@ -226,16 +228,16 @@ def checked(name: str, inputs: Any) -> Inputs:
 
 
 def items(inputs: Inputs, part: slice) -> Inputs:
-    """Some items of a batch; a tensor that is not of its items is left whole."""
+    """The items `part` of a batch; tensors without a batch dimension are left whole."""
     count = batch_of(inputs)
     return mapped(lambda t: t[part] if t.ndim and len(t) == count else t, inputs)
 
 
 def cpu_copy(model: Any) -> nn.Module:
-    """`model` as it is exported: in eval mode, in float32, on the CPU.
+    """A copy of `model` to export: in eval mode, in float32, on the CPU.
 
     Raises:
-        ExportError: if it is no module, or one that cannot be copied.
+        ExportError: if it is not a module, or cannot be copied.
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"Only modules can be exported, not {type(model).__name__}.")
@@ -248,17 +250,17 @@ def cpu_copy(model: Any) -> nn.Module:
 
 
 def batches(inputs: Inputs) -> Iterator[Inputs]:
-    """`inputs` in order: one item, so that a batch of one is tried too, then up to 64 at once."""
+    """`inputs` in order: first one item, to test a batch of one, then batches of up to 64."""
     count = batch_of(inputs)
     bounds = [0, *range(1, count, 64), count]
     return (items(inputs, slice(low, high)) for low, high in pairwise(bounds))
 
 
 def outputs_of(network: nn.Module, inputs: Inputs) -> Outputs:
-    """What a network gives for all `inputs`.
+    """The outputs of a network for all `inputs`.
 
     Raises:
-        ExportError: if it does not take them, or gives other than finite tensors.
+        ExportError: if it does not take them, or an output is not finite.
     """
 
     def run(part: Inputs) -> Outputs:
@@ -273,15 +275,15 @@ def outputs_of(network: nn.Module, inputs: Inputs) -> Outputs:
     if not outputs:
         raise ExportError("The module gives no tensors.")
     if not all(output.isfinite().all() for output in outputs):
-        raise ExportError("The module's own outputs are not finite; are its weights?")
+        raise ExportError("The module's own outputs are not finite: check its weights.")
     return outputs
 
 
 def by_batches(run: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
-    """What a network or a file gives for all `inputs`, batch by batch.
+    """The outputs of `run`, a network or a file, for all `inputs`, computed batch by batch.
 
     Raises:
-        ExportError: if an output's shape depends on the batch in another way than by one dimension.
+        ExportError: if the batch size changes an output's shape other than in one dimension.
     """
     parts, sizes = [], []
     with torch.no_grad():
@@ -292,12 +294,12 @@ def by_batches(run: Callable[[Inputs], Outputs], inputs: Inputs) -> Outputs:
 
 
 def _joined(parts: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
-    """One output of several batches: along the dimension that is as long as each of them.
+    """One output of several batches, concatenated along the batch dimension.
 
-    Where there is none, it is of the whole batch, and the parts are stacked.
+    That is the first dimension as long as each batch. Without one, the parts are stacked.
 
     Raises:
-        ExportError: if they cannot be.
+        ExportError: if they cannot be stacked.
     """
     for dim in range(parts[0].ndim):
         if all(part.shape[dim] == size for part, size in zip(parts, sizes, strict=True)):
@@ -305,7 +307,7 @@ def _joined(parts: tuple[Tensor, ...], sizes: list[int]) -> Tensor:
     for part, size in zip(parts, sizes, strict=True):
         if part.shape != parts[0].shape:
             raise ExportError(
-                f"An output of shape {tuple(parts[0].shape)} for {sizes[0]} item(s) is "
-                f"{tuple(part.shape)} for {size}: the batch has no dimension of its own in it."
+                f"An output has shape {tuple(parts[0].shape)} for {sizes[0]} item(s), and "
+                f"{tuple(part.shape)} for {size}: it has no batch dimension."
             )
     return torch.stack(parts)

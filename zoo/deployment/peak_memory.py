@@ -1,9 +1,9 @@
-"""The peak memory of one ONNX file, in a process of its own that holds nothing else.
+"""Measure the peak memory of one ONNX file, in a process of its own that holds nothing else.
 
     python -m zoo.deployment.peak_memory FILE PROVIDER THREADS BATCH CHANNELS HEIGHT WIDTH
 
-prints bytes. On the CPU it is what the process grew by (Linux alone tells); on a GPU, what the
-device had less of after the call.
+prints bytes. On the CPU it is the growth of the process (on Linux only); on a GPU, the decrease of
+the device's free memory after the call.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def peak_memory(
     file: Path, provider: str, shape: tuple[int, ...], threads: int | None = None
 ) -> int | None:
-    """Bytes that loading a file and one call with images of `shape` take at most, if known."""
+    """Peak bytes of loading `file` and one call with images (N, C, H, W); None if unknown."""
     arguments = map(str, (file, provider, threads or 0, *shape))
     command = [sys.executable, "-m", "zoo.deployment.peak_memory", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -34,7 +34,7 @@ def _on_cpu(file: str, threads: int, shape: tuple[int, ...]) -> int:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     images = np.zeros(shape, np.float32)
-    RESET.write_text("5")  # the peak of the imports is forgotten
+    RESET.write_text("5")  # resets the peak, which was that of the imports
     before = _kilobytes("VmRSS")
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     given = session.get_inputs()[0]
@@ -55,7 +55,7 @@ def _on_gpu(file: str, provider: str, shape: tuple[int, ...]) -> int:
 
     images = torch.zeros(shape, device="cuda")
     before, _ = torch.cuda.mem_get_info()
-    session = InferenceSession(file, provider)  # held, with its memory
+    session = InferenceSession(file, provider)  # kept alive, because it owns the memory
     session(images)
     return before - torch.cuda.mem_get_info()[0]
 

@@ -1,4 +1,4 @@
-"""Pictures as networks take them: PIL images and folders of files to normalised arrays."""
+"""Turn pictures (PIL images, folders of files) into the normalised arrays that a file takes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 __all__ = ["find_pictures", "open_picture", "to_array"]
 
 _MODES = {1: "L", 3: "RGB"}
-"""PIL's, by the channels of the images that a file takes."""
+"""PIL's modes by number of channels."""
 
 
 def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
-    """`picture` as the file `name` takes it, float32 (C, H, W), by the file's own metadata.
+    """`picture` as the file `name` takes it, float32 (C, H, W), according to its metadata.
 
-    Resized as `zoo.load_data` resizes: to the size of the export, whatever the proportions.
+    It is resized as in `zoo.load_data`: to the size of the export, without keeping proportions.
 
     Raises:
         DataError: as `zoo.data.images.to_rgb`.
@@ -35,8 +35,8 @@ def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
     known = len(shape) == 3 and shape[0] in _MODES
     if not known or not (metadata.folded or len(mean) == len(std) == shape[0]):
         raise ExportError(
-            f"{name} does not say how pictures become its images: export it with inputs= that "
-            f"know their mean and std, or name those in ExportOptions; or give it arrays."
+            f"{name} does not say how pictures become its images: export it with inputs= that have "
+            f"a mean and std, or give these in ExportOptions; or pass arrays."
         )
     channels, height, width = shape
     pixels = to_rgb(picture).convert(_MODES[channels])
@@ -49,7 +49,7 @@ def to_array(picture: Image, metadata: Metadata, name: str) -> np.ndarray:
 
 
 def find_pictures(folder: Path) -> list[Path]:
-    """The pictures of a folder, and of those in it, in order of name.
+    """The pictures in a folder and its subfolders, in order of name.
 
     Raises:
         DataError: if there are none.

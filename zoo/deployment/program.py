@@ -1,4 +1,4 @@
-"""A module as an ONNX model, in fp32 or by ONNX Runtime's own converters in another precision."""
+"""Convert a module to an ONNX model in fp32; ONNX Runtime's converters make other precisions."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ CALIBRATION_BATCH = 32
 def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
     """The ONNX program of `network`, with a dynamic batch.
 
-    One tensor of images is its input `images`, one of logits its output `logits`. Several inputs
-    have the names of a dict, or `input_0` and so on; several outputs those of the structure that
-    they stand in.
+    A lone tensor is called `images` as input and `logits` as output. Other inputs have the keys of
+    their dict as names, or `input_0` and so on; other outputs have their places in the structure.
 
     Args:
         network: in eval mode, on the CPU.
-        item: one that it takes, a batch of one.
+        item: a batch of one of its inputs.
         dynamic_size: take other heights and widths as well.
 
     Raises:
-        ExportError: if an operator has no ONNX counterpart, or the network depends on the size.
+        ExportError: if an operator has no ONNX counterpart, or `dynamic_size` is asked for and the
+            network depends on the size.
     """
     pair = mapped(lambda t: torch.cat([t, t]) if t.ndim and len(t) == 1 else t, item)
     batched = [t.ndim > 0 and len(t) == 1 for t in tensors_of(item)]
@@ -70,14 +70,14 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
     shape: Any = program.model.graph.inputs[0].shape
     if dynamic_size and any(isinstance(side, int) for side in shape[2:]):
         raise ExportError(
-            f"The module takes images of {tuple(shape[2:])} alone: something in it, a flattened "
-            f"map say, depends on the size. Export without dynamic_size."
+            f"The module takes only images of {tuple(shape[2:])}: something in it, as a flattened "
+            f"map, depends on the size. Export without dynamic_size."
         )
     return program
 
 
 def input_names(inputs: Inputs) -> list[str]:
-    """What the inputs of a file are called."""
+    """The names of a file's inputs."""
     if isinstance(inputs, Mapping):
         return list(inputs)
     several = isinstance(inputs, tuple) and len(inputs) > 1
@@ -85,7 +85,7 @@ def input_names(inputs: Inputs) -> list[str]:
 
 
 class _Flat(nn.Module):
-    """A network that takes its tensors in a row, and gives them in one."""
+    """A network that takes its input tensors as positional arguments and returns a flat tuple."""
 
     def __init__(self, network: nn.Module, inputs: Inputs) -> None:
         super().__init__()
@@ -98,12 +98,12 @@ class _Flat(nn.Module):
 
 
 def in_precision(program: Any, precision: str, half_inputs: bool, calibration: Inputs) -> Any:
-    """The program's model in a precision, free of the source paths that the exporter notes down.
+    """The program's model in `precision`, without the source paths that the exporter records.
 
     Args:
         program: as `convert` makes it.
         precision: one of `PRECISIONS`.
-        half_inputs: take fp16 images and give fp16 logits, in fp16.
+        half_inputs: make images and logits fp16 too; for fp16 only.
         calibration: inputs whose activations set the ranges of int8.
 
     Raises:
@@ -122,7 +122,7 @@ def in_precision(program: Any, precision: str, half_inputs: bool, calibration: I
                     proto = _to_fp16(proto, half_inputs)
                 else:
                     proto = _to_int8(proto, calibration, precision == "int8-symmetric")
-        except Exception as error:  # the converters raise whatever they meet
+        except Exception as error:  # the converters' errors share no other base class
             reason = str(error).strip().partition("\n")[0]
             raise ExportError(
                 f"The program cannot be converted to {precision}: {reason}"
@@ -136,10 +136,10 @@ def in_precision(program: Any, precision: str, half_inputs: bool, calibration: I
 
 
 def _to_fp16(model: Any, half_inputs: bool) -> Any:
-    """The ModelProto `model` with fp16 weights and arithmetic, images and logits by choice.
+    """The ModelProto `model` with fp16 weights and arithmetic; images and logits if `half_inputs`.
 
-    Weights beyond what fp16 can hold are clipped. On the CPU, ONNX Runtime computes fp16
-    operators in fp32, so that only a GPU shows what the arithmetic loses.
+    Weights beyond the range of fp16 are clipped. On the CPU, ONNX Runtime computes fp16 operators
+    in fp32, so only a GPU shows the error of fp16 arithmetic.
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
@@ -149,15 +149,15 @@ def _to_fp16(model: Any, half_inputs: bool) -> Any:
 def _to_int8(model: Any, inputs: Inputs, symmetric: bool) -> Any:
     """The ModelProto `model` statically quantised: weights per channel, activations per tensor.
 
-    Weights take 7 bits. An x86 CPU without VNNI adds two products of 8 bits in 16 and saturates:
-    files of 8-bit weights compute something else there than where they were made
+    Weights take 7 bits. An x86 CPU without VNNI adds two 8-bit products in 16 bits and saturates:
+    there, files with 8-bit weights compute something else than on other CPUs
     (onnxruntime.ai/docs/performance/model-optimizations/quantization.html, "reduce_range").
 
     Args:
         model: in fp32.
-        inputs: as the model takes them, whose activations set the ranges.
-        symmetric: signed activations around zero and biases in fp32, as TensorRT asks; unsigned
-            activations with a zero point are several times faster on x86 CPUs.
+        inputs: inputs of the model, whose activations set the ranges.
+        symmetric: signed activations around zero and biases in fp32, as TensorRT needs. Otherwise
+            activations are unsigned with a zero point, several times faster on x86 CPUs.
     """
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
@@ -190,7 +190,7 @@ def _to_int8(model: Any, inputs: Inputs, symmetric: bool) -> Any:
             extra_options={
                 "ActivationSymmetric": symmetric,
                 "WeightSymmetric": True,
-                "QuantizeBias": not symmetric,  # TensorRT takes no int32
+                "QuantizeBias": not symmetric,  # to int32, which TensorRT does not take
             },
         )
         return onnx.load(quantised)

@@ -1,4 +1,4 @@
-"""Sessions of ONNX Runtime on the providers asked for, or else on the best that works here."""
+"""Open ONNX Runtime sessions on the providers asked for, or on the best that works here."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ _OTHERWISE = "the ONNX Runtime package built for it: https://onnxruntime.ai/docs
 def open_session(
     path: Path, providers: Sequence[str] | None, threads: int | None, cuda_graph: bool
 ) -> Any:
-    """An onnxruntime.InferenceSession on all of `providers`, or else on the best that loads.
+    """An onnxruntime.InferenceSession on all of `providers`, or by default on the best that loads.
 
-    CUDA stands behind TensorRT, for the operators that this has not. Graphs are CUDA's alone:
-    TensorRT's cannot tell one shape of images from the other.
+    CUDA is added behind TensorRT, for the operators that TensorRT lacks. CUDA graphs are for the
+    CUDA provider alone: TensorRT's do not distinguish image shapes.
 
     Raises:
-        ExportError: if the file cannot be loaded, or a provider that was asked for not be used.
+        ExportError: if the file cannot be loaded, or a provider that was asked for cannot be used.
     """
     ort = onnxruntime_module()
     built = ort.get_available_providers()
@@ -81,7 +81,7 @@ def open_session(
 def _choices(
     providers: Sequence[str] | None, cuda_graph: bool, gpu: bool
 ) -> tuple[Sequence[str], ...]:
-    """What to try before the CPU, in order: lists of providers that share the operators."""
+    """The lists of providers to try before the CPU, in order; one list shares the operators."""
     if providers:
         wanted = list(providers)
         if TENSORRT in wanted and CUDA not in wanted:
@@ -108,7 +108,7 @@ def _opened(path: Path, providers: Sequence[str], threads: int | None, cuda_grap
     """A session on all of `providers`.
 
     Raises:
-        Exception: whatever ONNX Runtime raises, or RuntimeError where it leaves a provider out.
+        Exception: whatever ONNX Runtime raises, or RuntimeError if it leaves out a provider.
     """
     ort = onnxruntime_module()
     if not set(providers) <= set(ort.get_available_providers()):
@@ -127,7 +127,7 @@ def _opened(path: Path, providers: Sequence[str], threads: int | None, cuda_grap
 
 @contextlib.contextmanager
 def _accelerating() -> Iterator[None]:
-    """With the CUDA libraries that torch came with, and nothing printed about what fails."""
+    """Load the CUDA libraries that torch came with, and keep ONNX Runtime silent about failures."""
     ort = onnxruntime_module()
     ort.set_default_logger_severity(4)
     try:
@@ -135,7 +135,7 @@ def _accelerating() -> Iterator[None]:
             ort.preload_dlls()
         yield
     finally:
-        ort.set_default_logger_severity(2)  # its default; what it was cannot be asked
+        ort.set_default_logger_severity(2)  # the default; the old value cannot be read
 
 
 def _provider_options(name: str, path: Path, cuda_graph: bool) -> dict[str, str]:
@@ -160,7 +160,7 @@ def _provider_options(name: str, path: Path, cuda_graph: bool) -> dict[str, str]
 
 
 def _digest(path: Path, weights: Iterable[Any]) -> str:
-    """Of a file and of those beside it that hold its weights: TensorRT's engines know none."""
+    """Digest of a file and its external weights; TensorRT's engine cache does not check them."""
     from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
     beside = {ExternalDataInfo(item).location for item in weights if uses_external_data(item)}
@@ -173,8 +173,8 @@ def _digest(path: Path, weights: Iterable[Any]) -> str:
 
 def _options(threads: int | None) -> Any:
     options = onnxruntime_module().SessionOptions()
-    options.log_severity_level = 4  # what fails is raised, once
-    # an idle session's threads would spin on, in the way of its neighbours
+    options.log_severity_level = 4  # errors are raised, and need not be logged too
+    # threads of an idle session would keep spinning, and slow down other sessions
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -182,7 +182,7 @@ def _options(threads: int | None) -> Any:
 
 
 def onnxruntime_module() -> Any:
-    """The onnxruntime module, imported without its warnings about graphics cards it cannot read."""
+    """The onnxruntime module, imported without its warnings about GPUs that it cannot read."""
     if "onnxruntime" not in sys.modules:
         with _without_lines("device_discovery.cc"):
             import onnxruntime

@@ -1,4 +1,4 @@
-"""ONNX Runtime: logits of an exported file, of arrays, tensors, pictures and folders of them."""
+"""Run an exported file in ONNX Runtime on arrays, tensors, pictures and folders of pictures."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class InferenceSession:
 
     Attributes:
         path: of the file.
-        providers: that run it, the preferred one first.
+        providers: those that run it, the preferred one first.
         image_shape: of its input, (batch, channels, height, width); a dynamic size is None.
-        metadata: what the file says of itself, such as the names of its classes.
+        metadata: facts in the file, such as the names of its classes.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class InferenceSession:
         Args:
             path: an ONNX file of one float32 or float16 input.
             providers: ONNX Runtime's names, in order of preference. By default the first of
-                TensorRT, CUDA and the CPU that can be used here; a GPU that torch sees and ONNX
-                Runtime cannot use is warned of.
+                TensorRT, CUDA and the CPU that can be used here; a warning says if torch sees a GPU
+                that ONNX Runtime cannot use.
             threads: on the CPU; by default one per core.
             cuda_graph: record the calls to the GPU once for every shape of images, and replay them
-                (CUDA alone does).
+                (the CUDA provider alone can).
 
         Raises:
             ExportError: if the file is missing, corrupt, too new or no classifier of images, or a
@@ -88,17 +88,17 @@ class InferenceSession:
         self._buffers = _Buffers(self._session, cuda_graph) if bindable else None
 
     def __call__(self, images: Any) -> Any:
-        """Logits, float32 (N, classes), as a tensor for a tensor and an array for the others.
+        """Logits, float32 (N, classes): arrays for arrays and pictures, else tensors.
 
         Args:
             images: normalised floating-point images (N, C, H, W): a NumPy array, a torch tensor on
-                any device (the logits come back to it), or what else speaks DLPack; or one PIL
-                image or a list of them, resized and normalised as the file's metadata say.
+                any device (the logits are on it too), or another object with DLPack support; or one
+                PIL image or a list of them, resized and normalised by the file's metadata.
 
         Raises:
-            DataError: if a picture cannot be read, or its black and white are not known.
-            ExportError: if the images have another shape or are not floating-point, if the file
-                does not say what pictures are to become, or if the provider fails.
+            DataError: if a picture cannot be read, or the range of its values is not known.
+            ExportError: if the images have another shape or are not floating-point, if the metadata
+                do not say how to normalise pictures, or if the provider fails.
         """
         if isinstance(images, Tensor):
             return self._logits(images.detach()).to(images.device)
@@ -119,11 +119,11 @@ class InferenceSession:
     def predict(
         self, source: str | Path | Iterable[Any], *, batch_size: int = 64
     ) -> Iterator[tuple[Path | int, np.ndarray]]:
-        """The logits (classes,) of one image after the other, with a bar where there is a terminal.
+        """The logits (classes,) of each image in turn, with a progress bar in a terminal.
 
         Args:
             source: a folder of pictures, or an iterable of PIL images or normalised arrays
-                (C, H, W), of which no more than a batch is held at a time.
+                (C, H, W). At most one batch is held in memory.
             batch_size: images per call.
 
         Yields:
@@ -158,13 +158,13 @@ class InferenceSession:
                 try:
                     for image in islice(remaining, batch_size):
                         part.append(self._array(image))
-                except Exception as error:  # of one image; those before it are not lost
+                except Exception as error:  # of one image; those before it are still classified
                     failure = error
                 if not part:
                     break
                 images = self._stacked(part)
                 if self._buffers is not None and len(part) < batch_size:
-                    # another shape would have to be prepared for
+                    # a smaller batch would need buffers of its own
                     images = np.resize(images, (batch_size, *images.shape[1:]))
                 logits = self(images)[: len(part)]
                 bar.update(len(part))
@@ -206,7 +206,7 @@ class InferenceSession:
             )
 
     def _logits(self, images: Tensor) -> Tensor:
-        """float32 logits, on the GPU if that computed them."""
+        """float32 logits (N, classes), on the GPU if they were computed there."""
         self._check(images.shape, images.dtype, images.is_floating_point())
         try:
             if self._buffers is not None:
@@ -228,7 +228,7 @@ def _named(values: Sequence[Any]) -> str:
 
 @dataclass
 class _Bound:
-    """Where the images of one shape go on the GPU, and where their logits appear."""
+    """The GPU buffers of images of one shape and of their logits."""
 
     images: Tensor
     logits: Tensor
@@ -254,15 +254,15 @@ class _Buffers:
         with self._turn:
             if shape not in self._bound:
                 if not self._cuda_graph:
-                    self._bound.clear()  # a graph stays bound to its memory; else one is enough
+                    self._bound.clear()  # only graphs stay bound to their memory
                 self._bound[shape] = self._bind(shape)
             bound = self._bound[shape]
             stream = torch.cuda.current_stream(self._device)
             bound.images.copy_(images)
-            stream.synchronize()  # ONNX Runtime has its own stream
+            stream.synchronize()  # because ONNX Runtime has its own stream
             self._session.run_with_iobinding(bound.binding, bound.options)
             logits = bound.logits.to(torch.float32, copy=True)
-            stream.synchronize()  # before the next thread's logits
+            stream.synchronize()  # before the next thread overwrites the logits
         return logits
 
     def _bind(self, shape: tuple[int, ...]) -> _Bound:

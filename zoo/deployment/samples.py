@@ -1,4 +1,4 @@
-"""What an exported file is compared on: images or other inputs, their labels and normalisation."""
+"""The inputs that an exported file is compared on, their labels and their normalisation."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ Normalisation = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs on the CPU to compare on, their labels, and what they are.
+    """Inputs on the CPU to compare on, their labels and their origin.
 
-    `calibration` are others, which set the ranges of int8 activations.
+    `calibration` are the inputs that set the ranges of int8 activations; for int8, others.
     """
 
     inputs: Inputs
@@ -49,7 +49,7 @@ class Sample:
 
     @property
     def image_shape(self) -> tuple[int, ...] | None:
-        """(C, H, W) of images; None of anything else."""
+        """(C, H, W) of images; None for other inputs."""
         if isinstance(self.inputs, Tensor) and self.inputs.ndim == 4:
             return tuple(self.inputs.shape[1:])
         return None
@@ -61,7 +61,7 @@ def sample_of(
     own: tuple[InputShape, ...],
     precision: str,
 ) -> Sample:
-    """The items of `inputs`, or noise of the shapes of `example` or else the module's `own`."""
+    """Items of `inputs`; without them noise of the shapes of `example`, or else of `own`."""
     int8 = precision.startswith("int8")
     if inputs is not None:
         found, labels = gather(inputs, PARITY_IMAGES * (2 if int8 else 1))
@@ -70,7 +70,7 @@ def sample_of(
         if int8 and batch_of(found) < 2:
             raise ExportError(
                 "int8 needs at least two images: one half sets the ranges of its activations, the "
-                "other is compared on."
+                "other half is used for the comparison."
             )
         labels = None if labels is None else labels[compared]
         origin = inputs.name if isinstance(inputs, ImageSet) else "given"
@@ -90,18 +90,18 @@ def sample_of(
 
 
 def normalisation_of(options: ExportOptions, inputs: Any, sample: Sample) -> Normalisation | None:
-    """(mean, std) of the images, as asked or as the data set says, if either does."""
+    """(mean, std) of the images, from the options or else the data set, or None."""
     given = options if options.mean or options.std else data_set_of(inputs)
     mean, std = getattr(given, "mean", None), getattr(given, "std", None)
     if not (isinstance(mean, tuple) and isinstance(std, tuple)):
         if options.fold or given is options:
             raise ExportError(
-                "Normalisation needs both a mean and a std per channel: name both in "
-                "ExportOptions, or pass inputs= that know theirs."
+                "Normalisation needs both a mean and a std per channel: give both in "
+                "ExportOptions, or pass inputs= that have them."
             )
         return None
     if sample.image_shape is None:
-        raise ExportError("mean and std are of networks of one batch of images (N, C, H, W).")
+        raise ExportError("mean and std are for networks of one batch of images (N, C, H, W).")
     channels = sample.image_shape[0]
     if len(mean) != channels or len(std) != channels or not min(std) > 0:
         raise ExportError(
@@ -112,14 +112,14 @@ def normalisation_of(options: ExportOptions, inputs: Any, sample: Sample) -> Nor
 
 
 def data_set_of(inputs: Any) -> Any:
-    """What may know the mean, std and classes of `inputs`: a DataLoader's or Subset's data set."""
+    """The data set inside DataLoaders and Subsets, which may have a mean, a std and classes."""
     while hasattr(inputs, "dataset"):
         inputs = inputs.dataset
     return inputs
 
 
 class _Folded(nn.Module):
-    """A network that takes images of 0 to 1 and normalises them itself."""
+    """A network that takes images in [0, 1] and normalises them itself."""
 
     mean: Tensor
     std: Tensor
@@ -137,7 +137,7 @@ class _Folded(nn.Module):
 def folded(
     network: nn.Module, sample: Sample, normalisation: Normalisation
 ) -> tuple[nn.Module, Sample]:
-    """The network with its normalisation, and the images as they were before it."""
+    """The network with its normalisation inside, and the sample's images without it."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in normalisation)
     inputs, calibration = (
         mapped(lambda images: images * std + mean, part)

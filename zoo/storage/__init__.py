@@ -1,1 +1,1 @@
-"""Checkpoints and folders in, networks out; and the other way round."""
+"""Read networks from checkpoints and folders, and write them."""

@@ -1,6 +1,6 @@
-"""What the zoo writes: a dense network as a checkpoint, a pruned model as a folder, read back here.
+"""Write a dense network as a checkpoint and a pruned model as a folder; read the folder back.
 
-Everything is written beside its place first and moved there whole.
+Everything is written to a temporary place beside its target, and moved once it is complete.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def _sort_metadata(path: Path) -> None:
-    """Equal content, equal bytes: safetensors writes metadata in a random order (its issue 584)."""
+    """Sort it, so that equal files are equal in bytes: safetensors' order is random (issue 584)."""
     with path.open("r+b") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
@@ -84,19 +84,19 @@ def _writing(target: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise ZooError(f"Cannot write {target}: {error}. What was there is unchanged.") from error
+        raise ZooError(f"Cannot write {target}: {error}. The old content is unchanged.") from error
 
 
 def write_model(model: nn.Module, folder: str | Path) -> None:
     """Write a pruned model as a folder: model.safetensors, pruning.json and README.md.
 
-    An older model in the folder is replaced whole; other files there are kept. Wrappers (compiled,
-    parallel) are left out. A classifier of other classes is taken into the record. What was written
-    is read back before it takes its place.
+    An older model in the folder is replaced as a whole; other files there are kept. Wrappers
+    (compiled, parallel) are removed. If the classifier was replaced by one for another number of
+    classes, the record is updated. The new files are read back before they replace the old.
 
     Raises:
-        CheckpointError: if `model` is not pruned, or no longer the network that was, or `folder`
-            holds something else.
+        CheckpointError: if `model` is not pruned, or was changed since in any other way, or if
+            `folder` holds other things.
         ZooError: if the folder cannot be written; the old one is left as it was.
     """
     model = _unwrapped(model)
@@ -107,7 +107,7 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
             "prune it with zoo.load or zoo.prune, or write its weights with save_checkpoint."
         )
     tensors = {name.replace(COMPILED, ""): t for name, t in named_tensors(model).items()}
-    record = _as_it_is(record, tensors)
+    record = _with_its_classifier(record, tensors)
     folder = Path(folder)
     place = folder.resolve()
     with _writing(folder):
@@ -132,11 +132,11 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
 
 
 COMPILED = "_orig_mod."
-"""What torch.compile puts in front of the names of what it wraps."""
+"""The prefix that torch.compile adds to the names of a wrapped module's tensors."""
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """What torch.compile, DataParallel or DistributedDataParallel is wrapped around."""
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -146,8 +146,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _as_it_is(record: PruningRecord, tensors: Mapping[str, Tensor]) -> PruningRecord:
-    """The record, with the classes and the costs of a classifier that was replaced since."""
+def _with_its_classifier(record: PruningRecord, tensors: Mapping[str, Tensor]) -> PruningRecord:
+    """The record, with its classes and costs updated if the classifier was replaced since."""
     if not record.architecture:
         return record
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
@@ -168,10 +168,10 @@ def _as_it_is(record: PruningRecord, tensors: Mapping[str, Tensor]) -> PruningRe
 
 
 def _read_back(folder: Path, model: nn.Module, record: PruningRecord) -> None:
-    """Refuse what could not be read again.
+    """Refuse files that `read_model` could not read; without an architecture, count parameters.
 
     Raises:
-        CheckpointError: with what differs from the network that was pruned.
+        CheckpointError: naming what differs from the network that was pruned.
     """
     advice = "Write its weights with torch.save(model.state_dict(), ...) or put the layer back."
     if record.architecture:
@@ -196,11 +196,11 @@ def check_place(place: Path) -> None:
     """Refuse a place that a pruned model cannot be written to.
 
     Raises:
-        CheckpointError: for a file, or a folder that holds neither a model nor its training.
+        CheckpointError: for a file, or a folder that holds things but no model and no training.
     """
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{place} is a file; a pruned model needs a folder.")
-    # a training leaves its history, and its trackers what they like
+    # a training writes its history there, and its trackers may write any files
     ours = any((place / name).exists() for name in (RECORD, SAVEPOINT, HISTORY))
     if place.exists() and not ours and any(place.iterdir()):
         raise CheckpointError(
@@ -209,7 +209,7 @@ def check_place(place: Path) -> None:
 
 
 def _swap(new: Path, place: Path, aside: Path) -> None:
-    """Put the folder `new` in the place of the one there, which comes back if that fails."""
+    """Move the folder `new` to `place`; if that fails, put the old folder back."""
     try:
         if place.exists():
             place.rename(aside)
@@ -239,7 +239,7 @@ def _named(source: Source) -> str:
 def _readme(record: PruningRecord) -> str:
     plan, name = record.plan, record.architecture
     weights = record.init if record.rewind is None else f"rewound to {_named(record.rewind)}"
-    origin = "; the classifier is new, the source has none of them"
+    origin = "; the classifier is new, because the source has none for them"
     notes = [
         f"Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: "
         f"got {plan.got:.3f}x.",
@@ -272,7 +272,7 @@ model = zoo.load_pruned("path/to/this/folder"{argument})
 
 
 def _costs(record: PruningRecord) -> str:
-    """The rows of the table; a live network's images may have any shape."""
+    """The rows of the table; the inputs of an unregistered network may have any shape."""
     plan, size = record.plan, record.image_size
     images = f"{record.in_channels}x{size}x{size}" if record.architecture else "the example input"
     if plan.inputs:
@@ -293,14 +293,16 @@ def _costs(record: PruningRecord) -> str:
 
 
 def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.Module:
-    """The pruned model in `folder`, in eval mode on the CPU: no tracing, no pickle, no network.
+    """The pruned model in `folder`, in eval mode on the CPU.
+
+    Nothing is traced, unpickled or downloaded.
 
     Args:
-        folder: as `write_model` left it.
-        skeleton: the dense network, for a model of no registered architecture; not edited.
+        folder: one that `write_model` wrote.
+        skeleton: the dense network, if its architecture is not registered; it is not edited.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, or the two do not belong together.
+        CheckpointError: if a file is missing or damaged, or the tensors do not fit the record.
         DocumentError: if pruning.json has an unknown key or another schema version.
     """
     folder = Path(folder)
@@ -320,7 +322,7 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
         zeros = example_for(skeleton, record.image_size, record.plan.inputs, torch.zeros)
         skeleton = rewritten(skeleton, zeros)
     _check(tensors, skeleton, record, folder)
-    if record.architecture:  # no one else holds this skeleton
+    if record.architecture:  # the skeleton was built here, so it may be edited
         resize(model := skeleton, tensors, record.plan.attributes)
     else:
         model = resized(skeleton, tensors, record.plan.attributes)
@@ -331,7 +333,7 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
 
 
 def skeleton_of(record: PruningRecord) -> nn.Module:
-    """The dense network of the record's architecture, without values worth anything."""
+    """The dense network of the record's architecture, with meaningless weights."""
     with Uninitialised():
         return build_model(
             record.architecture,

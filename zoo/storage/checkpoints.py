@@ -1,4 +1,4 @@
-"""Checkpoints: any user's weights, from a file, the Hub or memory, as tensors by name.
+"""Read any user's weights, from a file, the Hub or memory, as tensors by name.
 
 Nothing is unpickled: `.pt` files are read with `weights_only=True`, the others are safetensors.
 """
@@ -38,14 +38,15 @@ __all__ = [
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 DEPTH = 5
-"""Wrappers in one another, at most: a file can make a dictionary that contains itself."""
+"""Nested wrappers are opened this deep at most: a file can make a dictionary contain itself."""
 
 AVERAGES = ("state_dict_ema", "model_ema", "ema")
-"""Keys of averaged weights beside those of `WRAPPERS`: those of timm, torchvision's training
-scripts and Ultralytics, all of which evaluate the average."""
+"""Keys of averaged weights that stand beside those of `WRAPPERS`: in files of timm, torchvision's
+training scripts and Ultralytics, all of which evaluate the average."""
 
 CURRENT = "current_model_state"
-"""What Lightning's WeightAveraging keeps beside the average, which is its `state_dict`."""
+"""Key of the weights that are no average in files of Lightning's WeightAveraging, whose average is
+under `state_dict`."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
@@ -64,20 +65,20 @@ INERT = (
     "pathlib._local.PosixPath",
     "pathlib._local.WindowsPath",
 )
-"""What training scripts keep beside the weights; an empty object takes each one's place."""
+"""Types that training scripts store beside the weights; they are read as empty objects."""
 
 RECORD = "pruning.json"
-"""The file by which a folder is known as a pruned model's."""
+"""The file that marks a folder as a pruned model."""
 SAVEPOINT, HISTORY = "training.pt", "history.jsonl"
-"""The files by which one is known as a training's."""
+"""The files that mark a folder as a training."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The tensors of a dense network, by name, on the CPU, with where they came from.
+    """The tensors of a dense network, by name, on the CPU, and where they came from.
 
     Attributes:
-        state: as stored; those of a state dict or module share memory with the caller's.
+        state: tensors as stored; they share memory with those of a given state dict or module.
         source: the reference, and the sha256 of the file.
         metadata: of a safetensors file; else empty.
     """
@@ -96,18 +97,19 @@ def read_checkpoint(
 ) -> Checkpoint:
     """The tensors in `weights`, without wrappers (`state_dict`, `model`, ...) and name prefixes.
 
-    Of averaged weights and those they are the average of, one is taken, with a warning that names
-    both.
+    If `weights` holds current weights and their average, the average is taken, or the current
+    weights if it is incomplete. A warning names both.
 
     Args:
         weights: a path to a PyTorch (.pt, .pth, .bin, .ckpt) or .safetensors file,
             `hf:org/repo[/path/to/file][@revision]`, a state dict, or a module.
-        ema: take the average, as the library does that wrote it; with False the others, silently.
+        ema: take the average, as the library that wrote it does; False takes the current weights,
+            without a warning.
 
     Raises:
         CheckpointError: if a file is missing, damaged, or a pickle that would have to run code; if
-            there are no tensors, or with `ema=False` averaged ones alone.
-        ZooError: if the Hub does not give the file.
+            there are no tensors, or with `ema=False` only averaged ones.
+        ZooError: if the file cannot be fetched from the Hub.
     """
     if isinstance(weights, nn.Module):
         state, _ = _tensors(weights, "The module", True)
@@ -132,7 +134,7 @@ def read_checkpoint(
 
 
 def _locate(weights: str | Path) -> tuple[Path, str]:
-    """The local file, and the reference that names it again."""
+    """The local file, and the full reference to it."""
     if not str(weights).startswith("hf:"):
         return Path(weights).expanduser(), str(weights)
     repo, name, revision = hub.parse_hub_reference(str(weights).removeprefix("hf:"))
@@ -190,13 +192,13 @@ def _parsing(path: Path) -> Iterator[None]:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, just as they are stored, and its metadata.
+    """The tensors of a safetensors file by name, exactly as stored, and its metadata.
 
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
     with _reading(path), _parsing(path), safetensors.safe_open(path, framework="pt") as file:
-        # copied, because what is read is the file itself, mapped into memory
+        # copied, because the tensors are views of the file, which is mapped into memory
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
 
@@ -209,7 +211,7 @@ def _parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict
 
 
 class _Inert:
-    """Takes the place of an object that is no tensor, and holds nothing of it."""
+    """An empty object that is read in place of one of the types in `INERT`."""
 
     def __new__(cls, *_: object) -> _Inert:
         return super().__new__(cls)
@@ -238,9 +240,9 @@ def _parse_pickle(data: bytes, path: Path) -> Any:
 
 
 def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], bool | None]:
-    """The innermost state dict of `content`, without name prefixes.
+    """The innermost state dict of `content` without name prefixes, and whether it is an average.
 
-    With it, whether it is the average of another one beside it; None where there is no other.
+    The second is None unless current and averaged weights stand side by side.
     """
     content, averaged = _unwrap(content, what, ema)
     state = {name: tensor.detach().cpu() for name, tensor in _named(content).items()}
@@ -257,7 +259,8 @@ def check_values(state: Mapping[str, Tensor], what: str) -> None:
     """Refuse weights that no network can be used with.
 
     Raises:
-        CheckpointError: if a tensor holds NaN or infinity, or is sparse, quantized or of no values.
+        CheckpointError: if a tensor holds NaN or infinity, is sparse or quantized, or has no values
+            (on the meta device).
     """
     for name, tensor in state.items():
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
@@ -271,7 +274,7 @@ def check_values(state: Mapping[str, Tensor], what: str) -> None:
 
 
 def _named(content: Any) -> dict[str, Tensor]:
-    """The tensors right in `content`, without the prefixes that all of their names have."""
+    """The tensors at the top level of `content`, without the prefixes that all names share."""
     found = content if isinstance(content, Mapping) else {}
     state = {str(name): item for name, item in found.items() if isinstance(item, Tensor)}
     state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel's counter
@@ -283,7 +286,7 @@ def _named(content: Any) -> dict[str, Tensor]:
 
 
 def _unwrap(content: Any, what: str, ema: bool) -> tuple[Any, bool | None]:
-    """What is in the wrappers of `content`, and whether it is the average of what is beside it."""
+    """`content` without its wrappers, and whether averaged weights were taken (see `_tensors`)."""
     averaged = None
     for _ in range(DEPTH):
         content, average, current = _opened(content)
@@ -301,7 +304,7 @@ def _unwrap(content: Any, what: str, ema: bool) -> tuple[Any, bool | None]:
 
 
 def _opened(content: Any) -> tuple[Any, str | None, str | None]:
-    """`content`, a module as its state dict, and the keys of its averaged and other weights."""
+    """`content` (of a module, its state dict), and its keys of averaged and current weights."""
     if isinstance(content, nn.Module):
         content = content.state_dict()
     if not isinstance(content, Mapping):
@@ -315,7 +318,7 @@ def _opened(content: Any) -> tuple[Any, str | None, str | None]:
 
 
 def _chosen(content: Mapping[str, Any], average: str, current: str, what: str, ema: bool) -> str:
-    """The key of the weights to take, which is said where the caller did not decide it."""
+    """The key of the weights to take; a warning says which unless `ema=False` decided it."""
     if not ema:
         return current
     own, averaged = (_named(_innermost(content[key])) for key in (current, average))
@@ -336,7 +339,7 @@ def _chosen(content: Mapping[str, Any], average: str, current: str, what: str, e
 
 
 def _innermost(content: Any) -> Any:
-    """`content` without its wrappers, whichever weights those hold."""
+    """`content` without its wrappers; current weights are preferred to averaged ones."""
     for _ in range(DEPTH):
         content, average, current = _opened(content)
         content = content[current or average] if current or average else content

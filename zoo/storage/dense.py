@@ -1,4 +1,4 @@
-"""A checkpoint as a dense network of an architecture: what each of its tensors is there."""
+"""Load a checkpoint into a dense network: match every stored tensor to one of the network."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Dense:
 
     Attributes:
         image_size: in pixels per side, or (height, width).
-        in_channels: of the images.
-        new_classifier: whether its classifier is not the checkpoint's, which has none or one of
-            other classes.
+        in_channels: channels of the images.
+        new_classifier: whether the classifier is new, because the checkpoint has none or one for
+            another number of classes.
     """
 
     module: nn.Module
@@ -56,28 +56,28 @@ def load_dense(
 ) -> Dense:
     """The dense network that `weights` belong to.
 
-    It shares nothing with `weights`, and has the data types of a fresh network: half-precision
-    weights become float32. Where the checkpoint is of more than the network
-    (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one prefix that fits
-    are taken, with a warning that names it and what was left out. The first convolution's weights
-    say how many channels the images have.
+    It shares no memory with `weights`, and has the data types of a fresh network: half-precision
+    weights become float32. If the checkpoint holds more than the network
+    (`net.backbone.conv1.weight` beside `loss.weight`), the tensors under the one name prefix that
+    fits are taken, with a warning that names the prefix and what was left out. The number of image
+    channels is read from the weights of the first convolution.
 
     Args:
         arch: an architecture's name.
         weights: as for `read_checkpoint`.
-        image_size: in pixels per side, or (height, width). Taken from the classifier where that
-            depends on it; otherwise this, or the checkpoint's own metadata, or the architecture's
-            reference.
-        num_classes: a checkpoint without a classifier, or with one of other classes, gets a new one
-            of so many; by default the checkpoint's own.
-        seed: of a new classifier, which is that of `build_model` with this seed.
+        image_size: in pixels per side, or (height, width). If the classifier's shape depends on the
+            size, it decides; otherwise this value, the checkpoint's metadata or the architecture's
+            default, in this order.
+        num_classes: outputs of the classifier, by default those of the checkpoint's. If the
+            checkpoint has no classifier, or one for another number, a new one is made.
+        seed: of a new classifier, initialised as `build_model` does with this seed.
         ema: as for `read_checkpoint`.
 
     Raises:
-        CheckpointError: as `read_checkpoint`, or if the tensors do not fit `arch`: how many and
-            which are missing, unexpected or misshapen, and the architecture that they do fit; if
-            those under several prefixes do; if only the classifier is missing, and `num_classes` is
-            not given; or, of those that are taken, as `check_values`.
+        CheckpointError: as `read_checkpoint`; if the tensors do not fit `arch` (the message says
+            how many and which are missing, unexpected or misshapen, and which architecture they do
+            fit); if the tensors under several prefixes fit; if only the classifier is missing and
+            `num_classes` is not given; as `check_values` for the tensors that are taken.
         ZooError: for a bad number of classes.
     """
     known = architecture(arch)
@@ -125,7 +125,7 @@ def load_dense(
 
 
 def _stated_size(checkpoint: Checkpoint) -> Size | None:
-    """What the checkpoint's metadata give the image size as, if they do."""
+    """The image size in the checkpoint's metadata, or None."""
     stated = checkpoint.metadata.get("image_size")
     if stated is None:
         return None
@@ -138,9 +138,9 @@ def _stated_size(checkpoint: Checkpoint) -> Size | None:
 
 
 class _Misfit(CheckpointError):
-    """A checkpoint that does not fit, by `count` of its tensors or the network's.
+    """A checkpoint does not fit: `count` tensors are missing, unexpected or misshapen.
 
-    `in_channels` is what the images would have if they were all that differs.
+    If it would fit a network for images of another number of channels, `in_channels` is that one.
     """
 
     def __init__(self, message: str, count: int, in_channels: int | None = None) -> None:
@@ -151,9 +151,10 @@ class _Misfit(CheckpointError):
 
 @dataclass(frozen=True)
 class _Fit:
-    """A network (uninitialised), the name in it of each stored name, and what it is for.
+    """An uninitialised network that the stored tensors fit.
 
-    `classes` is None where the stored tensors are all but the classifier's.
+    `names` gives for each stored name that in the network. `classes` is None if only the
+    classifier's tensors are missing.
     """
 
     module: nn.Module
@@ -166,12 +167,10 @@ class _Fit:
 def _under_a_prefix(
     known: Architecture, checkpoint: Checkpoint, image_size: Size | None
 ) -> _Fit | None:
-    """As `_adapted`, of the tensors under the only prefix of their names under which they fit.
-
-    None where those under no prefix do.
+    """As `_adapted`, for the tensors under the only name prefix that fits; None if none fits.
 
     Raises:
-        CheckpointError: if those under several do.
+        CheckpointError: if several prefixes fit.
     """
     shapes = checkpoint.shapes
     with torch.device("meta"):
@@ -187,8 +186,8 @@ def _under_a_prefix(
         return None
     if len(fits) > 1:
         raise CheckpointError(
-            f"It holds such a network under {' and under '.join(map(repr, fits))}: pass the state "
-            "dict of the one that is meant."
+            f"It holds a network that fits under {' and under '.join(map(repr, fits))}: pass the "
+            "state dict of the one you mean."
         )
     ((prefix, fit),) = fits.items()
     others = [name for name in shapes if not name.startswith(prefix)]
@@ -201,7 +200,7 @@ def _under_a_prefix(
 
 
 def _parts(shapes: _Shapes, least: int) -> dict[str, _Shapes]:
-    """The tensors under each prefix of names that at least so many have, by what follows it."""
+    """The shapes under each name prefix that at least `least` tensors share, without the prefix."""
     counts = Counter(name[: at + 1] for name in shapes for at, c in enumerate(name) if c == ".")
     return {
         prefix: {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)}
@@ -213,7 +212,7 @@ def _parts(shapes: _Shapes, least: int) -> dict[str, _Shapes]:
 def _nearest(
     misfit: _Misfit, known: Architecture, shapes: _Shapes, image_size: Size | None
 ) -> _Misfit:
-    """`misfit`, or that of the tensors under a prefix that most have, if these come nearer."""
+    """`misfit`, or that of the tensors under a prefix that most names share, if it is nearer."""
     for prefix, own in _parts(shapes, len(shapes) // 2 + 1).items():
         try:
             _adapted(known, own, image_size)
@@ -226,7 +225,7 @@ def _nearest(
 
 
 def _adapted(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _Fit:
-    """As `_fitting`, with each stored name's name in the network, by the first adapter that fits.
+    """As `_fitting`, after renaming the tensors by the first adapter that makes them fit.
 
     Raises:
         _Misfit: that of the adapter that comes nearest.
@@ -245,10 +244,10 @@ def _adapted(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _
 
 
 def _fitting(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _Fit:
-    """The network for tensors of these `shapes`, under their own names.
+    """The network that tensors of these names and `shapes` fit, with or without its classifier.
 
     Raises:
-        _Misfit: if they are not those of one, with or without its classifier.
+        _Misfit: if they do not fit.
     """
     try:
         return _fitted(known, shapes, image_size, RGB)
@@ -257,7 +256,7 @@ def _fitting(known: Architecture, shapes: _Shapes, image_size: Size | None) -> _
             raise
         try:
             return _fitted(known, shapes, image_size, misfit.in_channels)
-        except _Misfit:  # then the channels are not what differs
+        except _Misfit:  # then something else differs
             raise misfit from None
         except ZooError as error:
             raise _Misfit(f"{misfit} {error}", misfit.count) from None
@@ -269,7 +268,7 @@ def _fitted(
     image_size: Size | None,
     in_channels: int,
 ) -> _Fit:
-    """As `_fitting`, of a network for images of `in_channels`."""
+    """As `_fitting`, for a network whose images have `in_channels` channels."""
     problems = []
     classes: int | None = None
     size: Size = image_size or known.image_size
@@ -314,7 +313,7 @@ def _fitted(
 
 
 def _image_channels(expected: _Shapes, shapes: _Shapes) -> int | None:
-    """The channels of the images, if the inputs of convolutions alone are not the `expected`."""
+    """The image channels of the checkpoint, if only input channels of convolutions differ."""
     pairs = [(shape, shapes.get(name, shape)) for name, shape in expected.items()]
     channels = set()
     for shape, got in pairs:
@@ -337,7 +336,7 @@ def _classifier(known: Architecture) -> set[str]:
 
 
 def _some(names: list[str]) -> str:
-    """The first three, and whether there are more."""
+    """The first three, then `...` if there are more."""
     return ", ".join([*names[:3], "..."] if len(names) > 3 else names)
 
 
@@ -367,9 +366,9 @@ def _fits(known: Architecture, shapes: _Shapes) -> bool:
 
 
 class Uninitialised(TorchFunctionMode):
-    """Networks built inside skip their random initial values, which are about to be replaced.
+    """Inside, networks are built without random initial weights, which would be replaced anyway.
 
-    Unlike on the meta device, buffers that no checkpoint holds are as their module computes them.
+    Unlike on the meta device, non-persistent buffers hold the values that their module computes.
     """
 
     RANDOM = frozenset(

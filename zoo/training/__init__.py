@@ -1,1 +1,1 @@
-"""A network and data in; a trained network and its accuracy out."""
+"""Train networks on data, and measure their accuracy."""

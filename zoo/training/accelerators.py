@@ -1,4 +1,4 @@
-"""What a training runs on: Accelerate's view of devices and processes, and the precision."""
+"""The devices and processes of a training, through Accelerate, and its precision."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ONE_TRAINING = threading.RLock()
 
 @contextmanager
 def separate_state() -> Iterator[None]:
-    """Accelerate's state is as it was afterwards, unless processes are joined through it.
+    """Restore Accelerate's state afterwards, unless several processes are joined through it.
 
-    Threads take turns: that state is the whole process's, and so are torch's random generators.
+    Threads take turns, because the whole process shares that state and torch's random generators.
     """
     kinds = (PartialState, AcceleratorState)
     with _ONE_TRAINING:
@@ -44,21 +44,21 @@ def separate_state() -> Iterator[None]:
 def make_accelerator(
     recipe: Recipe, cpu: bool, trackers: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
-    """An accelerator on CUDA where there is one unless `cpu`, which compiles if the recipe asks.
+    """An Accelerator on CUDA if there is one, unless `cpu`; it compiles if the recipe says so.
 
-    Processes that a launcher started are joined on the CPU too.
+    Processes that a launcher started are joined, on the CPU too.
 
     Args:
-        trackers: names that Accelerate knows; what they write goes into `folder`.
+        trackers: names that Accelerate knows; their files go into `folder`.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available():
-        cpu = True  # without this word Accelerate would let each of them train alone
-    # Accelerate keeps one state per process and refuses another device after the first; unless
-    # processes are joined through it, it can simply be forgotten.
+        cpu = True  # otherwise Accelerate would let each process train alone
+    # Accelerate keeps one state per process and refuses another device after the first. Unless
+    # processes are joined through it, it can be reset.
     processes = PartialState(cpu=cpu)
     if processes.num_processes > 1:  # gloo's threads abort a process that ends with them running
         atexit.register(processes.destroy_process_group)
-    # CUDA graphs keep gradients where the next pass writes, so that they cannot add up.
+    # CUDA graphs hold gradients in memory that the next pass overwrites: they cannot accumulate.
     graphs = processes.device.type == "cuda" and recipe.accumulate == 1
     AcceleratorState._reset_state(reset_partial_state=processes.num_processes == 1)
     compiler = TorchDynamoPlugin(
@@ -66,7 +66,7 @@ def make_accelerator(
         mode="reduce-overhead" if graphs else "default",
     )
     return Accelerator(
-        mixed_precision="no",  # the engine's affair: Accelerate would change the network's forward
+        mixed_precision="no",  # the engine does it: Accelerate would change the network's forward
         cpu=cpu,
         dynamo_plugin=compiler,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
@@ -76,7 +76,7 @@ def make_accelerator(
 
 
 def half_precision(recipe: Recipe, device: str) -> torch.dtype | None:
-    """What a forward pass computes in, None for single precision."""
+    """The autocast data type of the forward pass, or None for float32."""
     if recipe.precision == "fp16" and device == "cpu":
         raise ZooError("A CPU does not train in fp16: choose the precision bf16, fp32 or auto.")
     if recipe.precision == "auto":

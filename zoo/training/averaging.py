@@ -13,12 +13,12 @@ __all__ = ["WeightAverage"]
 
 
 class WeightAverage(ModelEmaV3):
-    """timm's average, which walks through the modules once and not at every update."""
+    """timm's ModelEmaV3, but the modules are walked through once, not at every update."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         super().__init__(model, decay, use_warmup=True)
         pairs = zip(_places(self.module), _places(model), strict=True)
-        # by identity: a tied weight is held in several places, and moves once
+        # by identity: a tied weight is held by several modules, and must be updated once
         self._places = list({id(mine[name]): ((mine, name), theirs)
                              for (mine, name), theirs in pairs}.values())  # fmt: skip
 
@@ -34,7 +34,7 @@ class WeightAverage(ModelEmaV3):
 
 
 def _places(network: nn.Module) -> list[tuple[Mapping[str, Any], str]]:
-    """Where the tensors of the state dict are held: DDP, for one, puts other buffers there."""
+    """The dict and key of each tensor of the state dict: DDP, for one, replaces buffers in them."""
     return [
         (held, name)
         for module in network.modules()

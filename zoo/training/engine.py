@@ -28,21 +28,21 @@ from zoo.training.recipes import Recipe
 __all__ = ["Engine", "first_logits", "runs_channels_last"]
 
 LOOK_EVERY = 50
-"""Steps between looks at the loss, each of which waits for the device."""
+"""Batches between two reads of the loss; each read waits for the device."""
 
 
 class Engine:
-    """Trains `model` in place, epoch by epoch; `state` after one is all that the next depends on.
+    """Trains `model` in place, epoch by epoch; an epoch depends on the `state` before it alone.
 
     Args:
-        model: on the accelerator's device; channels-last from here on.
+        model: on the accelerator's device; it is converted to channels-last.
         batches: of (images, labels), with a length.
         recipe: how to train.
         accelerator: what to train on.
         teacher: on the device and in eval mode, or None.
 
     Attributes:
-        kept: the network whose weights are worth keeping: the average, if the recipe wants one.
+        kept: the network to measure and keep: the average if the recipe asks for one, or `model`.
 
     Raises:
         ZooError: for a precision that the device does not have.
@@ -72,17 +72,20 @@ class Engine:
         self._frozen = [layer for layer in model.modules() if _is_frozen_norm(layer)]
         self._average = WeightAverage(model, recipe.ema) if recipe.ema else None
         self._forward = accelerator.prepare_model(model)
-        # The mark of Accelerate would make it leave the network as it is the next time.
+        # With this mark, Accelerate would not prepare the network for another training.
         vars(model).pop("_is_accelerate_prepared", None)
         self._layout = torch.channels_last
         self._logits: Any = None
         self.kept: nn.Module = self._average.module if self._average else model
 
     def train(self, advance: Callable[..., None]) -> float:
-        """One pass; the mean loss, which is not finite soon after one step's is not.
+        """Train for one epoch and return the mean loss; stop early once it is not finite.
+
+        Args:
+            advance: called with (images) per batch, and with (0, mean loss) every `LOOK_EVERY`.
 
         Raises:
-            DataError: for labels that the network cannot be asked for.
+            DataError: for labels that do not fit the network's outputs.
         """
         self._forward.train()
         self._optimizer.zero_grad(set_to_none=True)
@@ -116,12 +119,12 @@ class Engine:
         return float(self._schedule.get_last_lr()[0])
 
     def _checked(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """One batch on the device; of an image set, all labels are looked at with the first."""
+        """One batch on the device, its labels checked; an image set's are all checked at once."""
         images, labels = checked_batch(batch)
         images = images.to(self.accelerator.device, non_blocking=True, memory_format=self._layout)
         own = isinstance(self.batches, DeviceLoader)
         if self._logits is None:
-            images = self._settled(images)
+            images = self._in_common_layout(images)
             with evaluating(self.model), torch.no_grad():
                 self._logits = first_logits(self.model, images[:1])
             if own:
@@ -131,8 +134,8 @@ class Engine:
             check_labels(labels, self._logits)
         return images, labels.to(self.accelerator.device, torch.long, non_blocking=True)
 
-    def _settled(self, images: Tensor) -> Tensor:
-        """The first images, and the networks, in a layout that all of these run in."""
+    def _in_common_layout(self, images: Tensor) -> Tensor:
+        """The first images, in a memory format that all networks run in; converts these too."""
         fits = runs_channels_last(self.model, images[:1])
         if self.teacher is not None:
             with self._autocast():
@@ -153,8 +156,8 @@ class Engine:
         except ValueError as error:
             if len(images) == 1 and "more than 1 value per channel" in str(error):
                 raise DataError(
-                    "A batch of one image leaves batch norm nothing to measure: give the "
-                    "DataLoader drop_last=True, or take another batch size."
+                    "A batch of one image is too small for batch norm: give the DataLoader "
+                    "drop_last=True, or choose another batch size."
                 ) from error
             raise
         logits = logits.float()
@@ -172,7 +175,7 @@ class Engine:
 
     @cached_property
     def _mixed(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Mixes images with one another, and makes their labels probabilities (N, classes)."""
+        """MixUp or CutMix, which makes labels probabilities (N, classes); else the identity."""
         if not (self.recipe.mixup or self.recipe.cutmix):
             return lambda images, labels: (images, labels)
         from torchvision.transforms import v2
@@ -194,7 +197,7 @@ class Engine:
             self._average.update(self.model, step=self._schedule.last_epoch)
 
     def _share_statistics(self) -> None:
-        """Statistics that every process gathered of its own images become their mean."""
+        """Average the batch statistics over the processes, each of which saw its own images."""
         if self.accelerator.num_processes > 1:
             for network in dict.fromkeys((self.model, self.kept)):
                 for buffer in network.buffers():
@@ -206,12 +209,12 @@ class Engine:
         return self.accelerator.reduce(value, "mean").item()
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain values, from which `restore` goes on bit by bit on the same device."""
+        """Tensors and plain values from which `restore` continues, on one device bit for bit."""
         parts = {name: part.state_dict() for name, part in self._parts().items()}
         return parts | {"random": random_state(), "order": self._order()}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, inside the caller's fork of the random generators."""
+        """Continue from `state`; inside `seeded`, because this sets the global generators."""
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
         set_random_state(state["random"])
@@ -222,7 +225,7 @@ class Engine:
         if len(generators) != len(_generators(self.batches)):
             raise ZooError(
                 "The savepoint is of a training on another kind of data, or another DataLoader: "
-                "resume with what it began with."
+                "resume with the original one."
             )
         if hasattr(self.batches, "iteration"):
             self.batches.iteration = passes
@@ -245,9 +248,9 @@ class Engine:
 
 
 def runs_channels_last(network: nn.Module, images: Tensor) -> bool:
-    """Whether a network does not ask for contiguous maps, as `x.view(len(x), -1)` does.
+    """Whether a network runs on channels-last images; `x.view(len(x), -1)` does not.
 
-    Most are faster in channels-last. What else may go wrong is `first_logits`' to say.
+    Most networks are faster in this format. Other errors are ignored: `first_logits` reports them.
     """
     try:
         with evaluating(network), torch.no_grad():
@@ -260,7 +263,7 @@ def runs_channels_last(network: nn.Module, images: Tensor) -> bool:
 
 
 def first_logits(model: nn.Module, images: Tensor) -> Any:
-    """What a network gives for the first images that it is shown.
+    """The output of a network for the first images.
 
     Raises:
         DataError: if it does not run on them.
@@ -277,7 +280,7 @@ def first_logits(model: nn.Module, images: Tensor) -> Any:
 
 
 def _is_frozen_norm(layer: nn.Module) -> bool:
-    """Whether a batch norm's scales are not trained, and so its statistics are not either."""
+    """Whether `layer` is a batch norm with frozen parameters, whose statistics are kept too."""
     own = list(layer.parameters(recurse=False))
     return isinstance(layer, _BatchNorm) and bool(own) and not any(p.requires_grad for p in own)
 
@@ -290,7 +293,7 @@ def _check_classes(data: AnyImages, logits: Tensor) -> None:
 
 
 def _generators(batches: Any) -> list[torch.Generator]:
-    """What the order of a DataLoader's batches is drawn from, beside the global generators."""
+    """The generators that a DataLoader shuffles with, beside the global ones."""
     batch_sampler = getattr(batches, "batch_sampler", None)
     sampler = getattr(batch_sampler, "sampler", None)
     holders = (batches, getattr(batches, "sampler", None), batch_sampler, sampler)

@@ -34,7 +34,7 @@ __all__ = ["EpochRecord", "Evaluation", "TrainResult", "evaluate", "finetune"]
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """One pass: mean training loss, validation accuracy in [0, 1] if measured, and seconds."""
+    """One epoch: mean training loss, validation accuracy in [0, 1] if measured, and seconds."""
 
     epoch: int
     loss: float
@@ -47,14 +47,14 @@ class TrainResult:
     """What training did. Accuracies are validation accuracies in [0, 1], None if not measured.
 
     Attributes:
-        initial: before the first step.
-        accuracy: of the weights that were kept, the best seen.
-        epoch: that they come from; 0 means before the first step.
+        initial: accuracy before the first step.
+        accuracy: the best accuracy, that of the weights that were kept.
+        epoch: the epoch of these weights; 0 means before the first step.
         history: one record per finished epoch.
         interrupted: whether Ctrl-C ended it early.
         seconds: wall time, of this call alone.
         device: where it ran.
-        teacher: what taught it: the reference of the source, or the class of another network.
+        teacher: the reference of the source, or the class of another network; None without one.
     """
 
     initial: float | None
@@ -78,7 +78,7 @@ class Evaluation:
 
 @dataclass
 class _Standing:
-    """How far a training has come: its best weights so far, and where they are from."""
+    """The progress of a training: its best weights so far, their epoch, and the history."""
 
     initial: float | None
     accuracy: float | None
@@ -87,7 +87,7 @@ class _Standing:
     history: list[EpochRecord] = field(default_factory=list)
 
     def note(self, record: EpochRecord, network: nn.Module) -> None:
-        """One more epoch, and the weights of `network` unless better ones were measured."""
+        """Add an epoch, and keep the weights of `network` unless earlier ones were better."""
         change: dict[str, Any] = {"history": [*self.history, record]}
         if record.accuracy is None or self.accuracy is None or record.accuracy >= self.accuracy:
             change |= {"accuracy": record.accuracy, "epoch": record.epoch}
@@ -122,22 +122,22 @@ def finetune(
 
     Args:
         model: any classifier, images (N, 3, H, W) to logits (N, classes).
-        train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set, of
-            which the training and validation splits are taken, as `cifar10@FOLDER` or
-            `imagefolder:PATH`. Without `val` nothing is measured and the last weights are kept.
-        teacher: a network with the same outputs to distil from, which is moved to the device and
-            whose mode and layout are restored; `source` for the dense network that a pruned one was
-            cut from, by its recorded reference and sha256; `auto` for that where it can be read and
-            else none, with a warning if a file is recorded; None for none.
+        train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set
+            (`cifar10@FOLDER`, `imagefolder:PATH`) whose training and validation splits are used.
+            Without `val` nothing is measured and the last weights are kept.
+        teacher: what to distil from. A network must have the same outputs; it is moved to the
+            device, and its mode and layout are restored. `source` is the dense network that `model`
+            was pruned from, read by its recorded reference and sha256. `auto` is the source if it
+            can be read, else none, with a warning if a file is recorded. None is none.
         recipe: a name of `RECIPES`, the path of a TOML file, or a `Recipe`.
         seed: of shuffling, augmentation and dropout; the caller's random state is left alone.
-        checkpoint: folder that holds the whole state of the training after every epoch, and its
-            history.jsonl. The state of a finished training stays until it is removed.
-        resume: go on from `checkpoint`, or begin where it holds nothing yet; on a CPU the result is
-            that of a training that was never interrupted, bit by bit, unless a DataLoader's
-            persistent workers, whose random state is their own, transform images at random.
-        trackers: names of Accelerate's experiment trackers (`tensorboard`, `wandb`, ...) that are
-            told loss, accuracy and learning rate after every epoch; files go into `checkpoint`.
+        checkpoint: folder to write the whole state of the training to after every epoch, with its
+            history.jsonl. The state of a finished training stays until you remove it.
+        resume: continue from `checkpoint`, or begin if it holds nothing yet. On a CPU the result is
+            bit for bit that of an uninterrupted training, unless persistent workers of a
+            DataLoader, which have their own random state, transform images at random.
+        trackers: names of Accelerate's experiment trackers (`tensorboard`, `wandb`, ...) that log
+            loss, accuracy and learning rate after every epoch; their files go into `checkpoint`.
         progress: show a bar; by default when standard error is a terminal.
         cpu: stay on the CPU even where CUDA is available.
 
@@ -151,24 +151,24 @@ def finetune(
     Raises:
         DataError: when data has no length, is not of float images and integer labels, or when a
             label or the teacher does not fit the network's outputs.
-        CheckpointError: when the source is asked for, and is not recorded or not what it was.
+        CheckpointError: when `teacher` is `source`, and no file is recorded or it has changed.
         DivergenceError: when the training or validation loss, or without `val` a weight, is not
             finite; the best weights so far are in place.
         ZooError: when `checkpoint` cannot be written, with the best weights so far in place; when
-            it is of another training; or for a precision that the device does not have.
+            it holds another training; or for a precision that the device does not have.
     """
     started = time.perf_counter()
     settings, seed = read_recipe(recipe), integer("seed", seed) % 2**32
     trackers = [trackers] if isinstance(trackers, str) else trackers
     if resume and checkpoint is None:
-        raise ZooError("resume=True needs checkpoint=, the folder to go on from.")
+        raise ZooError("resume=True needs checkpoint=, the folder to continue from.")
     dense, taught_by = find_teacher(model, teacher)
     folder = None if checkpoint is None else Path(checkpoint).expanduser()
     check_trackers(trackers, folder)
     accelerator = make_accelerator(settings, cpu, trackers, folder)
     device = accelerator.device
     model.to(device)
-    with seeded(seed):  # a look at the data draws from the generators
+    with seeded(seed):  # reading the data draws from the global generators
         batches = training_batches(found(train, "train", model), settings, accelerator, seed)
         held = None
         if val is not None:
@@ -177,7 +177,7 @@ def finetune(
     if folder is not None:
         processes = accelerator.num_processes
         identity = identify(settings, seed, model, dense, batches, held, processes)
-        if accelerator.is_main_process:  # the folder may be on its machine alone
+        if accelerator.is_main_process:  # only its machine may have the folder
             check_folder(folder)
             saved = read_savepoint(folder, identity, resume=resume)
         (saved,) = broadcast_object_list([saved])
@@ -235,15 +235,15 @@ def finetune(
 def evaluate(
     model: nn.Module, data: Data | Iterable, *, batch_size: int | None = None
 ) -> Evaluation:
-    """Top-1 accuracy and mean cross-entropy of `model`, where it is, on `data`.
+    """Top-1 accuracy and mean cross-entropy of `model` on `data`, on the device of `model`.
 
-    Every layer is in eval mode meanwhile and in its own mode afterwards.
+    Every layer is in eval mode during the call and in its own mode afterwards.
 
     Args:
         model: any classifier, images (N, 3, H, W) to logits (N, classes).
         data: a torch Dataset or DataLoader of (image, label), or a data set's name, as for
             `finetune` (test split).
-        batch_size: used when `data` is not already batched; by default what fits most memories.
+        batch_size: used if `data` is not batched yet; by default a size that fits most memories.
 
     Raises:
         DataError: when the data is empty, is not of float images and integer labels, or a label
@@ -278,7 +278,7 @@ def evaluate(
 
 
 def _accuracy(network: nn.Module, held: Any, when: str) -> float | None:
-    """On the validation data; None without, where the weights are looked at instead.
+    """Accuracy on the validation data; None without, after a check of the weights.
 
     Raises:
         DivergenceError: if the loss or a weight is not finite.

@@ -1,4 +1,4 @@
-"""Whatever a user gives as data (a name, a Dataset, a DataLoader) as batches for a network."""
+"""Turn a user's data (a name, a Dataset, a DataLoader) into batches for a network."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ __all__ = ["Data", "found", "measured_batches", "training_batches"]
 Data = Dataset | DataLoader | str
 
 EVALUATED_AT_ONCE, PIXELS_AT_ONCE = 500, 2**22
-"""Most images, and pixels of images, per batch where nothing is trained."""
+"""Largest batches in evaluation, in images and in pixels of all of them."""
 
 
 def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
-    """The data that was given, or a split of the data set of that name, as `model` takes it.
+    """`data` itself, or the `split` of the data set that it names.
 
-    `cifar10@FOLDER` says where the files of a data set are. Images are of the size that a pruned
-    network is for, or 32 pixels per side.
+    `cifar10@FOLDER` says where the files of a data set are. The images of a named data set have the
+    size that a pruned `model` is for, or else 32 pixels per side.
 
     Raises:
-        DataError: for what is no data, or has no length.
+        DataError: for data of another type, or without a length.
     """
     if isinstance(data, str):
         name, _, folder = data.partition("@")
-        if ":" in name:  # imagefolder:PATH and hf:ORG/NAME@REVISION say it themselves
+        if ":" in name:  # in imagefolder:PATH and hf:ORG/NAME@REVISION, @ names no folder
             name, folder = data, ""
         record = record_of(model)
         size = 32 if record is None else record.size
         return getattr(load_data(name, Path(folder) if folder else None, size=size), split)
     if not isinstance(data, Dataset | DataLoader):
         raise DataError(
-            f"The {split} data is a torch Dataset or DataLoader, or the name of a data set; got "
-            f"{type(data).__name__}."
+            f"The {split} data must be a torch Dataset or DataLoader, or the name of a data set; "
+            f"got {type(data).__name__}."
         )
     if isinstance(getattr(data, "dataset", data), IterableDataset):
         raise DataError(
@@ -60,10 +60,10 @@ def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
 def training_batches(
     data: Dataset | DataLoader, recipe: Recipe, accelerator: Accelerator, seed: int
 ) -> Any:
-    """Batches of `data`, shuffled, and shared out between the accelerator's processes.
+    """Shuffled batches of `data`, divided between the accelerator's processes.
 
     Raises:
-        DataError: if there are none, or the recipe asks for what this kind of data does not do.
+        DataError: if there are none, or the recipe's RandAugment cannot be applied to this data.
     """
     size, processes = recipe.batch_size, accelerator.num_processes
     batches: Any
@@ -105,7 +105,7 @@ def measured_batches(
     batch_size: int | None = None,
     seed: int = 0,
 ) -> Any:
-    """Batches of `data` in order, of a size that fits most memories; batches as they are."""
+    """Batches of `data` in order, of a size that fits most memories; given batches unchanged."""
     if isinstance(data, AnyImages):
         pixels = math.prod(sides(data.image_size))
         return DeviceLoader(data, batch_size or _at_once(pixels), device=device)
@@ -124,7 +124,7 @@ def _loader(
     shuffle: bool = False,
     drop_last: bool = False,
 ) -> DataLoader:
-    """Batches of a data set, made by other processes if the network is on a GPU.
+    """A DataLoader of `data`, with worker processes if the network is on a GPU.
 
     Raises:
         DataError: if it is empty, or gives no pairs of an image and its label.
@@ -132,7 +132,7 @@ def _loader(
     if len(data) == 0:  # type: ignore[arg-type]
         raise DataError("The data holds no images.")
     first, _ = check_pair(data[0])
-    # what lies on a GPU cannot be given to other processes, nor pinned
+    # tensors on a GPU can neither come from worker processes nor be pinned
     elsewhere = device.type == "cuda" and not first.is_cuda
     return DataLoader(
         data,
@@ -147,5 +147,5 @@ def _loader(
 
 
 def _at_once(pixels: int) -> int:
-    """Images of so many pixels that are evaluated in one batch."""
+    """The batch size of evaluation for images of `pixels` pixels each."""
     return max(1, min(EVALUATED_AT_ONCE, PIXELS_AT_ONCE // max(1, pixels)))

@@ -1,4 +1,4 @@
-"""The optimizer, the schedule of its learning rate, and the loss of distillation."""
+"""The optimiser, its learning rate schedule, and the distillation loss."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def warmup_cosine(warmup: int, steps: int) -> Callable[[int], float]:
 
 
 def distillation(logits: Tensor, target: Tensor, temperature: float = 4.0) -> Tensor:
-    """τ² · KL of the softened classes (Hinton et al., 2015), the mean over the batch."""
+    """τ² · KL divergence of the softened classes (Hinton et al., 2015), the mean over the batch."""
     student = functional.log_softmax(logits.float() / temperature, dim=1)
     wanted = functional.log_softmax(target / temperature, dim=1)
     divergence = functional.kl_div(student, wanted, reduction="batchmean", log_target=True)

@@ -1,4 +1,4 @@
-"""How a training is followed while it runs: a progress bar, and experiment trackers by name."""
+"""Report on a running training: a progress bar, and experiment trackers by name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ __all__ = ["check_trackers", "progress_bar", "tracking"]
 
 
 def check_trackers(names: Sequence[str], folder: Path | None) -> None:
-    """Refuse names that Accelerate does not know, and trackers that could not write anything.
+    """Refuse trackers that could not log anything.
 
     Raises:
-        ZooError: also for one that is not installed, or that needs a `folder` where there is none.
+        ZooError: for a name that Accelerate does not know, a tracker that is not installed, or one
+            that needs a `folder` when that is None.
     """
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
@@ -40,7 +41,7 @@ def check_trackers(names: Sequence[str], folder: Path | None) -> None:
 def tracking(
     accelerator: Accelerator, recipe: Recipe
 ) -> Iterator[Callable[[int, dict[str, float | None]], None]]:
-    """A function (epoch, values) that tells the accelerator's trackers, which end afterwards."""
+    """Yield a function (epoch, values) that logs to the trackers; finish these afterwards."""
     settings = {name: value for name, value in vars(recipe).items() if value is not None}
     accelerator.init_trackers("prunezoo", config=settings)
 
@@ -59,12 +60,13 @@ def tracking(
 def progress_bar(
     batches: Any, epochs: int, done: int, processes: int, show: bool
 ) -> Iterator[Callable[..., None]]:
-    """A function (images done, loss, accuracy) that moves the bar, or does nothing without one.
+    """Yield a function (images done, loss, accuracy) that moves the bar, if there is to be one.
 
     Args:
-        batches: of one epoch and process.
-        epochs, done: how many there will be, and are already.
-        processes: that have as many images each.
+        batches: of one epoch in one process.
+        epochs, done: epochs in all, and those that are finished.
+        processes: how many; all have equally many images.
+        show: False for no bar.
     """
     if not show:
         yield lambda *_: None

@@ -1,4 +1,4 @@
-"""Savepoints: an unfinished training on disk, whole after every epoch, and its history."""
+"""Savepoints: the whole state of a training on disk after every epoch, and its history."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["check_folder", "discard", "identify", "read_savepoint", "write_savep
 
 
 FORMAT = 2
-"""Of the state in a savepoint; another cannot be gone on from."""
+"""Version of the state in a savepoint; other versions cannot be resumed."""
 
 
 def identify(
@@ -37,10 +37,10 @@ def identify(
     held: Any,
     processes: int,
 ) -> dict[str, Any]:
-    """What a resumed training must share with the one that it goes on with, as plain values.
+    """What a resumed training must have in common with its savepoint, as plain values.
 
-    Of `model`, whose weights change meanwhile, these are the shapes and, if it is pruned, the
-    channels that were kept.
+    The weights of `model` change in training, so it is identified by its shapes and, if it is
+    pruned, by the channels that were kept.
     """
     tensors = [f"{name}: {tuple(tensor.shape)}" for name, tensor in model.state_dict().items()]
     record = record_of(model)
@@ -66,14 +66,14 @@ def _weights_digest(network: nn.Module) -> str:
 
 
 def _described(batches: Any) -> str:
-    """The content of an image set; of other data, which may change at every look, the extent."""
+    """An image set's name and digest; the length of other data, which may be random each time."""
     if isinstance(batches, DeviceLoader):
         return f"{batches.data.name} ({batches.data.digest()})"
     return f"{len(batches)} batches of {type(batches.dataset).__name__}"
 
 
 def check_folder(folder: Path) -> None:
-    """Make `folder`, and see that savepoints can be written to it, before there is one to lose.
+    """Make `folder`, and check before the first epoch that savepoints can be written to it.
 
     Raises:
         ZooError: if they cannot.
@@ -119,18 +119,18 @@ def write_savepoint(
 def read_savepoint(
     folder: Path, identity: Mapping[str, Any], *, resume: bool
 ) -> dict[str, Any] | None:
-    """The state in `folder`, or None where no epoch was finished yet. Nothing is unpickled.
+    """The state in `folder`, or None if no epoch was finished yet. Nothing is unpickled.
 
     Raises:
-        ZooError: if there is one but `resume` is not asked for, if it is damaged, or if it is of
-            another training, naming what differs.
+        ZooError: if there is one but `resume` is False, if it is damaged, or if it is of another
+            training; the message names what differs.
     """
     path = folder / SAVEPOINT
     if not path.exists():
         return None
     if not resume:
         raise ZooError(
-            f"{path} is an unfinished training, or the state of a finished one: go on with "
+            f"{path} is an unfinished training, or the state of a finished one: continue it with "
             "resume=True (--resume), remove it, or name another folder."
         )
     try:
@@ -150,7 +150,7 @@ def read_savepoint(
         if there != here:
             raise ZooError(
                 f"{path} is of another training: its {name} is {there!r}, here it is {here!r}. "
-                "Resume with what it began with, or name another folder."
+                f"Resume with the same {name}, or name another folder."
             )
     return state
 

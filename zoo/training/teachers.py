@@ -1,4 +1,4 @@
-"""Teachers: the dense network that a pruned one came from, read again from its checkpoint."""
+"""Teachers: the dense network that a pruned one was cut from, read from its checkpoint."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Teacher = nn.Module | Literal["auto", "source"] | None
 
 
 def find_teacher(model: nn.Module, teacher: Teacher) -> tuple[nn.Module | None, str | None]:
-    """The network that `teacher` stands for, and what to call it; None and None for none.
+    """The network that `teacher` stands for, and its name; (None, None) for none.
 
-    `auto` is the source where it can be read and still answers the questions that `model` is asked;
-    a recorded file that cannot be is warned of.
+    `auto` is the source, if it can be read and `model` still has its classifier. A warning says if
+    a recorded file cannot be read.
 
     Raises:
-        ZooError: for `source`, as `source_network`; for any other word.
+        ZooError: for `source`, as `source_network`; for an unknown word.
     """
     if teacher is None or isinstance(teacher, nn.Module):
         return teacher, None if teacher is None else type(teacher).__name__
@@ -43,7 +43,7 @@ def find_teacher(model: nn.Module, teacher: Teacher) -> tuple[nn.Module | None, 
         if teacher == "source":
             raise
         if _record(model).source.sha256 is not None:
-            warnings.warn(f"No network teaches. {error}", stacklevel=3)
+            warnings.warn(f"Training goes without a teacher. {error}", stacklevel=3)
         return None, None
 
 
@@ -58,22 +58,22 @@ def source_network(model: nn.Module) -> nn.Module:
     """The dense network that a pruned one was cut from, in eval mode, on the CPU.
 
     Raises:
-        CheckpointError: if no file is recorded, it is missing, or it is not the one it was; or if
-            it has no classifier of the classes of `model`.
-        ZooError: if `model` is not pruned, or the Hub does not give the file.
+        CheckpointError: if no file is recorded, or it is missing or has changed; or if it has no
+            classifier for the classes of `model`.
+        ZooError: if `model` is not pruned, or the file cannot be fetched from the Hub.
     """
     record = _record(model)
     source = record.source
     if record.new_classifier:
         raise CheckpointError(
-            f"The network has a new classifier of {record.num_classes} classes, which "
-            f"{source.reference} has none of, so that it cannot teach: give a network of these "
+            f"The network has a new classifier of {record.num_classes} classes. "
+            f"{source.reference} has none for them, so it cannot teach: give a network of these "
             "classes as teacher=, or None."
         )
     if source.sha256 is None:
         raise CheckpointError(
-            f"The network was pruned from a {source.reference}, and no file is recorded that the "
-            "dense weights could be read from: give the dense network itself as teacher=."
+            f"The network was pruned from a {source.reference}, so no file with the dense weights "
+            "is recorded: give the dense network itself as teacher=."
         )
     dense = load_dense(
         record.architecture,
@@ -100,7 +100,7 @@ def _record(model: nn.Module) -> PruningRecord:
 
 
 def _as_pruned(model: nn.Module) -> bool:
-    """Whether `model` is as it was cut: another classifier asks another question."""
+    """Whether `model` still has the classifier that it was pruned with, of the source's classes."""
     record = record_of(model)
     count = parameter_count(model)
     if record is None or record.new_classifier:

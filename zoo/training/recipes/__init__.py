@@ -39,7 +39,7 @@ class Recipe:
     weight_decay: float = 5e-4
     """on weights of two and more dimensions; biases and norms have none"""
     warmup: float = 0.2
-    """share of all steps that the learning rate rises linearly; afterwards it falls as a cosine"""
+    """share of all steps in which the learning rate rises linearly; then it falls as a cosine"""
     label_smoothing: float = 0.0
     """of the cross-entropy"""
     clip_norm: float | None = 5.0
@@ -47,26 +47,26 @@ class Recipe:
     augment: bool = True
     """random crops and mirroring, for the zoo's own image sets"""
     crop_scale: float = 1.0
-    """least share of an image that a random crop takes, which is then resized (Szegedy et al.,
-    2015, with 0.08); 1 moves the image by up to an eighth of its side instead"""
+    """smallest share of an image's area that a random crop takes and resizes (0.08 in Szegedy et
+    al., 2015); 1 shifts images by up to an eighth of their side instead"""
     distill: float = 0.7
-    """weight of the teacher's term when there is a teacher (Hinton et al., temperature 4)"""
+    """weight of the teacher's term in the loss, if there is one (Hinton et al., temperature 4)"""
     precision: Precision = "auto"
     """auto: bf16 where a CUDA device has it, else fp32; fp16 is not for CPUs"""
     accumulate: int = 1
     """batches whose mean gradient makes one step"""
     ema: float = 0.0
-    """decay per step of averaged weights, which are then what is measured and kept; it rises to
-    this value from 0, and 0 averages nothing"""
+    """decay per step of a moving average of the weights, which is then measured and kept; the decay
+    rises from 0 to this value; 0 for no average"""
     mixup: float = 0.0
-    """alpha of mixup, 0 for none (Zhang et al., 2018); with cutmix, each batch takes either"""
+    """alpha of mixup, 0 for none (Zhang et al., 2018); with cutmix, each batch gets one of them"""
     cutmix: float = 0.0
     """alpha of cutmix, 0 for none (Yun et al., 2019)"""
     rand_augment: int = 0
     """magnitude of RandAugment's two operations per image, 1 to 30, 0 for none (Cubuk et al.,
     2020), for the zoo's own image sets"""
     compile: bool = False
-    """whether torch.compile makes the training step"""
+    """compile the network with torch.compile"""
 
     def __post_init__(self) -> None:
         for name, choices in (("optimizer", Optimizer), ("precision", Precision)):
