@@ -79,4 +79,5 @@ def integer(name: str, value: object, least: int | None = None) -> int:
     if not whole or (least is not None and int(value) < least):  # type: ignore[call-overload]
         bound = "" if least is None else f" of at least {least}"
         raise ZooError(f"{name} must be an integer{bound}, got {value!r}.")
-    return int(value)  # type: ignore[call-overload]
+    found: int = int(value)  # type: ignore[call-overload]
+    return found

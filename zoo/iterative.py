@@ -73,8 +73,8 @@ class IterativeResult:
 
 def prune_iteratively(
     weights: Weights,
-    train: Dataset | DataLoader,
-    val: Dataset | DataLoader,
+    train: Dataset[Any] | DataLoader[Any],
+    val: Dataset[Any] | DataLoader[Any],
     schedule: Schedule,
     *,
     arch: str = "",
@@ -193,7 +193,7 @@ def _remaining(groups: ChannelGroups, plan: Plan) -> ChannelGroups:
 
 
 def _scores(
-    model: nn.Module, groups: ChannelGroups, asked: Request, train: Dataset | DataLoader
+    model: nn.Module, groups: ChannelGroups, asked: Request, train: Dataset[Any] | DataLoader[Any]
 ) -> Scores:
     batches = None
     if CRITERIA[asked.criterion].needs_data:

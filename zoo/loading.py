@@ -6,7 +6,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def load(
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     refit: bool = False,
-    data: Dataset | DataLoader | None = None,
+    data: Dataset[Any] | DataLoader[Any] | None = None,
     image_size: Size | None = None,
     num_classes: int | None = None,
     ema: bool = True,
@@ -203,7 +203,7 @@ def plan(
     align: int = 1,
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
-    data: Dataset | DataLoader | None = None,
+    data: Dataset[Any] | DataLoader[Any] | None = None,
     rewrite: bool = False,
 ) -> Plan:
     """The plan that `prune` would execute with the same arguments; nothing is pruned."""
@@ -224,7 +224,7 @@ def prune(
     align: int = 1,
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
-    data: Dataset | DataLoader | None = None,
+    data: Dataset[Any] | DataLoader[Any] | None = None,
     rewrite: bool = False,
     verify: bool = True,
 ) -> nn.Module:
@@ -304,7 +304,7 @@ def _live(
     module: nn.Module,
     example_input: Inputs,
     asked: Request,
-    data: Dataset | DataLoader | None,
+    data: Dataset[Any] | DataLoader[Any] | None,
     rewrite: bool,
 ) -> _Live:
     with ONE_AT_A_TIME:  # its modes are switched meanwhile, and threads may share it

@@ -120,7 +120,7 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
 
 
 @functools.cache
-def _layout(cls: type) -> tuple[dict[str, Any], dict[str, dataclasses.Field]]:
+def _layout(cls: type) -> tuple[dict[str, Any], dict[str, dataclasses.Field[Any]]]:
     """The types and the fields of a dataclass, by name."""
     return typing.get_type_hints(cls), {field.name: field for field in dataclasses.fields(cls)}
 

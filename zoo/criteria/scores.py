@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ __all__ = [
 
 
 def labelled_batches(
-    data: Dataset | DataLoader, device: torch.device | str, seed: int, count: int = 1024
+    data: Dataset[Any] | DataLoader[Any], device: torch.device | str, seed: int, count: int = 1024
 ) -> Batches:
     """At least `count` images of `data`, or all there are, in batches (images, labels) on `device`.
 
@@ -57,7 +58,7 @@ def labelled_batches(
     Raises:
         DataError: for anything but (image, label) with floating-point images and integer labels.
     """
-    batches: Iterable
+    batches: Iterable[Any]
     if isinstance(data, DataLoader):
         batches = data
     elif isinstance(data, AnyImages):

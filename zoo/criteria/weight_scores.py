@@ -138,7 +138,7 @@ class _Linear(TorchFunctionMode):
     """
 
     def __torch_function__(
-        self, func: Callable, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         del types
         kwargs = kwargs or {}

@@ -165,7 +165,7 @@ def _made(data: AnyImages, own: Share, augment: Augmentation) -> tuple[Tensor, T
 
 
 @dataclass(frozen=True)
-class _Work(Dataset):
+class _Work(Dataset[Any]):
     """The batches of a pass as items of a Dataset, so that one worker makes a whole batch."""
 
     data: ImageFiles

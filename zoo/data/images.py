@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
         return torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
-class _Images(Dataset):
+class _Images(Dataset[Any]):
     """Base of `ImageSet` and `ImageFiles`: a Dataset of (normalised float image, label).
 
     Attributes:

@@ -18,12 +18,14 @@ STRENGTHS = 31
 
 
 def _shifted(images: Tensor, right: float = 0, down: float = 0) -> Tensor:
-    return functional.affine(images, 0.0, [int(right), int(down)], 1.0, [0.0, 0.0])
+    shifted: Tensor = functional.affine(images, 0.0, [int(right), int(down)], 1.0, [0.0, 0.0])
+    return shifted
 
 
 def _sheared(images: Tensor, right: float = 0, down: float = 0) -> Tensor:
     shear = [math.degrees(math.atan(right)), math.degrees(math.atan(down))]
-    return functional.affine(images, 0.0, [0, 0], 1.0, shear, center=[0.0, 0.0])
+    sheared: Tensor = functional.affine(images, 0.0, [0, 0], 1.0, shear, center=[0.0, 0.0])
+    return sheared
 
 
 _FARTHEST = 150 / 331

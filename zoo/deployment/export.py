@@ -89,7 +89,7 @@ def export(
     model: nn.Module,
     path: str | Path,
     *,
-    inputs: Dataset | DataLoader | Inputs | None = None,
+    inputs: Dataset[Any] | DataLoader[Any] | Inputs | None = None,
     example_input: Inputs | None = None,
     precision: str = "fp32",
     options: ExportOptions | None = None,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,7 +163,7 @@ def benchmark(
 def compare(
     networks: Mapping[str, nn.Module],
     *,
-    data: Dataset | DataLoader | None = None,
+    data: Dataset[Any] | DataLoader[Any] | None = None,
     example_input: Tensor | None = None,
     options: BenchmarkOptions | None = None,
 ) -> tuple[ComparisonRow, ...]:
@@ -347,7 +348,7 @@ def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
     # some versions of torch do not count the fused attention of CPUs
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         outputs_of(module, torch.zeros(1, *shape))
-    macs = counter.get_total_flops() // 2
+    macs = int(counter.get_total_flops() // 2)
     if macs == 0:
         raise ExportError(f"{name} has no multiply-accumulates: no convolution, no dense layer.")
     return macs

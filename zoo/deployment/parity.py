@@ -151,7 +151,9 @@ def _explained(reference: Tensor, got: Tensor) -> float:
     return 1.0 if error == 0 else 1 - (error / spread).item()
 
 
-def gather(inputs: Inputs | Dataset | DataLoader, most: int) -> tuple[Inputs, Tensor | None]:
+def gather(
+    inputs: Inputs | Dataset[Any] | DataLoader[Any], most: int
+) -> tuple[Inputs, Tensor | None]:
     """At most `most` items, and their labels if all have one; a Dataset is sampled evenly.
 
     Raises:

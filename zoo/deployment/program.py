@@ -166,7 +166,7 @@ def _to_int8(model: Any, inputs: Inputs, symmetric: bool) -> Any:
     taken = {given.name for given in model.graph.input}
     starts = iter(range(0, batch_of(inputs), CALIBRATION_BATCH))
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def get_next(self) -> dict[str, Any] | None:
             start = next(starts, None)
             if start is None:

@@ -56,7 +56,7 @@ class Sample:
 
 
 def sample_of(
-    inputs: Dataset | DataLoader | Inputs | None,
+    inputs: Dataset[Any] | DataLoader[Any] | Inputs | None,
     example: Inputs | None,
     own: tuple[InputShape, ...],
     precision: str,
@@ -131,7 +131,8 @@ class _Folded(nn.Module):
         self.register_buffer("std", std)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network((images - self.mean) / self.std)
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
 
 
 def folded(

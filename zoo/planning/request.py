@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Real
+from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -125,7 +126,7 @@ def planned(
     module: nn.Module,
     groups: ChannelGroups,
     request: Request,
-    data: Dataset | DataLoader | None,
+    data: Dataset[Any] | DataLoader[Any] | None,
 ) -> Plan:
     """The plan for `request` on these groups of `module`: first widths, then channels.
 

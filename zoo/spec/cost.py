@@ -179,7 +179,7 @@ class CostModel:
     def factor(self, widths: Sequence[int], metric: str) -> float:
         """Compression factor: dense cost / cost at `widths`, of one of `METRICS`."""
         pruned = self.total(widths, metric)
-        return getattr(self.dense, metric) / pruned
+        return float(getattr(self.dense, metric)) / pruned
 
     def marginal(self, widths: Sequence[int], group: int) -> Cost:
         """What removing one unit of `group` saves at `widths`."""

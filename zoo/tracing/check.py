@@ -215,10 +215,10 @@ def _watched(
     The shape is None for several tensors; later layers show theirs.
     """
 
-    def before(path: str) -> Callable:
+    def before(path: str) -> Callable[..., Any]:
         return lambda *_: active.append(path)
 
-    def after(path: str, leaf: bool) -> Callable:
+    def after(path: str, leaf: bool) -> Callable[..., Any]:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             active.pop()
             if leaf:

@@ -177,7 +177,7 @@ def masked_forward(
     return forward
 
 
-def _gradient_mode(node: fx.Node) -> AbstractContextManager:
+def _gradient_mode(node: fx.Node) -> AbstractContextManager[Any]:
     """Switches gradients on or off as the network does for this node."""
     switched = node.meta.get(GRADIENTS)
     return nullcontext() if switched is None else torch.set_grad_enabled(switched)
@@ -216,7 +216,7 @@ def _is_restricted(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
 
 def _restricted(
     node: fx.Node,
-    args: tuple,
+    args: tuple[Any, ...],
     kwargs: dict[str, Any],
     values: dict[fx.Node, Any],
     kept: Callable[[Labels], Tensor],

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -80,8 +81,8 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
             for position, label in enumerate(() if row is None else row.tolist()):
                 members[trace.find(label)].append((name, dim, position))
     seen: set[int] = set()
-    units: dict[tuple, list[int]] = {}
-    first_filter: dict[tuple, str] = {}
+    units: dict[tuple[Any, ...], list[int]] = {}
+    first_filter: dict[tuple[Any, ...], str] = {}
     unprunable: dict[str, str] = {}
     for (weight, _), row in program.trace.producers.items():
         for label in row.tolist():

@@ -183,7 +183,8 @@ class Engine:
         kinds = ((v2.MixUp, self.recipe.mixup), (v2.CutMix, self.recipe.cutmix))
         classes = self._logits.shape[1]
         wanted = [kind(alpha=alpha, num_classes=classes) for kind, alpha in kinds if alpha]
-        return v2.RandomChoice(wanted)
+        mixed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = v2.RandomChoice(wanted)
+        return mixed
 
     def _step(self) -> None:
         if self.recipe.clip_norm is not None:
@@ -206,7 +207,7 @@ class Engine:
 
     def _mean(self, value: Tensor) -> float:
         """`value`, averaged over the processes."""
-        return self.accelerator.reduce(value, "mean").item()
+        return float(self.accelerator.reduce(value, "mean"))
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain values from which `restore` continues, on one device bit for bit."""

@@ -233,7 +233,7 @@ def finetune(
 
 
 def evaluate(
-    model: nn.Module, data: Data | Iterable, *, batch_size: int | None = None
+    model: nn.Module, data: Data | Iterable[Any], *, batch_size: int | None = None
 ) -> Evaluation:
     """Top-1 accuracy and mean cross-entropy of `model` on `data`, on the device of `model`.
 

@@ -22,13 +22,13 @@ from zoo.training.recipes import Recipe
 
 __all__ = ["Data", "found", "measured_batches", "training_batches"]
 
-Data = Dataset | DataLoader | str
+Data = Dataset[Any] | DataLoader[Any] | str
 
 EVALUATED_AT_ONCE, PIXELS_AT_ONCE = 500, 2**22
 """Largest batches in evaluation, in images and in pixels of all of them."""
 
 
-def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
+def found(data: Data, split: str, model: nn.Module) -> Dataset[Any] | DataLoader[Any]:
     """`data` itself, or the `split` of the data set that it names.
 
     `cifar10@FOLDER` says where the files of a data set are. The images of a named data set have the
@@ -43,7 +43,9 @@ def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
             name, folder = data, ""
         record = record_of(model)
         size = 32 if record is None else record.size
-        return getattr(load_data(name, Path(folder) if folder else None, size=size), split)
+        splits = load_data(name, Path(folder) if folder else None, size=size)
+        named: AnyImages = getattr(splits, split)
+        return named
     if not isinstance(data, Dataset | DataLoader):
         raise DataError(
             f"The {split} data must be a torch Dataset or DataLoader, or the name of a data set; "
@@ -58,7 +60,7 @@ def found(data: Data, split: str, model: nn.Module) -> Dataset | DataLoader:
 
 
 def training_batches(
-    data: Dataset | DataLoader, recipe: Recipe, accelerator: Accelerator, seed: int
+    data: Dataset[Any] | DataLoader[Any], recipe: Recipe, accelerator: Accelerator, seed: int
 ) -> Any:
     """Shuffled batches of `data`, divided between the accelerator's processes.
 
@@ -100,7 +102,7 @@ def training_batches(
 
 
 def measured_batches(
-    data: Dataset | DataLoader | Iterable,
+    data: Dataset[Any] | DataLoader[Any] | Iterable[Any],
     device: torch.device,
     batch_size: int | None = None,
     seed: int = 0,
@@ -117,13 +119,13 @@ def measured_batches(
 
 
 def _loader(
-    data: Dataset,
+    data: Dataset[Any],
     batch_size: int | None,
     device: torch.device,
     seed: int,
     shuffle: bool = False,
     drop_last: bool = False,
-) -> DataLoader:
+) -> DataLoader[Any]:
     """A DataLoader of `data`, with worker processes if the network is on a GPU.
 
     Raises:

@@ -139,7 +139,8 @@ def read_savepoint(
         raise ZooError(f"{path} cannot be read: {error}.") from None
     try:
         found = torch.load(content, map_location="cpu", weights_only=True)
-        theirs, state = found["identity"], found["state"]
+        theirs: dict[str, Any] = found["identity"]
+        state: dict[str, Any] = found["state"]
     except Exception as error:  # a damaged file can fail anywhere in the parser
         raise ZooError(
             f"{path} is damaged or not a savepoint ({type(error).__name__}): remove it to start "
