@@ -106,8 +106,9 @@ def prune_iteratively(
     """
     steps = _checked(schedule, train, val)
     asked = request(
-        schedule.profile, arch, schedule.cf, schedule.metric, schedule.criterion, schedule.seed,
-        schedule.align, schedule.floor, schedule.keep,
+        schedule.profile, arch, cf=schedule.cf, metric=schedule.metric,
+        criterion=schedule.criterion, seed=schedule.seed, align=schedule.align,
+        floor=schedule.floor, keep=schedule.keep,
     )  # fmt: skip
     model, groups = _dense_network(weights, arch, example_input)
     record: Any = model.pruning

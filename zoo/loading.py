@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.common.quiet import ONE_AT_A_TIME
 from zoo.common.sizes import Size
-from zoo.errors import GraphError, ZooError, first_line, unknown
+from zoo.errors import GraphError, ZooError, unknown
 from zoo.models import architecture, build_model
 from zoo.planning.request import Request, planned, request
 from zoo.registry import hub
@@ -26,9 +26,9 @@ from zoo.storage.checkpoints import RECORD
 from zoo.storage.dense import load_dense
 from zoo.surgery import surgery
 from zoo.surgery.initialisation import reinitialise
-from zoo.surgery.surgery import evaluating, named_tensors
-from zoo.tracing.calls import Inputs, call, checked_inputs, described, leaves, mapped
-from zoo.tracing.exporting import check_prunable
+from zoo.surgery.surgery import named_tensors
+from zoo.tracing.calls import Inputs, checked_inputs, mapped
+from zoo.tracing.exporting import checked_classes
 from zoo.tracing.graph import analyse
 from zoo.tracing.known_groups import groups_of, traced_groups
 from zoo.tracing.program import Program
@@ -155,7 +155,10 @@ def load(
     if weights is None:
         raise ZooError(f"Which checkpoint of {arch} is to be pruned? Pass weights=.")
     # before the weights are read, so that a missing profile fails at once
-    asked = request(profile, arch, cf, metric, criterion, seed, align, floor, keep, refit)
+    asked = request(
+        profile, arch, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align,
+        floor=floor, keep=keep, refit=refit,
+    )  # fmt: skip
     dense = load_dense(
         arch, weights, image_size=image_size, num_classes=num_classes, seed=seed, ema=ema
     )
@@ -207,7 +210,10 @@ def plan(
     rewrite: bool = False,
 ) -> Plan:
     """The plan that `prune` would execute with the same arguments; nothing is pruned."""
-    asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
+    asked = request(
+        profile, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align, floor=floor,
+        keep=keep,
+    )  # fmt: skip
     return _live(module, example_input, asked, data, rewrite).plan
 
 
@@ -252,7 +258,10 @@ def prune(
             prune, or does not pass `verify`.
         FactorError: if the factor is not the profile's, or the policy cannot reach it.
     """
-    asked = request(profile, "", cf, metric, criterion, seed, align, floor, keep)
+    asked = request(
+        profile, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align, floor=floor,
+        keep=keep,
+    )  # fmt: skip
     live = _live(module, example_input, asked, data, rewrite)
     if verify:
         verified(live.module, live.groups, live.plan, live.inputs, live.program)
@@ -308,7 +317,7 @@ def _live(
     rewrite: bool,
 ) -> _Live:
     with ONE_AT_A_TIME:  # its modes are switched meanwhile, and threads may share it
-        classes = _checked_classes(module, example_input)
+        classes = checked_classes(module, example_input)
         # tensors made in torch.inference_mode() are copied, because autograd refuses them
         if any(tensor.is_inference() for tensor in named_tensors(module).values()):
             module = surgery.resized(module, {})
@@ -363,32 +372,3 @@ def _cut(
     )
     pruned.pruning = record  # type: ignore[assignment]
     return pruned.eval()
-
-
-def _checked_classes(module: nn.Module, example_input: Inputs) -> int:
-    """The number of classes of a live network, after a check that it runs on these inputs.
-
-    0 if its output is not a single tensor of logits (N, classes, ...).
-    """
-    if not isinstance(module, nn.Module):
-        raise ZooError(
-            f"Expected a network (an nn.Module), got {type(module).__name__}; zoo.load takes "
-            f"checkpoints."
-        )
-    kind = type(module).__name__
-    check_prunable(module)
-    inputs = checked_inputs(example_input)
-    try:
-        with evaluating(module), torch.no_grad():
-            output = call(module, inputs)
-    except Exception as error:  # whatever the network raises
-        reason = first_line(error)
-        flat = isinstance(inputs, Tensor) and inputs.ndim == 3
-        advice = " (Pass one image as a batch of one: x[None].)" if flat else ""
-        raise GraphError(
-            f"{kind} does not run on the example input of shape {described(inputs)}: {reason}"
-            f"{advice}"
-        ) from error
-    if not leaves(output):
-        raise GraphError(f"{kind} returns {type(output).__name__}, which contains no tensors.")
-    return output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else 0

@@ -79,7 +79,7 @@ def compare_loading(dense: nn.Module, scratch: Path, repeats: int) -> None:
 
 def compare_pruning(dense: nn.Module, repeats: int) -> None:
     """Time pruning a dense network in memory; both sides keep the same channels."""
-    asked = request("equal", ARCH, CF, "params", "random", 0, 1, 0.0, None)
+    asked = request("equal", ARCH, cf=CF)
     image = torch.zeros(1, 3, 224, 224)
 
     def ours() -> tuple[nn.Module, ChannelGroups, Plan]:

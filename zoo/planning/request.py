@@ -47,14 +47,15 @@ class Request:
 
 def request(
     profile: str | Profile,
-    arch: str,
-    cf: float | None,
-    metric: str,
-    criterion: str,
-    seed: int,
-    align: int,
-    floor: float,
-    keep: Mapping[str, float] | None,
+    arch: str = "",
+    *,
+    cf: float | None = None,
+    metric: str = "params",
+    criterion: str = "random",
+    seed: int = 0,
+    align: int = 1,
+    floor: float = 0.0,
+    keep: Mapping[str, float] | None = None,
     refit: bool = False,
 ) -> Request:
     """Check the arguments of a request and resolve its profile, without reading any weights.
@@ -69,51 +70,70 @@ def request(
         raise unknown("metric", metric, METRICS)
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
-    seed = integer("seed", seed)
+    seed, align = integer("seed", seed), integer("align", align, 1)
+    if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
+        raise ZooError(f"floor={floor!r}: the least keep ratio of a group must be in [0, 1].")
     if cf is not None:
         cf = _factor(cf)
-    resolved: Profile | None = None
+    name, resolved = _resolved(profile, arch, cf, metric)
+    if resolved is not None:
+        if cf is None:
+            cf, metric = resolved.cf, resolved.metric
+        if not refit:
+            _check_verbatim(name, resolved, arch, cf, metric)
+            if align != 1 or floor or keep:
+                raise ZooError(
+                    f"The profile {name} is applied verbatim; align=, floor= and keep= need a "
+                    f"policy{', or refit=True' if arch else ''}."
+                )
+    if cf is None:
+        raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
+    pins = dict(keep or {})
+    return Request(name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit)
+
+
+def _resolved(
+    profile: str | Profile, arch: str, cf: float | None, metric: str
+) -> tuple[str, Profile | None]:
+    """(name, profile); None where the name is that of a policy.
+
+    Raises:
+        ZooError: for a name that means nothing, with those that do.
+        FactorError: for a factor without a profile, or a profile of another architecture.
+    """
     if isinstance(profile, Profile):
-        name, resolved = f"{profile.architecture}/{profile.name}", profile
+        name, found = f"{profile.architecture}/{profile.name}", profile
     elif not isinstance(profile, str):
         raise ZooError(
             f"A profile is a name, a reference such as 'file:<path>', or a Profile; "
             f"got {profile!r}."
         )
-    elif profile == "searched" and arch and cf is not None:
-        name, resolved = find_profile(arch, cf, metric)
     elif profile in POLICIES or profile in RANKINGS:
-        name = profile
+        return profile, None
+    elif profile == "searched" and arch:
+        if cf is None:
+            return profile, None
+        name, found = find_profile(arch, cf, metric)
     elif ":" in profile or "/" in profile or profile.endswith(".json"):
-        name, resolved = profile, get_profile(profile)
+        name, found = profile, get_profile(profile)
     else:
         sources = ("bundled:...", "published:...", "file:...", "hf:...")
         choices = [*(["searched"] if arch else []), *POLICIES, *RANKINGS, *sources]
         raise unknown("profile", profile, choices)
-    if resolved is not None:
-        untagged = arch.partition(".")[0] if arch.startswith("timm:") else arch
-        if arch and resolved.architecture not in (untagged, architecture(arch).profiles_from):
-            raise FactorError(f"The profile {name} is for {resolved.architecture}, not {arch}.")
-        if cf is None:
-            cf, metric = resolved.cf, resolved.metric
-        if not refit and (cf, metric) != (resolved.cf, resolved.metric):
-            rescale = ", or refit=True to rescale it" if arch else ""
-            raise FactorError(
-                f"The profile {name} is for {resolved.cf:g}x {resolved.metric}, not {cf:g}x "
-                f"{metric}: pass cf={resolved.cf:g}, metric={resolved.metric!r}{rescale}."
-            )
-    if cf is None:
-        raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
-    if resolved is not None and not refit and (align != 1 or floor or keep):
-        raise ZooError(
-            f"The profile {name} is applied verbatim; align=, floor= and keep= need a policy"
-            f"{', or refit=True' if arch else ''}."
+    untagged = arch.partition(".")[0] if arch.startswith("timm:") else arch
+    if arch and found.architecture not in (untagged, architecture(arch).profiles_from):
+        raise FactorError(f"The profile {name} is for {found.architecture}, not {arch}.")
+    return name, found
+
+
+def _check_verbatim(name: str, profile: Profile, arch: str, cf: float, metric: str) -> None:
+    """Refuse another factor than the profile's."""
+    if (cf, metric) != (profile.cf, profile.metric):
+        rescale = ", or refit=True to rescale it" if arch else ""
+        raise FactorError(
+            f"The profile {name} is for {profile.cf:g}x {profile.metric}, not {cf:g}x "
+            f"{metric}: pass cf={profile.cf:g}, metric={profile.metric!r}{rescale}."
         )
-    align = integer("align", align, 1)
-    if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
-        raise ZooError(f"floor={floor!r}: the least keep ratio of a group must be in [0, 1].")
-    pins = dict(keep or {})
-    return Request(name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit)
 
 
 def _factor(cf: float) -> float:

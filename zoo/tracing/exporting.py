@@ -20,11 +20,11 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from zoo.common.quiet import quiet
-from zoo.errors import GraphError, first_line
+from zoo.errors import GraphError, ZooError, first_line
 from zoo.surgery.surgery import evaluating
-from zoo.tracing.calls import Inputs, arguments, batch_of, leaves
+from zoo.tracing.calls import Inputs, arguments, batch_of, call, checked_inputs, described, leaves
 
-__all__ = ["GRADIENTS", "check_prunable", "export", "export_module"]
+__all__ = ["GRADIENTS", "check_prunable", "checked_classes", "export", "export_module"]
 
 GRADIENTS = "gradients"
 """Key in a node's `meta`: whether gradients are on, if the network switches them there."""
@@ -171,3 +171,32 @@ _REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
     ),
 )
 """A test for modules that cannot be pruned, and the end of the error message."""
+
+
+def checked_classes(module: nn.Module, example_input: Inputs) -> int:
+    """The number of classes of a live network, after a check that it runs on these inputs.
+
+    0 if its output is not a single tensor of logits (N, classes, ...).
+    """
+    if not isinstance(module, nn.Module):
+        raise ZooError(
+            f"Expected a network (an nn.Module), got {type(module).__name__}; zoo.load takes "
+            f"checkpoints."
+        )
+    kind = type(module).__name__
+    check_prunable(module)
+    inputs = checked_inputs(example_input)
+    try:
+        with evaluating(module), torch.no_grad():
+            output = call(module, inputs)
+    except Exception as error:  # whatever the network raises
+        reason = first_line(error)
+        flat = isinstance(inputs, Tensor) and inputs.ndim == 3
+        advice = " (Pass one image as a batch of one: x[None].)" if flat else ""
+        raise GraphError(
+            f"{kind} does not run on the example input of shape {described(inputs)}: {reason}"
+            f"{advice}"
+        ) from error
+    if not leaves(output):
+        raise GraphError(f"{kind} returns {type(output).__name__}, which contains no tensors.")
+    return output.shape[1] if isinstance(output, Tensor) and output.ndim > 1 else 0
