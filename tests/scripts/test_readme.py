@@ -89,7 +89,7 @@ def test_every_link_and_file_that_a_document_names_is_there() -> None:
 
 
 SCRIPTS = {
-    "examine": lambda given: tyro.cli(examine.Examination, args=given),
+    "examine": lambda given: tyro.cli(examine.Options, args=given),
     "campaign": lambda given: tyro.extras.subcommand_cli_from_dict(campaign.STEPS, args=given),
 }
 

@@ -21,7 +21,7 @@ pytest.importorskip("sklearn")
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> examine.Examination:
+def config(tmp_path_factory) -> examine.Options:
     folder = tmp_path_factory.mktemp("exams")
     task, exam = base_networks(folder)
     search = SearchConfig(
@@ -29,9 +29,9 @@ def config(tmp_path_factory) -> examine.Examination:
         episodes=8, workers=1, calibration_images=64, val_images=None, candidates=2,
         finalists=1, final_seeds=1, finetune_images=64, std=0.2,
     )  # fmt: skip
-    return examine.Examination(
-        search, (exam,), rivals=("equal", "greedy"), rival_agents=("random",), random=3,
-        images=128, epochs=1, seeds=(0, 1), bundle=True,
+    return examine.Options(
+        search=search, exams=(exam,), rivals=("equal", "greedy"), rival_agents=("random",),
+        random=3, images=128, epochs=1, seeds=(0, 1), bundle=True,
     )  # fmt: skip
 
 
