@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,9 +173,9 @@ def finetune(
         held = None
         if val is not None:
             held = measured_batches(found(val, "val", model), device, seed=seed)
+    processes = accelerator.num_processes
     identity, saved = {}, None
     if folder is not None:
-        processes = accelerator.num_processes
         identity = identify(settings, seed, model, dense, batches, held, processes)
         if accelerator.is_main_process:  # only its machine may have the folder
             check_folder(folder)
@@ -192,25 +192,15 @@ def finetune(
         show = sys.stderr.isatty() if progress is None else progress
         show = show and accelerator.is_main_process
         done = len(standing.history)
-        bar = progress_bar(batches, settings.epochs, done, accelerator.num_processes, show)
+        bar = progress_bar(batches, settings.epochs, done, processes, show)
         taught = nullcontext() if dense is None else teaching(dense.to(device))
         with taught, seeded(seed), tracking(accelerator, settings) as track, bar as tell:
             if saved is not None:
                 engine.restore(saved["engine"])
             for epoch in range(done + 1, settings.epochs + 1):
-                tick = time.perf_counter()
-                loss = engine.train(tell)
-                if not math.isfinite(loss):
-                    raise DivergenceError(
-                        f"The training loss became {loss} in epoch {epoch}; the best weights so "
-                        f"far (epoch {standing.epoch}) were kept. Try a smaller learning rate "
-                        f"than {settings.lr}."
-                    )
-                accuracy = _accuracy(engine.kept, held, f"after epoch {epoch}")
-                (accuracy,) = broadcast_object_list([accuracy])  # all keep the same weights
-                tell(0, loss, accuracy)
-                track(epoch, {"loss": loss, "accuracy": accuracy, "lr": engine.lr})
-                record = EpochRecord(epoch, loss, accuracy, time.perf_counter() - tick)
+                record = _one_epoch(engine, held, epoch, standing.epoch, tell)
+                values = {"loss": record.loss, "accuracy": record.accuracy, "lr": engine.lr}
+                track(epoch, values)
                 standing.note(record, engine.kept)
                 if folder is not None and accelerator.is_main_process:
                     state = {"engine": engine.state(), "standing": standing.state()}
@@ -230,6 +220,27 @@ def finetune(
         device=str(device),
         teacher=taught_by,
     )
+
+
+def _one_epoch(
+    engine: Engine, held: Any, epoch: int, best: int, tell: Callable[..., None]
+) -> EpochRecord:
+    """Train for one epoch, and measure what would be kept of it.
+
+    Raises:
+        DivergenceError: when the training or validation loss is not finite.
+    """
+    started = time.perf_counter()
+    loss = engine.train(tell)
+    if not math.isfinite(loss):
+        raise DivergenceError(
+            f"The training loss became {loss} in epoch {epoch}; the best weights so far (epoch "
+            f"{best}) were kept. Try a smaller learning rate than {engine.recipe.lr}."
+        )
+    accuracy = _accuracy(engine.kept, held, f"after epoch {epoch}")
+    (accuracy,) = broadcast_object_list([accuracy])  # all processes keep the same weights
+    tell(0, loss, accuracy)
+    return EpochRecord(epoch, loss, accuracy, time.perf_counter() - started)
 
 
 def evaluate(
