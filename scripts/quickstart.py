@@ -19,7 +19,7 @@ import tyro
 import zoo
 from zoo.common.documents import write_json
 from zoo.data.datasets import Splits
-from zoo.spec.plan import PruningRecord
+from zoo.spec.plans import PruningRecord
 from zoo.storage.artefacts import save_checkpoint
 
 ARCH, CF = "resnet20-16", 4

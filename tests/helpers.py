@@ -16,7 +16,7 @@ from zoo.models import build_model
 from zoo.planning.policies import policy_solution
 from zoo.spec.cost import cost_model
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, make_plan
+from zoo.spec.plans import Plan, make_plan
 from zoo.surgery.surgery import named_tensors
 from zoo.tracing import contract
 from zoo.tracing.graph import channel_groups

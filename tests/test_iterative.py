@@ -17,7 +17,7 @@ from zoo.data.datasets import ImageSet
 from zoo.errors import CheckpointError, DataError, ZooError
 from zoo.iterative import IterativeResult, Schedule, prune_iteratively
 from zoo.models import build_model, parameter_count
-from zoo.spec.plan import Source, kept_positions
+from zoo.spec.plans import Source, kept_positions
 from zoo.surgery.surgery import apply, named_tensors
 from zoo.tracing.graph import channel_groups
 from zoo.training.recipes import Recipe

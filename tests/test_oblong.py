@@ -23,7 +23,7 @@ from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError, ZooError
 from zoo.models import build_model, parameter_count
 from zoo.spec.groups import InputShape
-from zoo.spec.plan import PruningRecord
+from zoo.spec.plans import PruningRecord
 from zoo.storage.artefacts import save_checkpoint
 from zoo.tracing.contract import randomised
 from zoo.tracing.graph import channel_groups

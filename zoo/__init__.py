@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from zoo.common.strides import UnitStrides
     from zoo.data.datasets import Splits, load_data
     from zoo.data.images import ImageSet
-    from zoo.deployment.export import ExportResult, export
+    from zoo.deployment.exporting import ExportResult, export
     from zoo.deployment.measurement import BenchmarkRow, ComparisonRow, benchmark, compare
     from zoo.deployment.options import BenchmarkOptions, ExportOptions
     from zoo.deployment.runtime import InferenceSession
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from zoo.loading import create_model, load, load_pruned, plan, prune, save
     from zoo.registry.store import ProfileEntry, get_profile, list_profiles
     from zoo.search.campaign import SearchConfig, search_profile
-    from zoo.spec.plan import Plan, PruningRecord
+    from zoo.spec.plans import Plan, PruningRecord
     from zoo.spec.profile import Profile
     from zoo.training.finetuning import Evaluation, TrainResult, evaluate, finetune
     from zoo.training.recipes import RECIPES, Recipe
@@ -94,7 +94,7 @@ _HOMES = {
     "zoo.common.strides": ("UnitStrides",),
     "zoo.data.datasets": ("Splits", "load_data"),
     "zoo.data.images": ("ImageSet",),
-    "zoo.deployment.export": ("ExportResult", "export"),
+    "zoo.deployment.exporting": ("ExportResult", "export"),
     "zoo.deployment.measurement": ("BenchmarkRow", "ComparisonRow", "benchmark", "compare"),
     "zoo.deployment.options": ("BenchmarkOptions", "ExportOptions"),
     "zoo.deployment.runtime": ("InferenceSession",),
@@ -112,7 +112,7 @@ _HOMES = {
     "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
     "zoo.registry.store": ("ProfileEntry", "get_profile", "list_profiles"),
     "zoo.search.campaign": ("SearchConfig", "search_profile"),
-    "zoo.spec.plan": ("Plan", "PruningRecord"),
+    "zoo.spec.plans": ("Plan", "PruningRecord"),
     "zoo.spec.profile": ("Profile",),
     "zoo.training.finetuning": ("Evaluation", "TrainResult", "evaluate", "finetune"),
     "zoo.training.recipes": ("RECIPES", "Recipe"),

@@ -19,7 +19,7 @@ from zoo.planning.request import Request, plan_of, planned, request
 from zoo.planning.solver import solve
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.groups import ChannelGroups, Slot
-from zoo.spec.plan import Plan, PruningRecord, kept_positions
+from zoo.spec.plans import Plan, PruningRecord, kept_positions
 from zoo.spec.profile import Profile
 from zoo.surgery.surgery import apply
 from zoo.tracing.known_groups import groups_of, traced_groups

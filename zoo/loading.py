@@ -19,7 +19,7 @@ from zoo.models import architecture, build_model
 from zoo.planning.request import Request, planned, request
 from zoo.registry import hub
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, PruningRecord, Source
+from zoo.spec.plans import Plan, PruningRecord, Source
 from zoo.spec.profile import Profile
 from zoo.storage.artefacts import MODEL, read_model, write_model
 from zoo.storage.checkpoints import RECORD

@@ -29,7 +29,7 @@ from torch import nn
 import zoo
 from zoo.planning.request import planned, request
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan
+from zoo.spec.plans import Plan
 from zoo.surgery import surgery
 from zoo.surgery.surgery import named_tensors
 from zoo.tracing.known_groups import groups_of

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan
+from zoo.spec.plans import Plan
 
 __all__ = ["Outcome", "cut", "halve", "in_own_process"]
 

@@ -63,7 +63,7 @@ def train(widths: list[int]) -> None:
     from zoo.data.datasets import ImageSet
     from zoo.models import build_model
     from zoo.registry.store import stored_groups
-    from zoo.spec.plan import make_plan
+    from zoo.spec.plans import make_plan
     from zoo.surgery import surgery
 
     zoo.common.strides._BLOCK = 0

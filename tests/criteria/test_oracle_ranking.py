@@ -15,7 +15,7 @@ from zoo.criteria.ranking import Oracle, oracle, spearman
 from zoo.criteria.scores import channel_scores
 from zoo.errors import ZooError
 from zoo.models import build_model
-from zoo.spec.plan import make_plan
+from zoo.spec.plans import make_plan
 from zoo.surgery.masking import masked
 from zoo.tracing.graph import channel_groups
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from learnt import trained
 
-from zoo.deployment.export import export
+from zoo.deployment.exporting import export
 
 
 @pytest.fixture(scope="module")

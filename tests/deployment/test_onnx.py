@@ -18,17 +18,17 @@ from onnxscript import ir
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import zoo.deployment.export
+import zoo.deployment.exporting
 import zoo.deployment.runtime
 from zoo import ExportOptions
 from zoo.data.datasets import ImageSet
-from zoo.deployment.export import export
+from zoo.deployment.exporting import export
 from zoo.deployment.parity import TOLERANCES, Comparison, compare_outputs, gather
 from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError
 from zoo.models import build_model
 from zoo.spec.cost import Cost
-from zoo.spec.plan import Plan, PruningRecord, Source
+from zoo.spec.plans import Plan, PruningRecord, Source
 
 CPU = ["CPUExecutionProvider"]
 
@@ -353,7 +353,7 @@ def test_an_unwritable_path_is_an_error_before_any_work(
     def never(*_: object) -> None:
         raise AssertionError("the export had started")
 
-    monkeypatch.setattr(zoo.deployment.export, "sample_of", never)
+    monkeypatch.setattr(zoo.deployment.exporting, "sample_of", never)
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "model.onnx", tmp_path, tmp_path / ("x" * 300)):
         with pytest.raises(ExportError, match=r"cannot be written|is a folder"):
@@ -380,7 +380,7 @@ def test_exporting_and_running_print_nothing(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
         "from zoo.models import build_model\n"
-        "from zoo.deployment.export import export\n"
+        "from zoo.deployment.exporting import export\n"
         "from zoo.deployment.runtime import InferenceSession\n"
         "assert 'onnxruntime' not in sys.modules and 'onnx' not in sys.modules\n"
         "images = torch.zeros(2, 3, 16, 16)\n"

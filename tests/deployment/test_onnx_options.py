@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import zoo
-import zoo.deployment.export
-from zoo.deployment.export import export
+import zoo.deployment.exporting
+from zoo.deployment.exporting import export
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError, ZooError

@@ -12,8 +12,8 @@ import torch
 from learnt import SAMPLE, logits, trained
 from torch import Tensor, nn
 
-import zoo.deployment.export
-from zoo.deployment.export import export
+import zoo.deployment.exporting
+from zoo.deployment.exporting import export
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.program import PRECISIONS, in_precision
 from zoo.deployment.runtime import InferenceSession
@@ -142,7 +142,7 @@ def test_int8_is_calibrated_on_other_images_than_it_is_compared_on(
         seen["calibration"] = calibration
         return in_precision(program, precision, half_inputs, calibration)
 
-    monkeypatch.setattr(zoo.deployment.export, "in_precision", note)
+    monkeypatch.setattr(zoo.deployment.exporting, "in_precision", note)
     options = ExportOptions(min_agreement=0)
     result = export(model, tmp_path / "m.onnx", inputs=images, precision="int8", options=options)
     assert torch.equal(seen["calibration"], images[::2])

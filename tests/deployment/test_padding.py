@@ -15,7 +15,7 @@ from torch import nn
 
 import zoo
 from zoo.deployment import padding
-from zoo.deployment.export import export
+from zoo.deployment.exporting import export
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.padding import padded
 from zoo.deployment.runtime import InferenceSession

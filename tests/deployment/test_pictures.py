@@ -20,7 +20,7 @@ from zoo.data import datasets as data
 from zoo.data import images
 from zoo.data.datasets import load_data
 from zoo.data.images import ImageFiles, open_picture, to_rgb
-from zoo.deployment.export import export
+from zoo.deployment.exporting import export
 from zoo.deployment.metadata import Metadata
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.pictures import to_array

@@ -19,7 +19,7 @@ from learnt import trained
 from torch import nn
 
 from zoo.deployment import providers as onnx_providers
-from zoo.deployment.export import export
+from zoo.deployment.exporting import export
 from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError, ZooError
 

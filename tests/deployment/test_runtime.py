@@ -17,7 +17,7 @@ from learnt import halves, trained
 from PIL import Image
 from torch import Tensor
 
-from zoo.deployment.export import export
+from zoo.deployment.exporting import export
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.runtime import InferenceSession
 from zoo.errors import DataError, ExportError, ZooError

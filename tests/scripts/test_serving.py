@@ -20,7 +20,7 @@ import pytest
 from learnt import halves, trained
 from PIL import Image
 
-from zoo.deployment.export import export
+from zoo.deployment.exporting import export
 from zoo.deployment.runtime import InferenceSession
 
 pytest.importorskip("starlette")

@@ -25,7 +25,7 @@ from zoo.search.fidelities import (
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import RandomlyMasked, train_under_masks
 from zoo.search.tasks import Candidate, Task, check_tasks, cut, make_task, plan_of, sample
-from zoo.spec.plan import kept_positions, make_plan
+from zoo.spec.plans import kept_positions, make_plan
 from zoo.surgery.surgery import apply
 from zoo.tracing.graph import channel_groups
 from zoo.training.finetuning import finetune

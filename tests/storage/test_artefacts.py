@@ -20,7 +20,7 @@ from torch import nn
 from zoo.errors import CheckpointError, DocumentError, ZooError
 from zoo.registry.store import stored_groups
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import PruningRecord, Source, make_plan
+from zoo.spec.plans import PruningRecord, Source, make_plan
 from zoo.storage import artefacts
 from zoo.storage.artefacts import read_model, save_checkpoint, write_model
 from zoo.storage.checkpoints import HISTORY

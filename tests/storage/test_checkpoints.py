@@ -16,7 +16,7 @@ from torch import nn
 
 import zoo.storage.checkpoints as checkpoints
 from zoo.errors import CheckpointError
-from zoo.spec.plan import Source
+from zoo.spec.plans import Source
 from zoo.storage.artefacts import save_checkpoint
 from zoo.storage.checkpoints import read_checkpoint
 from zoo.storage.dense import load_dense

@@ -19,7 +19,7 @@ from zoo.planning.policies import POLICIES, policy_solution
 from zoo.registry.store import stored_groups
 from zoo.spec.cost import cost_model
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, kept_positions, make_plan
+from zoo.spec.plans import Plan, kept_positions, make_plan
 from zoo.surgery import surgery
 from zoo.surgery.masking import masked
 from zoo.surgery.surgery import named_tensors

@@ -18,7 +18,7 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from torch import nn
 
-    from zoo.deployment.export import ExportResult
+    from zoo.deployment.exporting import ExportResult
 
 __all__ = [
     "BenchmarkCommand",

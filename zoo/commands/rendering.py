@@ -14,7 +14,7 @@ from zoo.spec.profile import Evidence, Profile
 
 if TYPE_CHECKING:
     from zoo.deployment.measurement import BenchmarkRow, ComparisonRow
-    from zoo.spec.plan import PruningRecord
+    from zoo.spec.plans import PruningRecord
     from zoo.training.finetuning import TrainResult
 
 __all__ = [

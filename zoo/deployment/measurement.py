@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
-from zoo.deployment.export import ExportResult, export
+from zoo.deployment.exporting import ExportResult, export
 from zoo.deployment.options import BenchmarkOptions, ExportOptions
 from zoo.deployment.parity import cpu_copy, outputs_of
 from zoo.deployment.peak_memory import peak_memory
@@ -31,7 +31,7 @@ from zoo.deployment.runtime import InferenceSession
 from zoo.errors import ExportError, ZooError, integer, unknown
 from zoo.models import parameter_count
 from zoo.planning.latency import device_name
-from zoo.spec.plan import record_of
+from zoo.spec.plans import record_of
 from zoo.tracing.calls import checked_inputs, input_shapes, shapes_of
 from zoo.training.finetuning import evaluate
 

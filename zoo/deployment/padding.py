@@ -14,7 +14,7 @@ from zoo.deployment.parity import compare_outputs, outputs_of
 from zoo.errors import ExportError, ZooError
 from zoo.models import parameter_count
 from zoo.spec.groups import ChannelGroups, Group
-from zoo.spec.plan import attribute_values, kept_positions, record_of
+from zoo.spec.plans import attribute_values, kept_positions, record_of
 from zoo.storage.artefacts import skeleton_of
 from zoo.surgery.surgery import named_tensors, resized
 from zoo.tracing.calls import Inputs

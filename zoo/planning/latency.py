@@ -32,7 +32,7 @@ from zoo.data.datasets import cache_folder
 from zoo.errors import DocumentError, ZooError, first_line
 from zoo.spec.cost import Conditions, Extent, LatencyTable, LayerTimes, cost_model, extents
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import make_plan
+from zoo.spec.plans import make_plan
 from zoo.surgery.surgery import apply, evaluating
 from zoo.tracing.calls import Inputs, call, described, example_for, tensors_of
 

@@ -23,7 +23,7 @@ from zoo.planning.solver import Limits, round_widths, scale_curve, solve
 from zoo.registry.store import find_profile, get_profile
 from zoo.spec.cost import CostModel, LatencyTable, cost_model
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, make_plan
+from zoo.spec.plans import Plan, make_plan
 from zoo.spec.profile import METRICS, Profile
 
 __all__ = ["Request", "plan_of", "planned", "request"]

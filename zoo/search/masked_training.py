@@ -17,7 +17,7 @@ from zoo.planning.solver import round_widths
 from zoo.search.fidelities import recalibrate
 from zoo.search.tasks import sample
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import kept_positions
+from zoo.spec.plans import kept_positions
 from zoo.surgery.surgery import named_tensors
 from zoo.training.finetuning import finetune
 from zoo.training.recipes import Recipe

@@ -22,7 +22,7 @@ from zoo.data.batches import DeviceLoader
 from zoo.data.datasets import DATASETS, ImageSet, Splits, load_data
 from zoo.errors import ZooError
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, make_plan
+from zoo.spec.plans import Plan, make_plan
 from zoo.storage.dense import load_dense
 from zoo.surgery.surgery import apply, named_tensors
 from zoo.tracing.known_groups import reference_groups

@@ -29,7 +29,7 @@ from zoo.common.documents import (
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.cost import cost_model
-from zoo.spec.plan import PruningRecord, Source, kept_positions, record_of
+from zoo.spec.plans import PruningRecord, Source, kept_positions, record_of
 from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
 from zoo.storage.dense import Uninitialised
 from zoo.surgery.surgery import named_tensors, resize, resized

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError
 from zoo.registry import hub
-from zoo.spec.plan import Source
+from zoo.spec.plans import Source
 
 __all__ = [
     "HISTORY",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, kept_positions
+from zoo.spec.plans import Plan, kept_positions
 from zoo.surgery.surgery import named_tensors
 
 __all__ = ["mask", "masked"]

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from zoo.errors import GraphError
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, kept_positions
+from zoo.spec.plans import Plan, kept_positions
 
 __all__ = [
     "apply",

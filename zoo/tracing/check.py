@@ -23,7 +23,7 @@ from torch._subclasses import FakeTensorMode
 from zoo.errors import GraphError, first_line
 from zoo.spec.cost import Cost
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, attribute_values
+from zoo.spec.plans import Plan, attribute_values
 from zoo.surgery.surgery import apply, named_tensors, resized
 from zoo.tracing.calls import Inputs, call, leaves, mapped
 from zoo.tracing.program import Program

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_structure
 
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan, kept_positions
+from zoo.spec.plans import Plan, kept_positions
 from zoo.surgery import surgery
 from zoo.surgery.masking import masked
 from zoo.surgery.surgery import named_tensors

@@ -20,7 +20,7 @@ from zoo.common.quiet import ONE_AT_A_TIME
 from zoo.common.seeding import seeded
 from zoo.errors import GraphError, first_line
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.plan import Plan
+from zoo.spec.plans import Plan
 from zoo.surgery import surgery
 from zoo.surgery.masking import mask
 from zoo.surgery.surgery import evaluating, named_tensors, resized

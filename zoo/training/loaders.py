@@ -17,7 +17,7 @@ from zoo.common.sizes import sides
 from zoo.data.batches import WORKERS, Augmentation, DeviceLoader, check_pair, collated
 from zoo.data.datasets import AnyImages, load_data
 from zoo.errors import DataError
-from zoo.spec.plan import record_of
+from zoo.spec.plans import record_of
 from zoo.training.recipes import Recipe
 
 __all__ = ["Data", "found", "measured_batches", "training_batches"]

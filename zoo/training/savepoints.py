@@ -16,7 +16,7 @@ from torch import nn
 from zoo.common.documents import replacing, write_text
 from zoo.data.batches import DeviceLoader
 from zoo.errors import ZooError
-from zoo.spec.plan import record_of
+from zoo.spec.plans import record_of
 from zoo.storage.checkpoints import HISTORY, SAVEPOINT
 from zoo.tracing.fingerprint import digest
 from zoo.training.recipes import Recipe

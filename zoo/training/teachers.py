@@ -13,7 +13,7 @@ from torch import nn
 from zoo.common.strides import laid_out
 from zoo.errors import CheckpointError, ZooError, unknown
 from zoo.models import parameter_count
-from zoo.spec.plan import PruningRecord, record_of
+from zoo.spec.plans import PruningRecord, record_of
 from zoo.storage.dense import load_dense
 from zoo.surgery.surgery import evaluating
 

@@ -32,7 +32,7 @@ from zoo.deployment.samples import (
     sample_of,
 )
 from zoo.errors import ExportError, unknown
-from zoo.spec.plan import PruningRecord, record_of
+from zoo.spec.plans import PruningRecord, record_of
 from zoo.tracing.calls import (
     Inputs,
     batch_of,
