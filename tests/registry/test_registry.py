@@ -317,3 +317,11 @@ def test_what_a_hub_repository_lists_is_fetched_from_it(
     for entry in zoo.list_profiles(source="hf:someone/profiles@v2"):
         profile = zoo.get_profile(entry.reference)
         assert (profile.architecture, profile.cf) == (entry.architecture, entry.cf)
+
+
+def test_a_bundled_profile_that_was_changed_is_refused(own: Path) -> None:
+    path = own / "resnet20-16" / "params-cf10.json"
+    path.write_text(path.read_text().replace("10.0", "10.00", 1))
+    with pytest.raises(DocumentError, match="not the file that the registry's index lists"):
+        zoo.get_profile("bundled:resnet20-16/params-cf10")
+    assert zoo.get_profile("bundled:resnet20-16/params-cf2.5").cf == 2.5

@@ -137,15 +137,15 @@ def get_profile(ref: str) -> Profile:
     Raises:
         ZooError: for a reference without a source, or a bundled profile that does not exist; the
             message gives the valid ones.
-        DocumentError: for a malformed profile.
+        DocumentError: for a malformed profile, or a bundled one that differs from the index.
     """
     source, _, rest = ref.partition(":")
     if source == "bundled" and rest:
-        path = _bundled_path(rest)
-        references = [entry.reference for entry in list_profiles()]
-        if ref not in references:
-            raise unknown("profile", ref, references)
-        return Profile.read(registry_folder() / path)
+        path = registry_folder() / _bundled_path(rest)
+        digests = {entry.reference: entry.sha256 for entry in list_profiles()}
+        if ref not in digests:
+            raise unknown("profile", ref, digests)
+        return _whole(path, digests[ref])
     if source == "published" and rest:
         entries = {entry.reference: entry for entry in _index("published")}
         if ref not in entries:
@@ -160,6 +160,13 @@ def get_profile(ref: str) -> Profile:
         f"The profile reference {ref!r} names no source: write 'bundled:<architecture>/<name>', "
         f"'published:<name>', 'file:{ref}' or 'hf:<org>/<repo>[/<path>][@<revision>]'."
     )
+
+
+def _whole(path: Path, sha256: str) -> Profile:
+    profile = Profile.read(path)
+    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+        raise DocumentError(f"{path} is not the file that the registry's index lists.")
+    return profile
 
 
 def _read_published(path: Path) -> Profile:
