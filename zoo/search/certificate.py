@@ -30,7 +30,7 @@ class Rank:
     Attributes:
         profiles: number of random profiles.
         at_least_as_good: how many of them reached the candidate's accuracy.
-        probability: their share: the estimated probability that a random profile is as good.
+        probability: their share, the estimated probability that a random profile is as good.
         low, high: exact two-sided 95 % confidence interval of `probability`.
     """
 
