@@ -1,7 +1,7 @@
-"""The `zoo` command: its table of commands, and what ends a run.
+"""The `zoo` command line: its table of commands and its entry point.
 
-Each command is a frozen dataclass whose fields are its flags, and a function that carries it out;
-they are in `zoo.commands`.
+A command is a frozen dataclass, whose fields are its flags, and a function that runs it. Both are
+in `zoo.commands`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from zoo.errors import ZooError, unknown
 __all__ = ["COMMANDS", "main"]
 
 USER_ERROR = 2
-"""Exit code of an error that the user can mend."""
+"""Exit code after an error that the user can fix."""
 
 COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "list": (ListCommand, list_profiles),
@@ -56,11 +56,11 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "ledger": (LedgerCommand, ledger),
     "doctor": (DoctorCommand, doctor),
 }
-"""Name -> (flags, what carries it out)."""
+"""Name -> (dataclass of its flags, function that runs it)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command line; the exit code is 2 on a user's error and 130 after Ctrl-C."""
+    """Run one command line and return its exit code: 2 after a user's error, 130 after Ctrl-C."""
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if given[0] == "--version":
         print(f"zoo {zoo.__version__}")
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _flags(name: str, given: Sequence[str]) -> Any:
-    """The dataclass of a command; the search's own is heavy, and imported when it is asked for."""
+    """The dataclass of a command; that of `search` is slow to import, and imported on demand."""
     if name == "search" == given[0]:
         from zoo.search.campaign import SearchConfig
 

@@ -274,7 +274,7 @@ def test_ctrl_c_before_any_episode_leaves_nothing_and_says_so(
     assert len(stopped.value.profiles) == (1 if agent == "ppo" else 0)
     if agent == "random":
         assert "nothing to choose from" in capsys.readouterr().err
-        assert "without a choice" in (tmp_path / "report.md").read_text()
+        assert "chose no profile" in (tmp_path / "report.md").read_text()
 
 
 def test_a_folder_holds_the_runs_of_one_search(config, searched):

@@ -305,5 +305,5 @@ def test_without_matplotlib_there_is_a_report_that_says_so(tmp_path, monkeypatch
 
 def test_a_search_stopped_before_anything_was_found_still_has_a_report(tmp_path):
     text = write_report(tmp_path, [], [], [], MODEL, {}).read_text()
-    assert "without a choice" in text
+    assert "chose no profile" in text
     assert "|" not in text

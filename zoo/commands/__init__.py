@@ -1,4 +1,4 @@
-"""What the commands of `zoo` take and do: flags as dataclasses, each with its function.
+"""The commands of `zoo`: each is a dataclass of flags and a function.
 
-Heavy imports are inside the functions: `zoo --help` waits for none of them.
+Slow imports are inside the functions, so that `zoo --help` does not wait for them.
 """

@@ -32,23 +32,22 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand(ExportOptions):
-    """Write a network as ONNX, checked in ONNX Runtime against PyTorch."""
+    """Export a network to ONNX, and compare its outputs in ONNX Runtime with PyTorch's."""
 
     network: Annotated[Positional[str], arg(metavar="NETWORK")]
     """folder of a pruned network, or a checkpoint"""
     out: Annotated[Positional[Path], arg(metavar="FILE")]
-    """file to write, .onnx"""
+    """ONNX file to write"""
     data: str | None = None
-    """data set whose validation images the outputs are compared on; noise without; int8 needs it"""
+    """data set whose validation images outputs are compared on, by default noise; int8 needs one"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: Annotated[Size | None, SIZE] = None
-    """pixels per side, or height and width as 96x320; by default what the network was pruned for,
-    or the checkpoint's"""
+    """image size: pixels per side, or height and width as 96x320; by default the network's own"""
     precision: str = "fp32"
-    """of weights and arithmetic: fp32, fp16, int8, or int8-symmetric for TensorRT"""
+    """precision of weights and arithmetic: fp32, fp16, int8, or int8-symmetric for TensorRT"""
     arch: str | None = None
-    """architecture of a checkpoint that does not name its own"""
+    """architecture of a checkpoint whose file does not name it"""
 
 
 def export(command: ExportCommand) -> None:
@@ -76,7 +75,7 @@ def export(command: ExportCommand) -> None:
         f"{result.max_abs_difference:.2g}, {_agreement(result)}"
     )
     if result.unpadded:
-        print(f"Its widths are its own, which may be slow. {result.unpadded}")
+        print(f"The widths were not padded, which may be slow. {result.unpadded}")
     if result.accuracy is not None and result.module_accuracy is not None:
         print(
             f"Accuracy on these images: {result.module_accuracy:.2%} in PyTorch, "
@@ -92,7 +91,7 @@ def _agreement(result: ExportResult) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkCommand(BenchmarkOptions):
-    """Latency of a pruned network beside the dense one's, and the share of its MACs that shows."""
+    """Compare a pruned network's latency with the dense one's, and their ratio with the MACs'."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """pruned network, as `zoo prune` writes it"""
@@ -105,7 +104,7 @@ def benchmark(command: BenchmarkCommand) -> None:
 
     pruned = zoo.load_pruned(command.folder)
     record: Any = pruned.pruning
-    # times depend on no weights
+    # latency does not depend on the weights
     dense = build_model(
         record.architecture,
         record.num_classes,
@@ -118,26 +117,26 @@ def benchmark(command: BenchmarkCommand) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareCommand(BenchmarkOptions):
-    """Several networks side by side, or one pruned by several profiles or policies."""
+    """Compare several networks, or one network pruned by several profiles or policies."""
 
     networks: Annotated[Positional[tuple[str, ...]], arg(metavar="NETWORK")]
-    """folders of pruned networks and checkpoints; with --cf, `dense` and names of profiles"""
+    """folders of pruned networks, or checkpoints; with --cf, profiles, policies or `dense`"""
     arch: str | None = None
-    """architecture of the checkpoints that do not name their own, or to prune"""
+    """architecture of checkpoints whose files do not name it; with --cf, the one to prune"""
     cf: float | None = None
-    """compression factor, for profiles"""
+    """compression factor of the profiles"""
     metric: Metric = "params"
-    """what the factor counts"""
+    """cost that the factor refers to"""
     weights: str | None = None
-    """dense checkpoint that the profiles prune; by default a fresh network"""
+    """dense checkpoint to prune; by default a new network with random weights"""
     classes: int = 10
-    """of the fresh network"""
+    """number of classes of the new network"""
     data: str | None = None
-    """data set whose test images the accuracies are of"""
+    """data set whose test images accuracies are measured on"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: Annotated[Size | None, SIZE] = None
-    """pixels per side, or height and width as 96x320; by default what the networks are for"""
+    """image size: pixels per side, or height and width as 96x320; by default the networks' own"""
 
 
 def compare(command: CompareCommand) -> None:
@@ -173,7 +172,7 @@ def compare(command: CompareCommand) -> None:
 
 
 def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], Size]:
-    """One network as it is (`dense`) and as the profiles prune it, and its image size."""
+    """Name -> one network, pruned by that profile or `dense`; and the network's image size."""
     from zoo.storage.dense import load_dense
 
     if command.arch is None:

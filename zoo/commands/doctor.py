@@ -1,4 +1,4 @@
-"""`zoo doctor`: what every report of a fault should say about the machine it happened on."""
+"""`zoo doctor`: what every bug report should say about the machine."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ VARIABLES = (
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorCommand:
-    """Versions, processor, GPU, ONNX Runtime's providers, cache, and what is missing.
+    """Print versions, processor, GPU, ONNX Runtime's providers, cache, and missing packages.
 
-    Paste all of it into a report of a fault. The exit code is 1 where a package that every command
+    Paste the whole output into a bug report. The exit code is 1 if a package that every command
     needs is missing.
     """
 
@@ -101,7 +101,7 @@ def _gpu() -> Iterator[str]:
 
 
 def _onnxruntime() -> Iterator[str]:
-    """Each provider with whether a small network runs on it."""
+    """Each execution provider, and whether a small network runs on it."""
     import onnx
     from onnx import TensorProto, helper
 
@@ -138,7 +138,7 @@ def _zoo() -> Iterator[str]:
 
 
 def _packages() -> Iterator[str]:
-    """Every dependency: its version, or that it is missing or outside the range, and for what."""
+    """Every dependency: its version, or that it is out of range or missing, and what needs it."""
     from packaging.requirements import Requirement
 
     installed = []

@@ -37,7 +37,7 @@ __all__ = [
 
 @dataclass(frozen=True, kw_only=True)
 class _Training:
-    """What `train` and `finetune` have in common."""
+    """Flags that `train` and `finetune` share."""
 
     data: str
     """data set: digits, cifar10, cifar100, imagefolder:PATH, hf:ORG/NAME"""
@@ -46,27 +46,27 @@ class _Training:
     recipe: str = "standard"
     """quick, standard, long, or a TOML file"""
     epochs: int | None = None
-    """instead of the recipe's"""
+    """number of epochs, instead of the recipe's"""
     lr: float | None = None
     """peak learning rate, instead of the recipe's"""
     seed: int = 0
-    """of shuffling, augmentation and new weights"""
+    """seed of shuffling, augmentation and new weights"""
     resume: bool = False
-    """go on from the last epoch that an interrupted training of this output finished"""
+    """continue an interrupted training of this output after its last finished epoch"""
     track: tuple[str, ...] = ()
-    """experiment trackers to tell (tensorboard, wandb, mlflow, ...)"""
+    """experiment trackers to log to (tensorboard, wandb, mlflow, ...)"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCommand(_Training):
-    """Train a dense network from scratch; its validation split stays unseen."""
+    """Train a dense network from scratch; the validation split is not trained on."""
 
     arch: str
-    """architecture: a name that `zoo list` gives, torchvision:NAME or timm:NAME"""
+    """architecture: a name from `zoo list`, torchvision:NAME or timm:NAME"""
     out: Path
     """checkpoint to write, a .safetensors file"""
     size: Annotated[Size, SIZE] = 32
-    """pixels per side, or height and width as 96x320, that the images are resized to"""
+    """size that images are resized to: pixels per side, or height and width as 96x320"""
 
 
 def train(command: TrainCommand) -> int | None:
@@ -75,7 +75,7 @@ def train(command: TrainCommand) -> int | None:
 
     recipe = _recipe(command)
     if command.out.is_dir():
-        raise ZooError(f"{command.out} is a folder; name a file in it, as base.safetensors.")
+        raise ZooError(f"{command.out} is a folder; name a file in it, such as base.safetensors.")
     check_folder(command.out.absolute().parent)
     folder = command.out.with_name(f"{command.out.name}.training")
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
@@ -117,35 +117,35 @@ class PruneCommand:
     """searched, a policy (equal, increasing, decreasing, random, greedy; or, with --data, global,
     global-fisher), or a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO)"""
     metric: Metric = "params"
-    """what the factor counts; latency is measured once, on this machine's CPU at batch 1"""
+    """cost that the factor refers to; latency is measured once, on this machine's CPU at batch 1"""
     criterion: str = "random"
-    """which channels stay: random, l1, l2, fpgm, bn_scale, synflow; or, with --data, taylor,
+    """which channels are kept: random, l1, l2, fpgm, bn_scale, synflow; or, with --data, taylor,
     taylor_weight, fisher, obd, snip, apoz, reinforce"""
     init: Literal["pretrained", "random", "rewound"] = "pretrained"
     """weights of the pruned network: the checkpoint's, new ones, or those of --rewind"""
     rewind: str | None = None
-    """checkpoint of the same network to go back to, early in training or untrained"""
+    """checkpoint of the same dense network, untrained or early in training, for --init rewound"""
     refit: bool = False
-    """rescale the profile to meet the factor for this very network"""
+    """rescale the profile so that it meets the factor on this network"""
     align: int = 1
-    """widths are multiples of it, or whole; for a policy, or with --refit"""
+    """kept widths are multiples of this, or the full width; for a policy, or --refit"""
     floor: float = 0.0
-    """the least keep ratio of any channel group; likewise"""
+    """smallest keep ratio of any channel group; for a policy, or --refit"""
     keep: dict[str, float] = dataclasses.field(default_factory=dict)
-    """module name or prefix and its pinned keep ratio, as `layer3 1.0`; likewise"""
+    """module names or prefixes with fixed keep ratios, as `layer3 1.0`; for a policy, or --refit"""
     seed: int = 0
-    """of the random choices"""
+    """seed of the random choices"""
     data: str | None = None
-    """data set whose training images the criterion sees, named as for zoo train"""
+    """data set whose training images the criterion uses, named as in zoo train"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: Annotated[Size | None, SIZE] = None
-    """pixels per side, or height and width as 96x320; by default the checkpoint's, or the
-    architecture's reference"""
+    """image size: pixels per side, or height and width as 96x320; by default the checkpoint's, or
+    that of the architecture's reference"""
     classes: int | None = None
-    """outputs; a checkpoint without a classifier, or with other classes, gets a new classifier"""
+    """classes; a checkpoint without a classifier, or with other classes, gets a new classifier"""
     ema: bool = True
-    """of averaged weights and the others in one checkpoint, take the average"""
+    """use the averaged (EMA) weights of a checkpoint that holds both averaged and current ones"""
 
 
 def prune(command: PruneCommand) -> None:
@@ -186,17 +186,17 @@ def prune(command: PruneCommand) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneCommand(_Training):
-    """Train a pruned network; the weights of the best validation accuracy are kept."""
+    """Fine-tune a pruned network, and keep the weights of the best validation accuracy."""
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """pruned network, as `zoo prune` writes it"""
     size: Annotated[Size | None, SIZE] = None
-    """pixels per side, or height and width as 96x320; by default what the network was pruned for"""
+    """image size: pixels per side, or height and width as 96x320; by default the network's own"""
     teacher: str = "auto"
-    """dense checkpoint to distil from; source for the one that the network was pruned from, auto
-    for that where it can be read, or none"""
+    """dense checkpoint to distil from; or source (the checkpoint that was pruned), auto (source if
+    it can be read), or none"""
     out: Path | None = None
-    """folder to write to; by default the folder it came from"""
+    """folder to write to; by default FOLDER itself"""
 
 
 def finetune(command: FinetuneCommand) -> int | None:
@@ -234,12 +234,11 @@ class EvaluateCommand:
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: Annotated[Size | None, SIZE] = None
-    """pixels per side, or height and width as 96x320; by default what the network was pruned for,
-    or the checkpoint's"""
+    """image size: pixels per side, or height and width as 96x320; by default the network's own"""
     split: Literal["train", "val", "test"] = "test"
     """which split to measure on"""
     arch: str | None = None
-    """architecture of a checkpoint that does not name its own"""
+    """architecture of a checkpoint whose file does not name it"""
 
 
 def evaluate(command: EvaluateCommand) -> None:
@@ -271,7 +270,7 @@ def _fit(
     folder: Path,
     teacher: Any = None,
 ) -> TrainResult:
-    """Train on the training split and keep the best on the validation split; state in `folder`."""
+    """Train; keep the weights that are best on the validation split; save state in `folder`."""
     return zoo.finetune(
         model,
         splits.train,
@@ -286,7 +285,7 @@ def _fit(
 
 
 def _main_process() -> bool:
-    """Whether this is the one of several training processes that writes and reports."""
+    """Whether this training process is the one that writes files and prints."""
     from accelerate import PartialState
 
     return PartialState().is_main_process
@@ -295,7 +294,7 @@ def _main_process() -> bool:
 def _report_training(
     result: TrainResult, test: float, recipe: Recipe, out: Path, folder: Path
 ) -> int | None:
-    """What the training did, and its curves beside its history in `folder`."""
+    """Print the results, plot the history into `folder`, and return the exit code."""
     from zoo.commands.rendering import training_summary
     from zoo.training.savepoints import discard
 

@@ -19,11 +19,11 @@ class ListCommand:
     """The profiles that exist, and the architectures that have none."""
 
     arch: str | None = None
-    """only of this architecture"""
+    """only profiles of this architecture"""
     metric: Metric | None = None
-    """only of this metric"""
+    """only profiles of this metric"""
     source: str | None = None
-    """bundled, published, or hf:ORG/REPO[@REVISION]; by default bundled and published ones"""
+    """where to look: bundled, published, or hf:ORG/REPO[@REVISION]; by default the first two"""
 
 
 def list_profiles(command: ListCommand) -> None:
@@ -44,7 +44,7 @@ def list_profiles(command: ListCommand) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ShowCommand:
-    """One profile: a bar per channel group, what it costs, and its evidence."""
+    """Show one profile: a bar per channel group, its cost, and its evidence."""
 
     profile: Annotated[Positional[str], arg(metavar="PROFILE")]
     """a reference (bundled:resnet20-16/params-cf4, published:resrep, file:PATH), or an architecture
@@ -52,7 +52,7 @@ class ShowCommand:
     cf: float | None = None
     """compression factor, with an architecture"""
     metric: Metric = "params"
-    """what the factor counts, with an architecture; latency is of one device"""
+    """cost that the factor refers to, with an architecture; a latency profile is for one device"""
 
 
 def show(command: ShowCommand) -> None:

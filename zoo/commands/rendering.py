@@ -30,15 +30,15 @@ __all__ = [
 ]
 
 BAR = 32
-"""characters of a whole keep ratio"""
+"""characters of the bar of keep ratio 1"""
 
 
 def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> None:
-    """One line per profile of an index: its reference, and the factors asked for and met.
+    """Print one line per profile: its reference, and the factors asked for and met.
 
     Args:
-        entries: of the index.
-        arch: the architecture they were listed for; those of another serve it provisionally.
+        entries: the profiles.
+        arch: the architecture they were listed for; other architectures' profiles are provisional.
     """
     table = Table("reference", "architecture", "metric", box=None)
     table.add_column("asked", justify="right")
@@ -54,27 +54,27 @@ def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> 
 
 
 def print_tables(tables: Iterable[Table]) -> None:
-    """The tables one after the other; piped, as wide as they need."""
+    """Print the tables; piped output is as wide as they need."""
     console = _console(piped=1000)
     for table in tables:
         console.print(table)
 
 
 def print_policies(architectures: Sequence[str]) -> None:
-    """The `architectures` that no profile was searched for, and how to prune them."""
+    """Print the `architectures` without a searched profile, and how to prune them."""
     _console().print(
-        f"\nWithout one, by a policy at any factor (--profile equal): {', '.join(architectures)}, "
-        f"and any other torchvision:NAME or timm:NAME.",
+        f"\nNot searched; prune by a policy at any factor (--profile equal): "
+        f"{', '.join(architectures)}, and any other torchvision:NAME or timm:NAME.",
         highlight=False,
     )
 
 
 def print_profile(reference: str, profile: Profile, arch: str | None = None) -> None:
-    """A bar per channel group, the accuracies measured, and the command that found the profile.
+    """Print a bar per channel group, the measured accuracies, and the command of the search.
 
     Args:
-        reference: of the profile.
-        profile: what it names.
+        reference: the reference of the profile, as `bundled:resnet20-16/params-cf4`.
+        profile: the profile that it names.
         arch: the architecture it was looked up for, if any.
     """
     console = _console()
@@ -105,7 +105,7 @@ def headline(profile: Profile) -> str:
 
 
 def pruning_summary(record: PruningRecord) -> str:
-    """The factor asked for and met, and both costs before and after, a line each."""
+    """Lines of text: the factor asked for and met, parameters and MACs before and after."""
     plan = record.plan
     source, _, name = plan.profile.partition(":")
     borrowed = source == "bundled" and name.rpartition("/")[0] != record.architecture
@@ -121,7 +121,7 @@ def pruning_summary(record: PruningRecord) -> str:
     ]
     if record.new_classifier:
         lines.append(
-            f"the classifier is new, because the source has none of these {record.num_classes} "
+            f"the classifier is new, because the source has none for these {record.num_classes} "
             "classes: the network has to be trained"
         )
     on, old, new = plan.latency, plan.dense.latency, plan.pruned.latency
@@ -134,7 +134,7 @@ def pruning_summary(record: PruningRecord) -> str:
 
 
 def training_summary(result: TrainResult, test: float, epochs: int) -> str:
-    """Validation and `test` accuracy after training that was meant to take `epochs`."""
+    """Text: validation and `test` accuracy after a training of at most `epochs`."""
     early = f"Interrupted after {len(result.history)} of {epochs} epochs.\n"
     return (
         f"{early if result.interrupted else ''}"
@@ -172,7 +172,7 @@ def benchmark_table(rows: Sequence[BenchmarkRow]) -> Table:
 
 
 def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
-    """Networks side by side: what each costs, and below it a line per measurement."""
+    """Networks with their costs and accuracy, and a line per measurement."""
     table = Table("network", box=None)
     for column in ("params", "MACs", "accuracy"):
         table.add_column(column, justify="right")
@@ -238,5 +238,5 @@ def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
 
 
 def _console(piped: int = 140) -> Console:
-    """Standard output as a table's place: the terminal's width, or a page's of `piped`."""
+    """A console on standard output: as wide as the terminal, or `piped` characters if piped."""
     return Console() if sys.stdout.isatty() else Console(width=piped)

@@ -34,18 +34,18 @@ def search(command: Any) -> int | None:
 
 @dataclass(frozen=True, kw_only=True)
 class LedgerCommand:
-    """What ledgers of searches hold: evaluations by fidelity and source, and the best profiles."""
+    """Summarise ledgers of searches: evaluations by fidelity and source, and the best profiles."""
 
     paths: Annotated[Positional[tuple[Path, ...]], arg(metavar="PATH")]
     """ledgers (.jsonl, .parquet) or folders of runs"""
     arch: str | None = None
-    """their architecture, which the factors are of"""
+    """architecture of the ledgers, which compression factors need"""
     top: int = 10
-    """best profiles to show per base network and fidelity"""
+    """number of best profiles to show per base network and fidelity"""
     cf: float | None = None
     """only profiles at this factor, with --arch"""
     metric: Metric = "params"
-    """what the factor counts"""
+    """cost that the factor refers to"""
     plot: Path | None = None
     """plot accuracy against the factor into this .png or .svg file, with --arch"""
 

@@ -1,4 +1,4 @@
-"""What several commands need."""
+"""Types and functions that several commands share."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SIZE = PrimitiveConstructorSpec(
     is_instance=lambda value: value is None or isinstance(value, int | tuple),
     str_from_instance=lambda size: [str(size) if size is None else spelled(size)],
 )
-"""How a flag takes the size of images."""
+"""How flags parse an image size."""
 
 
 class Network(NamedTuple):

@@ -46,17 +46,18 @@ class SearchInterrupted(KeyboardInterrupt):
 
 
 def search_profile(config: SearchConfig) -> tuple[Profile, ...]:
-    """Search by an agent for profiles of an architecture, one per factor, choose, and write them.
+    """Search for profiles of an architecture with an agent, one per factor, and write them.
 
     Episodes are measured after a recalibration, or after one epoch of `episode_images`. The best
-    distinct ones of every task, and what the agent itself proposes in the end, are measured again
-    with channel seeds that no episode used; the best few of those get a longer fine-tune on the
-    held-back base networks, again on fresh seeds, and the best mean wins.
+    distinct profiles of every task, and those that the trained agent proposes, are measured again
+    with channel seeds that no episode used. The best few of these get a longer fine-tune on the
+    held-back base networks, again with fresh seeds. The best mean wins.
 
-    `config.out` holds `ledger.jsonl`, written as the search goes (running the same configuration
-    again with `resume` replays it and goes on), each profile as `<metric>-cf<cf>.json` as soon as
-    it is chosen, and a report. Progress goes to standard error. Ctrl-C ends the episodes, and a
-    profile is chosen of those that were played; later factors are left out. Again, it ends that.
+    `config.out` holds `ledger.jsonl`, written as the search goes; each profile as
+    `<metric>-cf<cf>.json`, as soon as it is chosen; and a report. The same configuration with
+    `resume` replays the ledger and continues. Progress goes to standard error. A first Ctrl-C ends
+    the episodes: a profile is chosen from those played, and later factors are left out. A second
+    one ends the choice.
 
     With several `workers`, a script that calls this needs `if __name__ == "__main__":`, because
     each process imports the script.
@@ -68,8 +69,8 @@ def search_profile(config: SearchConfig) -> tuple[Profile, ...]:
         SearchInterrupted: after Ctrl-C, when everything is written, with the profiles chosen.
         FactorError: for a factor out of reach, naming the reachable range.
         ZooError: for tasks that do not fit, a base network near chance, an unknown agent or an
-            option that it does not have, a missing extra, a folder that holds a run already or
-            another one, or one that another process is writing.
+            option that it does not have, a missing extra, or an `out` that holds a run (without
+            `resume`) or another search, or that another process is writing.
     """
     from zoo.search.report import write_report
 
@@ -109,7 +110,7 @@ class _Search:
 
     @classmethod
     def prepared(cls, config: SearchConfig, ledger: Ledger) -> _Search:
-        """A search with its tasks loaded and its factors known to be in reach."""
+        """A search whose tasks are loaded and whose factors are checked to be reachable."""
         groups = reference_groups(config.arch)
         cost = cost_of(config, groups)
         for cf in config.cf:
@@ -138,19 +139,19 @@ class _Search:
     def run(self) -> Iterator[Found]:
         """Play the episodes of every factor and choose the profile of each."""
         config = self.config
-        legs = [config.cf] if config.conditioned else [(cf,) for cf in config.cf]
-        budget = None if config.budget is None else parse_budget(config.budget) / len(legs)
-        for factors in legs:
-            leg = _Leg(self, factors, budget)
-            proposals = leg.play()
+        runs = [config.cf] if config.conditioned else [(cf,) for cf in config.cf]
+        budget = None if config.budget is None else parse_budget(config.budget) / len(runs)
+        for factors in runs:
+            run = _AgentRun(self, factors, budget)
+            proposals = run.play()
             for cf in factors:
                 candidates = self._candidates(cf, [e for e in proposals if e["cf"] == cf])
                 if not candidates:
                     say(f"{cf:g}x: no episode was finished, there is nothing to choose from")
                     continue
                 self._measure_policies(cf)
-                yield leg.found(cf, *self._choose(candidates))
-            self.interrupted = leg.interrupted
+                yield run.found(cf, *self._choose(candidates))
+            self.interrupted = run.interrupted
             if self.interrupted:
                 return
 
@@ -160,7 +161,7 @@ class _Search:
 
     @property
     def fidelity(self) -> Fidelity:
-        """That episodes are measured at."""
+        """The fidelity that episodes are measured at."""
         return self._cheap(self.config.val_images)
 
     def _cheap(self, val_images: int | None) -> Fidelity:
@@ -170,9 +171,10 @@ class _Search:
         return Recalibration(config.calibration_images, val_images)
 
     def _candidates(self, cf: float, proposals: Sequence[Episode]) -> list[Widths]:
-        """Distinct widths: the best episodes at `cf`, the tasks in turn, then what is proposed.
+        """Distinct widths: of the best episodes at `cf`, then of those that the agent proposes.
 
-        Rewards on different tasks cannot be compared: on some, every profile keeps less.
+        The tasks take turns, because rewards on different tasks cannot be compared: on some, every
+        profile keeps less accuracy.
         """
         ranked = []
         for task in self.tasks:
@@ -186,14 +188,14 @@ class _Search:
         return list(dict.fromkeys([*best, *map(self._at_factor, proposals)]))
 
     def _at_factor(self, episode: Episode) -> Widths:
-        """The episode's widths; without exact projection, scaled to its factor."""
+        """The episode's widths, scaled to its factor unless the projection did so."""
         if self.config.env.projection == "scale":
             return episode["widths"]
         curve = scale_curve(episode["keep_ratios"])
         return solve(self.cost, curve, episode["cf"], self.config.env.metric).widths
 
     def _measure_policies(self, cf: float) -> None:
-        """What profiles without a search keep, measured as candidates are, for the report."""
+        """Measure the profiles of all policies as candidates are, for the report."""
         for policy in POLICIES:
             try:
                 found = policy_solution(policy, self.cost, cf, self.config.env.metric)
@@ -211,7 +213,7 @@ class _Search:
         return seeds, self._cheap(None)
 
     def _choose(self, candidates: Sequence[Widths]) -> tuple[Widths, Fidelity]:
-        """The candidate of best mean over base networks and fresh seeds, and what measured it."""
+        """The candidate with the best mean over base networks and fresh seeds, and its fidelity."""
         config, (seeds, fidelity) = self.config, self._fresh
         finalists = self._rank(candidates, self.tasks, seeds, fidelity)[: config.finalists]
         tuned = FineTuning.of(config.finetune_epochs, config.finetune_images, config.finetune_lr)
@@ -226,7 +228,7 @@ class _Search:
         fidelity: Fidelity,
         source: str = "choice",
     ) -> list[Widths]:
-        """The profiles, best mean share of the base accuracy over tasks and seeds first."""
+        """The profiles, ranked by their mean share of the base accuracy over tasks and seeds."""
         candidates = [Candidate(t, w, s) for w in profiles for t in tasks for s in seeds]
         accuracies = self.evaluator(candidates, fidelity, source)
         shares: dict[Widths, list[float]] = {}
@@ -240,8 +242,8 @@ class _Search:
         return ranked
 
 
-class _Leg:
-    """An agent's episodes at some factors: the lines that say how they go, and when to end them."""
+class _AgentRun:
+    """The agent's episodes at one or several factors, their progress lines and their budget."""
 
     def __init__(self, search: _Search, factors: tuple[float, ...], budget: float | None) -> None:
         self.search, self.factors, self.budget = search, factors, budget
@@ -251,7 +253,7 @@ class _Leg:
         self._started, self._before = time.perf_counter(), search.evaluator.spent
 
     def play(self) -> list[Episode]:
-        """Let the agent learn; what it proposes in the end."""
+        """Train the agent, and return the episodes that it proposes in the end."""
         search, config = self.search, self.search.config
         make_env = partial(
             PruningEnv, search.tasks, search.groups, self.factors, search.measure, config.env,
@@ -266,7 +268,7 @@ class _Leg:
         return proposals
 
     def found(self, cf: float, widths: Widths, choice: Fidelity) -> Found:
-        """The winner at `cf`, and what these episodes and the choice have cost."""
+        """The winner at `cf`, with the cost of these episodes and of the choice."""
         search = self.search
         evaluations, _ = search.evaluator.spent
         return Found(
@@ -283,7 +285,7 @@ class _Leg:
 
     @property
     def _seconds(self) -> float:
-        """Wall time, with what replayed evaluations took when they were measured."""
+        """Wall time in seconds, plus the original time of replayed evaluations."""
         replayed = self.search.evaluator.spent[1] - self._before[1]
         return time.perf_counter() - self._started + replayed / self.search.evaluator.pool.size
 
@@ -292,7 +294,7 @@ class _Leg:
         return self._late
 
     def _add(self, episode: Episode) -> None:
-        """Remember an episode; say what there is to say after every round."""
+        """Remember an episode; print a line of progress after every round."""
         self.played.append(episode)
         self.search.episodes.append(episode)
         if len(self.played) % TOGETHER == 0:
@@ -313,7 +315,7 @@ class _Leg:
 
 
 def _check_run(config: SearchConfig, tasks: Sequence[Task], judges: Sequence[Task]) -> None:
-    """Note what the folder's run is of; refuse to go on with the run of another search."""
+    """Write down what the folder's search is of; refuse the folder of another search."""
     own = {
         "arch": config.arch,
         "tasks": [task.network for task in tasks],

@@ -17,21 +17,21 @@ except ImportError:
 __all__ = ["Certificate", "Comparison", "Pair", "Rank", "certify", "compare", "holm", "rank"]
 
 Pair = tuple[str, int]
-"""(base network, seed): what accuracies are paired by."""
+"""(base network, seed): accuracies of candidate and rival are paired by it."""
 
 NO_SPREAD = 1e-9
-"""Differences that spread no more than this are all equal, but for rounding."""
+"""Differences with a standard deviation up to this are equal up to rounding."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """How rarely a random profile at the same factor is at least as good; ties count as such.
+    """How many random profiles at the same factor are at least as good, ties included.
 
     Attributes:
-        profiles: how many random ones there were.
+        profiles: number of random profiles.
         at_least_as_good: how many of them reached the candidate's accuracy.
-        probability: that share, the estimate of the probability that a random profile does.
-        low, high: its exact two-sided 95 % interval.
+        probability: their share, the estimated probability that a random profile is as good.
+        low, high: exact two-sided 95 % confidence interval of `probability`.
     """
 
     profiles: int
@@ -47,8 +47,8 @@ class Comparison:
 
     Attributes:
         difference: mean of candidate minus rival, as accuracies in [0, 1].
-        sd: of the differences, dividing by n - 1.
-        p: of the one-sided paired t-test that the candidate is no better.
+        sd: standard deviation of the differences, dividing by n - 1.
+        p: of the one-sided paired t-test, whose null hypothesis is that the candidate is no better.
         adjusted: `p` after Holm's correction for the number of rivals.
     """
 
@@ -62,11 +62,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Certificate:
-    """What `certify` found, with the thresholds that its verdict keeps to.
+    """The result of `certify`, and the thresholds of its verdict.
 
     Attributes:
-        max_rank: the most that the upper end of the rank's interval may be.
-        alpha: the most that an adjusted p may be.
+        max_rank: largest upper end of the rank's interval that passes.
+        alpha: largest adjusted p that passes.
     """
 
     rank: Rank
@@ -76,7 +76,7 @@ class Certificate:
 
     @property
     def passes(self) -> bool:
-        """Surely among the best `max_rank` of random profiles, and better than every rival."""
+        """Whether it is surely in the best `max_rank` of random profiles, and beats all rivals."""
         better = all(comparison.adjusted <= self.alpha for comparison in self.comparisons)
         return self.rank.high <= self.max_rank and better
 
@@ -92,15 +92,14 @@ def certify(
 ) -> Certificate:
     """The evidence for a candidate: its rank among random profiles, and tests against rivals.
 
-    With the default thresholds, at most 3 of 200 random profiles may be as good, 0 of 72, and with
-    fewer than 72 none can pass.
+    With the default thresholds, at most 3 of 200 random profiles may be as good, or 0 of 72. With
+    fewer than 72, no candidate can pass.
 
     Args:
         candidate: (base network, seed) -> its accuracy in [0, 1].
         rivals: name -> the same for a rival, over exactly the same pairs.
-        accuracy: the candidate's, measured as the random profiles' were, perhaps at another
-            fidelity than the pairs.
-        random: accuracies of random profiles at the same factor, drawn apart from the search.
+        accuracy: the candidate's, at the fidelity of `random`, which may differ from the pairs'.
+        random: accuracies of random profiles at the same factor, drawn independently of the search.
         max_rank, alpha: as in `Certificate`.
 
     Raises:
@@ -109,7 +108,7 @@ def certify(
     """
     for name, threshold in {"max_rank": max_rank, "alpha": alpha}.items():
         if not 0 < threshold < 1:
-            raise ZooError(f"{name}={threshold}: a threshold of a certificate is in (0, 1).")
+            raise ZooError(f"{name}={threshold}: a certificate's threshold must be in (0, 1).")
     return Certificate(rank(accuracy, random), compare(candidate, rivals), max_rank, alpha)
 
 
@@ -117,10 +116,10 @@ def rank(accuracy: float, random: Sequence[float]) -> Rank:
     """The rank among random profiles, with its interval (Clopper and Pearson, 1934).
 
     Raises:
-        ZooError: for no random profiles, or what is no accuracy in [0, 1].
+        ZooError: for no random profiles, or an accuracy that is not a number in [0, 1].
     """
     if len(random) == 0:
-        raise ZooError("A rank among random profiles needs some: there are none.")
+        raise ZooError("A rank needs at least one random profile: there are none.")
     _check([accuracy], "the candidate")
     _check(random, "a random profile")
     n, k = len(random), sum(bool(other >= accuracy) for other in random)
@@ -132,15 +131,15 @@ def rank(accuracy: float, random: Sequence[float]) -> Rank:
 def compare(
     candidate: Mapping[Pair, float], rivals: Mapping[str, Mapping[Pair, float]]
 ) -> tuple[Comparison, ...]:
-    """One-sided paired t-tests against every rival, Holm-adjusted over them; rivals keep order.
+    """One-sided paired t-tests against every rival, in their order, with Holm's correction.
 
-    A test takes pairs as independent, and speaks for the base networks among them. Where all
-    differences are equal, t has no denominator: p is then the exact sign test's, 2⁻ⁿ for n
-    differences above zero, and 1 for any others.
+    A test assumes that the pairs are independent, and holds for their base networks only. If all
+    differences are equal, t would divide by zero: p is then that of the exact sign test, 2⁻ⁿ for n
+    differences above zero, and 1 otherwise.
 
     Raises:
-        ZooError: for pairs that differ or are fewer than two, no rivals, or what is no accuracy in
-            [0, 1].
+        ZooError: for pairs that differ or are fewer than two, no rivals, or an accuracy that is
+            not a number in [0, 1].
     """
     if not rivals:
         raise ZooError("There are no rivals to compare the candidate with.")
@@ -168,7 +167,7 @@ def compare(
 
 
 def _paired_p(differences: Sequence[float]) -> float:
-    """Of a one-sided t-test that their mean is not above zero."""
+    """The p-value of a one-sided t-test; its null hypothesis is that the mean is not above zero."""
     n, mean, sd = len(differences), statistics.fmean(differences), statistics.stdev(differences)
     if sd <= NO_SPREAD:
         return 0.5**n if mean > NO_SPREAD else 1.0
@@ -176,10 +175,10 @@ def _paired_p(differences: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number, in the same order (Holm, 1979).
+    """The p-values after Holm's correction (1979), in the same order.
 
-    Rejecting what is at most α keeps the probability of any false rejection at most α, however the
-    tests depend on each other.
+    Rejecting every hypothesis whose adjusted p is at most α gives a false rejection with
+    probability at most α, however the tests depend on each other.
     """
     adjusted = [0.0] * len(p_values)
     least = 0.0

@@ -1,4 +1,4 @@
-"""Evaluations on a Ray cluster: `--cluster`. The only importer of ray."""
+"""Evaluations on a Ray cluster (`--cluster`). No other file imports ray."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ RETRIES = 5
 """How often an evaluation whose worker or machine died is repeated."""
 
 GPU_SHARE = 0.25
-"""Of a GPU, per evaluation, on a cluster that has any: small networks do not fill one."""
+"""Share of a GPU per evaluation, if the cluster has GPUs: small networks do not fill one."""
 
 
 class RayPool:
-    """Candidates shared out over a Ray cluster; every task travels there once.
+    """Measures candidates on a Ray cluster; every task is sent there once.
 
     An evaluation whose worker dies is repeated elsewhere, at most `RETRIES` times.
 
@@ -65,7 +65,7 @@ class RayPool:
         """Measure `candidates` as workers become free.
 
         Raises:
-            ZooError: when an evaluation fails more often than it is repeated.
+            ZooError: when an evaluation still fails after `RETRIES` repeats.
         """
         pending = {
             self._measure.remote(self._task(c.task), c.widths, c.seed, fidelity): index
@@ -82,7 +82,7 @@ class RayPool:
                 ray.cancel(reference, force=True)
 
     def close(self) -> None:
-        """Leave the cluster; a local one ends."""
+        """Disconnect from the cluster; a local one ends."""
         ray.shutdown()
 
     def _task(self, task: Task) -> Any:

@@ -54,7 +54,7 @@ LiveFeatures = Callable[[Candidate], tuple[NDArray, ...]]
 
 @dataclass(frozen=True)
 class EnvSettings:
-    """The choices that make a decision process.
+    """The settings of the decision process.
 
     Raises:
         ZooError: for an unknown projection, reward, observation or kind of features.
@@ -63,13 +63,13 @@ class EnvSettings:
     metric: Literal["params", "macs", "latency"] = "params"
     """what is compressed"""
     projection: Literal["none", "scale", "bound"] = "scale"
-    """scale: every profile meets the factor; bound: at least the factor; none: the reward asks"""
+    """scale: profiles meet the factor; bound: at least the factor; none: left to the reward"""
     reward: Literal["gaussian", "n2n", "hyperbolic"] = "gaussian"
-    """of a finished profile"""
+    """reward of a finished episode"""
     sigma: float | None = None
-    """of the gaussian reward, in units of the factor; a tenth of the asked one by default"""
+    """σ of the gaussian reward, in units of the factor; by default a tenth of the asked factor"""
     observation: Literal["summary", "raw"] = "summary"
-    """what is shown of a layer's features: quantiles, or every channel"""
+    """summary: quantiles of a group's features; raw: those of every channel"""
     features: Literal["static", "live"] = "static"
     """static: the dense network's features; live: those of the network as pruned so far, computed
     anew whenever a search is run or resumed"""
@@ -94,8 +94,8 @@ class Entry:
     Attributes:
         task, cf: the task and the asked compression factor.
         equal: the keep ratio of the equal policy at `cf`.
-        channel_seed: of the channels kept in all episodes of the task.
-        order: per group, its channels; the first ones are kept.
+        channel_seed: seed of the channels that all episodes of the task keep.
+        order: per group, the indices of its channels; the first ones are kept.
     """
 
     task: Task
@@ -127,7 +127,7 @@ class Rollout:
         return Candidate(self.entry.task, self.widths, self.entry.channel_seed)
 
     def outcome(self, accuracy: float, sigma: float | None) -> Outcome:
-        """What there is to reward."""
+        """The `Outcome` that the reward is computed from."""
         sizes = self.entry.task.groups.sizes
         kept = [width / size for width, size in zip(self.widths, sizes, strict=True)]
         entry, base = self.entry, self.entry.task.base_accuracy
@@ -137,19 +137,19 @@ class Rollout:
 class PruningEnv(gymnasium.Env[Array, Array]):
     """One step per channel group, one profile per episode, one task and factor per episode.
 
-    An action in [-1, 1] is the keep ratio β of the group at hand, rescaled to [0.1, 1] (paper,
-    section 8.2); later groups are whole. The reward is 0 but at the end of an episode
+    An action in [-1, 1] is the keep ratio β of the present group, rescaled to [0.1, 1] (paper,
+    section 8.2); later groups are whole. The reward is 0 except at the end of an episode
     (`zoo.search.reward`). `zoo.search.observation` says what the agent sees.
 
     Tasks times factors are a circular queue: `reset(seed=s)` rewinds it to entry s modulo its
     length, `reset()` advances to the next. Each task has one random choice of channels, the same in
-    all its episodes: what differs between two rewards is the profile, not the luck of the draw.
+    all its episodes, so that two rewards differ by the profile, not by the luck of the draw.
 
-    Projections: `none` takes the actions as they are. `scale` meets the factor, to the solver's
-    tolerance, by one common scale of all β after the last action. `bound` lowers an action, where
-    it must, to the most that leaves the factor within reach of the later groups at 0.1 (He et al.,
-    2018, AMC): the profile then has the factor or a larger one, rounding included, wherever keep
-    ratios of 0.1 have it; nothing keeps it from being much larger.
+    Projections: `none` takes the actions as they are. `scale` multiplies all β by a common
+    scale after the last action, to meet the factor to the solver's tolerance. `bound` lowers an
+    action if the later groups, all at 0.1, could not reach the factor otherwise (He et al., 2018,
+    AMC). The profile then has the factor or a larger one, even a much larger one, rounding
+    included, if keep ratios of 0.1 reach the factor at all.
 
     The last step's `info` holds the episode: `task` (name), `cf`, `channel_seed`, `actions` (β as
     the agent chose them), `widths`, `keep_ratios`, `factor`, `accuracy` and `reward`.
@@ -157,16 +157,16 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     Args:
         tasks: of one architecture.
         groups: of the reference network, whose factor is `cf`.
-        cf: the compression factor asked for; or several, for a policy that is told which.
+        cf: the compression factor asked for; or several, for an agent that observes which.
         evaluate: candidates -> validation accuracies in [0, 1].
         settings: of the decision process.
         cost: of the reference network; by default parameters and MACs of `groups`.
         live_features: candidate -> Taylor features of the network pruned to its widths and
             recalibrated, per group one entry per dense channel, 0 where pruned. With `live`
-            features it is asked before every decision but the first.
+            features it is called before every decision but the first.
 
     Attributes:
-        queue: its entries.
+        queue: the entries of the circular queue.
 
     Raises:
         FactorError: if no keep ratios of at least 0.1 reach `cf`, naming the reachable range.
@@ -226,7 +226,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         return self.observe(), {"task": self.entry.task.name, "cf": self.entry.cf}
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-        """Keep the share of the next group's channels that `action`, of shape (1,), asks for."""
+        """Decide the keep ratio of the next group by `action`, of shape (1,)."""
         self.decide(keep_ratio(float(np.asarray(action).item())))
         if not self.finished:
             return self.observe(), 0.0, False, False, {}
@@ -240,7 +240,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self._betas: list[float] = []
 
     def decide(self, beta: float) -> None:
-        """Keep `beta` of the next group's channels, or what the projection leaves of it."""
+        """Keep the share `beta` of the next group's channels, or less if `bound` requires it."""
         self._asked.append(beta)
         bound = self.settings.projection == "bound"
         self._betas.append(self._bounded(beta) if bound else beta)
@@ -251,7 +251,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         return len(self._asked) == len(self.groups.sizes)
 
     def finish(self) -> Rollout:
-        """The episode that the decisions so far, one per group, make."""
+        """The finished episode, after one decision per group."""
         widths, betas = round_widths(self.groups.sizes, self._betas), tuple(self._betas)
         if self.settings.projection == "scale":
             solution = self._solve(betas, self.entry.cf)
@@ -262,7 +262,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         """The infos of finished episodes, which are evaluated together.
 
         Raises:
-            ZooError: for what is no accuracy in [0, 1].
+            ZooError: for an accuracy that is not a number in [0, 1].
         """
         reward, sigma = REWARDS[self.settings.reward], self.settings.sigma
         accuracies = map(float, self.evaluate([rollout.candidate for rollout in rollouts]))
@@ -282,7 +282,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         ]
 
     def observe(self) -> Array:
-        """What there is to see now."""
+        """The present observation, of shape `observation_space.shape`."""
         step, sizes = len(self._betas), self.groups.sizes
         betas = self._betas + [1.0] * (len(sizes) - step)
         widths = round_widths(sizes, betas)
@@ -311,7 +311,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         return tuple(queue)
 
     def _bounded(self, beta: float) -> float:
-        """`beta`, or the most below it that leaves the factor in reach of the later groups."""
+        """`beta`, or the largest smaller keep ratio that lets later groups reach the factor."""
         group, sizes = len(self._betas), self.groups.sizes
         decided = round_widths(sizes[: group + 1], [*self._betas, beta])
         widths = [*decided, *self._floor[group + 1 :]]
@@ -333,7 +333,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         return self.cost.factor(widths, self.settings.metric)
 
     def _scaled(self, factor: float) -> float:
-        """A compression factor on a scale from 0 to 1, as the observation has it."""
+        """A compression factor on a log scale from 0 to 1, for the observation."""
         return float(np.log(factor) / np.log(self._largest_factor))
 
 

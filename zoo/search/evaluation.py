@@ -1,4 +1,4 @@
-"""The accuracy of candidates, many at a time, each paid for once."""
+"""The accuracies of candidates, measured many at a time and each only once."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Evaluator:
     """Accuracies of candidates at a fidelity, each measured once and kept in a ledger.
 
     Args:
-        ledger: what is known already, and where new rows go as they come.
-        pool: what measures; this process by default.
+        ledger: the known rows; each new row is added at once.
+        pool: where evaluations run; this process by default.
 
     Attributes:
         measured: how many evaluations were run.
-        replayed: those that the ledger had from an earlier run.
+        replayed: the rows asked for that the ledger had from an earlier run.
     """
 
     def __init__(self, ledger: Ledger, pool: Pool | None = None) -> None:
@@ -40,7 +40,7 @@ class Evaluator:
 
     @property
     def spent(self) -> tuple[int, float]:
-        """Evaluations asked for, replayed ones among them, and the seconds that these took."""
+        """The number of evaluations, replayed ones included, and the replayed ones' seconds."""
         seconds = sum(row.seconds for row in self.replayed.values())
         return self.measured + len(self.replayed), seconds
 
@@ -54,8 +54,9 @@ class Evaluator:
 
         Args:
             candidates: what to measure; equal ones are measured once.
-            fidelity: how.
-            source: who asks (`ppo`, `equal`, ...), of all or of each, for the ledger's summary.
+            fidelity: how to measure.
+            source: the agent or policy that asks (`ppo`, `equal`, ...), of all or of each, for the
+                ledger's summary.
 
         Raises:
             ZooError: for an accuracy that is not a number in [0, 1]; it is not kept.

@@ -1,4 +1,4 @@
-"""Evidence for profiles: every policy fine-tuned alike on base networks that no search saw."""
+"""Evidence for profiles: all policies, fine-tuned equally on base networks that no search saw."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Widths = tuple[int, ...]
 
 
 def examined(task: Task, test: ImageSet) -> Task:
-    """`task` with its accuracies measured on `test`: for the final evidence, never for a search."""
+    """`task` with `test` for its validation images: for the final evidence, never for a search."""
     return dataclasses.replace(
         task,
         val=test,
@@ -37,22 +37,22 @@ def evidence(
     seeds: Sequence[int],
     cost: CostModel,
 ) -> tuple[Evidence, ...]:
-    """Test accuracy of every policy after the same fine-tune, and of the dense network as it is.
+    """Test accuracy of every policy after the same fine-tune, and of the dense network.
 
     Args:
         policies: name -> channels to keep, per group in order.
-        exam: a base network that no search saw, measured on the test split.
-        evaluator: what measures, and keeps what it measured.
-        fidelity: of the fine-tune; its last weights are measured, so that the test split chooses
-            nothing.
-        seeds: of the channels kept and of the training, the same for every policy.
-        cost: of the architecture's reference, at which parameters and MACs are stated.
+        exam: a task made by `examined`, whose base network no search saw.
+        evaluator: measures, and keeps the results.
+        fidelity: the fine-tune; its last weights are measured, so that nothing is chosen on the
+            test split.
+        seeds: seeds of the channels and of the training, the same for every policy.
+        cost: cost model of the architecture's reference, for parameters and MACs.
 
     Returns:
         `base` first, then the policies in order. Standard deviations divide by n - 1.
     """
     recipe, images = fidelity.recipe, fidelity.train_images
-    told = (
+    description = (
         f"fine-tuned {recipe.epochs} epochs of {images or len(exam.train)} images "
         f"({recipe.optimizer}, batch {recipe.batch_size}, lr {recipe.lr:g}), random channels"
     )
@@ -64,7 +64,7 @@ def evidence(
     after = evaluator(candidates, fidelity, sources)
     for number, (policy, widths) in enumerate(policies.items()):
         own = slice(number * len(seeds), (number + 1) * len(seeds))
-        rows.append(_row(policy, widths, cost, after[own], seeds, before[own], told, exam))
+        rows.append(_row(policy, widths, cost, after[own], seeds, before[own], description, exam))
     return tuple(rows)
 
 

@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 TRAINING = 2
-"""Of the code that trains: what an earlier one measured does not answer for this one.
+"""Version of the training code, in a fine-tune's name: results of earlier versions are not reused.
 
 1: gradients of narrow shortcuts could be wrong (see `UnitStrides`). 2: they are right.
 """
@@ -85,7 +85,7 @@ class Recalibration:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Surgery and a fine-tune, of which the last weights are measured; 0 if it diverges.
+    """Surgery and a fine-tune; its last weights are measured, or 0 if it diverges.
 
     Attributes:
         recipe: how to train.
@@ -97,7 +97,7 @@ class FineTuning:
 
     @classmethod
     def of(cls, epochs: int, train_images: int | None, lr: float) -> FineTuning:
-        """The plain recipe in fp32, that rankings and evidence are measured by."""
+        """A fine-tune by the plain recipe in fp32, which rankings and evidence use."""
         return cls(Recipe(epochs=epochs, lr=lr, precision="fp32"), train_images)
 
     @property
@@ -132,7 +132,7 @@ class FineTuning:
 def live_features(
     candidate: Candidate, calibration_images: int = 512, feature_images: int = 512
 ) -> tuple[NDArray, ...]:
-    """The Taylor features of a candidate as it is now: masked, its batch norms recalibrated.
+    """The Taylor features of a candidate: masked, with recalibrated batch norms.
 
     Returns:
         One float64 vector per channel group, as long as the dense group; pruned channels have 0.
@@ -152,10 +152,10 @@ def recalibrated(candidate: Candidate, calibration_images: int) -> nn.Module:
 
 
 def recalibrate(module: nn.Module, dense: nn.Module, train: ImageSet) -> None:
-    """Repair, in place and without real training, what pruning did to a network's activations.
+    """Repair the activations of a pruned network, in place and without real training.
 
-    Batch-norm statistics are recomputed over `train`. A network without batch norm has the inputs
-    of each layer rescaled by dense / kept inputs and takes at most `SGD_STEPS` small SGD steps.
+    Batch-norm statistics are recomputed over `train`. Without batch norm, the weights of each layer
+    are multiplied by dense / kept inputs, and at most `SGD_STEPS` small SGD steps follow.
 
     Args:
         module: the pruned network.

@@ -1,4 +1,4 @@
-"""The gate: how well each cheap fidelity ranks profiles, against a long fine-tune of each."""
+"""The gate: how well a cheap fidelity ranks profiles, compared with a long fine-tune."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo.errors import ZooError
 __all__ = ["ENOUGH", "RANKED", "Agreement", "agreement"]
 
 ENOUGH = 0.7
-"""The least correlation within the top half of a fidelity that searches may use."""
+"""The smallest `Agreement.top_half` of a fidelity that searches may use."""
 
 
 RANKED = ("params",)
@@ -28,9 +28,9 @@ class Agreement:
     Attributes:
         overall: over all profiles.
         top_half: over the half of the profiles that the long fine-tune puts first.
-        interval: of `top_half`, 95 %, by the bootstrap over those profiles; not a number where all
-            of them are equal.
-        count: of profiles.
+        interval: 95 % bootstrap interval of `top_half` over those profiles; NaN if all of them are
+            equal.
+        count: number of profiles.
     """
 
     overall: float
@@ -47,7 +47,7 @@ def agreement(accuracies: Sequence[float], long: Sequence[float]) -> Agreement:
     """
     if len(accuracies) != len(long) or len(long) < 4:
         raise ZooError(
-            f"Ranks need the same four profiles or more on both sides, got {len(accuracies)} and "
+            f"Ranks need four profiles or more, the same on both sides, got {len(accuracies)} and "
             f"{len(long)} accuracies."
         )
     cheap, truth = np.asarray(accuracies), np.asarray(long)

@@ -1,6 +1,6 @@
-"""The table of every profile evaluation.
+"""The ledger: a table of all evaluations.
 
-A run's ledger is JSON lines, one flushed row per evaluation; merging compacts several to parquet.
+A run's ledger is a file of JSON lines, flushed after every row. `merge` writes several as parquet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FILE = "ledger.jsonl"
 
 @dataclass(frozen=True)
 class Key:
-    """What an accuracy was measured of, and how: two equal keys give the same accuracy.
+    """What was measured, and how: equal keys give the same accuracy.
 
     Attributes:
         network: sha256 of the base network's checkpoint, or its name where there is none.
@@ -64,14 +64,14 @@ class Row:
 
 
 class Ledger:
-    """The rows of one run's file, by key; a file that exists is read back, so reruns replay it.
+    """The rows of one run's file, by key; an existing file is read back, so reruns replay it.
 
-    The file is this process's to write, until `close` or its end however sudden; `read` needs no
-    leave. A last line without its newline, left by a run that was killed, is dropped from the file.
+    Until `close`, or until this process ends or is killed, no other process can write the file;
+    `read` works meanwhile. A last line without its newline, left by a killed run, is removed.
 
     Args:
         path: the JSON lines file; None keeps the rows in memory alone.
-        known: rows of other runs, of which those that are asked for are copied into this one's.
+        known: rows of other runs; those that are asked for are copied into this ledger.
 
     Raises:
         ZooError: if another process, or another `Ledger` of this one, is writing the file.
@@ -129,7 +129,7 @@ _OPEN: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
 def _close_inherited() -> None:
-    """In a forked worker, which would else keep the file locked after its parent was killed."""
+    """Close all ledgers in a forked worker: it would keep the lock after its parent was killed."""
     for ledger in list(_OPEN):
         ledger.close()
 
@@ -139,10 +139,10 @@ if hasattr(os, "register_at_fork"):
 
 
 def open_alone(path: Path) -> BinaryIO:
-    """The file at `path`, to append to, for this process alone.
+    """The file at `path`, opened to append and locked for this process.
 
     Raises:
-        ZooError: if another one has it open so.
+        ZooError: if it is locked already.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = path.open("ab")
@@ -164,16 +164,16 @@ def _drop_torn_line(path: Path) -> None:
 
 
 def read(paths: Iterable[Path]) -> list[Row]:
-    """The rows of several ledgers; of equal keys, the first.
+    """The rows of several ledgers; of rows with equal keys, the first.
 
-    Nothing is locked or changed: of a run that is still being written, it has the rows so far.
+    Nothing is locked or changed. A ledger that is still being written gives its rows so far.
 
     Args:
         paths: JSON lines (.jsonl), merged ledgers (.parquet) or folders of runs, in any mix.
 
     Raises:
         DocumentError: for a file that is missing, malformed, of another schema version or suffix.
-        ZooError: for a merged ledger where pyarrow is not installed.
+        ZooError: for a merged ledger, if pyarrow is not installed.
     """
     rows: dict[Key, Row] = {}
     for path in paths:
@@ -183,9 +183,9 @@ def read(paths: Iterable[Path]) -> list[Row]:
 
 
 def merge(paths: Iterable[Path], target: Path) -> int:
-    """Write the rows that `read` gives of `paths` to one parquet file, atomically; their count.
+    """Write the rows of `paths` to one parquet file, atomically, and return their number.
 
-    The same rows make the same bytes, whatever their order.
+    The same rows give the same bytes, whatever their order.
 
     Raises:
         DocumentError, ZooError: as `read`.

@@ -1,8 +1,8 @@
-"""Training under random masks: one network that stands for all of its pruned selves.
+"""Training under random masks: one network whose weights work at many widths.
 
-Each step multiplies by zero what a fresh random profile removes, so that the shared weights learn
-to work at many widths (Yu & Huang, 2019, "Universally slimmable networks"). Recalibrated candidates
-of such a network are a fidelity of their own: a task whose base network was trained so.
+Each step masks the channels that a new random profile removes, so that the shared weights learn to
+work at many widths (Yu & Huang, 2019, "Universally slimmable networks"). Recalibrated candidates of
+a base network trained in this way are a fidelity of their own.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ __all__ = ["train_under_masks"]
 
 
 class RandomlyMasked(nn.Module):
-    """`module`, which in training mode loses random channels of every group at every call.
+    """`module`; in training mode every call masks random channels of every group.
 
-    Keep ratios are uniform in [`least`, 1], one per group, and the channels random.
+    A call draws one keep ratio per group, uniformly in [`least`, 1], and random channels.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class RandomlyMasked(nn.Module):
 def train_under_masks(
     module: nn.Module, groups: ChannelGroups, train: ImageSet, recipe: Recipe, seed: int = 0
 ) -> None:
-    """Train `module` in place under random masks; its last weights are kept, in eval mode.
+    """Train `module` in place under random masks; it ends with its last weights, in eval mode.
 
-    Its statistics fit no single width after that: they are recalibrated for the whole network.
+    Its batch-norm statistics then fit no single width: they are recalibrated for the dense network.
 
     Raises:
         KeyboardInterrupt: when the training was interrupted.

@@ -1,9 +1,9 @@
-"""What the agent sees: a float32 vector in [0, 1], of one length for every step of a network.
+"""What the agent observes: a float32 vector in [0, 1], equally long at every step of a network.
 
-The vector that precedes the decision on group t holds, in this order: the one-hot index of t and
-four descriptors of group t (`describe`), a view of the Taylor features of group t - 1 as pruned
-(`VIEWS`; before the first decision those of the last group, paper section 4.1), the running
-compression, the previous keep ratio and, where several are searched for at once, the asked factor.
+The vector before the decision on group t holds, in this order: the one-hot index of t and four
+descriptors of group t (`describe`); a view of the Taylor features of group t - 1 as pruned
+(`VIEWS`; before the first decision those of the last group, paper section 4.1); the compression so
+far; the previous keep ratio; and, if several are searched for at once, the asked factor.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ View = Callable[[Sequence[NDArray], int, NDArray], Array]
 def describe(model: CostModel) -> Array:
     """One row per group: its one-hot index, relative size, shares of parameters and MACs, depth.
 
-    The shares are of the dense network's cost that vanishes with the whole group; one layer belongs
-    to the group of its inputs and to that of its outputs.
+    A share is the part of the dense network's cost that vanishes with the whole group; a layer
+    counts for the group of its inputs and for that of its outputs.
     """
     count = len(model.sizes)
     rows = []
@@ -58,7 +58,7 @@ def summarise(features: Sequence[NDArray], group: int, kept: NDArray) -> Array:
 
 
 def pad(features: Sequence[NDArray], group: int, kept: NDArray) -> Array:
-    """The features of one group, channel by channel (paper, equation 9), with the same arguments.
+    """The features of one group, channel by channel (paper, equation 9); arguments as `summarise`.
 
     Returns:
         One entry per channel, relative to the group's largest feature; zeros up to the length of
@@ -70,7 +70,7 @@ def pad(features: Sequence[NDArray], group: int, kept: NDArray) -> Array:
 
 
 VIEWS: dict[str, View] = {"summary": summarise, "raw": pad}
-"""The observations by name: by what they show of a group's features."""
+"""Name -> the function that gives this view of a group's features."""
 
 
 def observe(descriptors: Array, step: int, view: Array, rest: Sequence[float]) -> Array:

@@ -1,4 +1,4 @@
-"""What a search found as a profile that says where it comes from."""
+"""The result of a search as a profile with its provenance."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Found:
         widths: channels kept, per group in order.
         episodes: played at this factor.
         evaluations: of these episodes and the choice, replayed ones included.
-        seconds: wall time of both; what replayed evaluations took is shared out among workers.
-        tasks: that episodes were played on.
-        judges: that finalists were compared on.
+        seconds: wall time of both; the time of replayed evaluations is divided by the workers.
+        tasks: tasks that episodes were played on.
+        judges: tasks that finalists were compared on.
         fidelity: of the episodes and of the choice.
     """
 
@@ -99,9 +99,9 @@ def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Pro
 
 
 def as_first_found(profile: Profile, path: Path) -> Profile:
-    """`profile` as the file at `path` has it, if the same search found the same there before.
+    """`profile`, with the provenance in the file at `path` if that has the same command and widths.
 
-    A search that is only replayed does not change machine, date and versions.
+    So a search that is only replayed does not change machine, date and versions.
     """
     try:
         before = Profile.read(path)
@@ -121,7 +121,7 @@ def _named(task: Task) -> str:
 
 
 def command_of(config: SearchConfig, episodes: int) -> str:
-    """The command line of this configuration, with what it has played in place of its budget.
+    """The command line of this configuration, with the number of episodes played, not its budget.
 
     Absolute paths are shortened to their last part.
     """
@@ -130,7 +130,7 @@ def command_of(config: SearchConfig, episodes: int) -> str:
 
 
 def _flags(settings: Any) -> Iterator[str]:
-    """What differs from the defaults."""
+    """The flags that differ from the defaults."""
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
         flag = f"--{item.name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""The report that a search leaves to be read: report.md and its plots."""
+"""The report of a search: report.md and its plots."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def write_report(
     model: CostModel,
     base: Mapping[str, float],
 ) -> Path:
-    """Write what a search did into its folder: report.md, and the plots that it shows.
+    """Write report.md and its plots into the folder of a search.
 
-    These are the rewards at each factor, the keep ratios, and figure 4. Where matplotlib is
-    missing, the report says which were left out.
+    The plots show the rewards at each factor, the keep ratios, and the paper's figure 4. Without
+    matplotlib, the report says which plots were left out.
 
     Args:
-        folder: of the search.
-        profiles: those it chose, one per factor.
-        episodes: infos in order, with `task`, `cf`, `reward`, `factor` and `accuracy`.
-        rows: of its ledger.
-        model: the costs of the architecture at its reference.
-        base: accuracies of the base networks, by the `network` of the rows' keys.
+        folder: the folder of the search.
+        profiles: the chosen profiles, one per factor.
+        episodes: their infos in order, with `task`, `cf`, `reward`, `factor` and `accuracy`.
+        rows: the rows of its ledger.
+        model: the cost model of the architecture at its reference.
+        base: `network` of a row's key -> accuracy of that base network in [0, 1].
 
     Returns:
         The path of report.md.
@@ -73,7 +73,7 @@ def write_report(
             figure_4, summarise(rows, model), model, metric, profiles, base
         )
     parts = [
-        f"# Search of {profiles[0].architecture}" if profiles else "# Search without a choice",
+        f"# Search of {profiles[0].architecture}" if profiles else "# Search that chose no profile",
         *(_facts(profile, model) for profile in profiles),
         *(markdown(sheet) for sheet in sheets if sheet.rows),
         "## Plots",
@@ -85,7 +85,7 @@ def write_report(
 
 
 def _facts(profile: Profile, model: CostModel) -> str:
-    """What was chosen, who searched, at what expense, and how to do it again."""
+    """Text: the chosen profile, the agent, the cost of the search, the command to repeat it."""
     factors = factors_of(tuple(profile.kept.values()), model)
     got = ", ".join(f"{factor:.2f}x {metric}" for metric, factor in factors.items())
     text = f"Asked for {profile.cf:g}x {profile.metric}, it chose {profile.name}.json: {got}."
@@ -134,7 +134,7 @@ def _episode_sheet(episodes: Episodes) -> Sheet:
         rows.append((*names, f"{len(own):,}", f"{mean:.3f}", *got))
     columns = "task", "asked", "episodes", "mean reward", "best", "its factor", "its accuracy"
     return Sheet(
-        "Episodes, whose best are lucky: profiles are chosen on fresh draws", 1, columns, rows
+        "Episodes, the best partly by luck: profiles are chosen on fresh channels", 1, columns, rows
     )
 
 

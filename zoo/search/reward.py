@@ -1,6 +1,6 @@
 """Rewards at the end of an episode. No torch.
 
-Every reward is a function of one `Outcome`, of numbers or of arrays that broadcast together.
+Every reward is a function of one `Outcome`; its values are numbers, or arrays that broadcast.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ TEMPERATURE = 0.3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an episode came to.
+    """The result of an episode.
 
     Attributes:
         accuracy, base_accuracy: of the pruned and of the dense network, in [0, 1].
         factor, target: the compression factor that was met and the one asked for, at least 1.
         keep_ratios: kept / dense channels, one per step.
-        equal: the keep ratio at which every step alike would meet `target`.
-        sigma: of the gaussian reward, in units of the factor; 0.1 · `target` by default.
+        equal: the keep ratio that meets `target` if all steps have it.
+        sigma: σ of the gaussian reward, in units of the factor; 0.1 · `target` by default.
 
     Raises:
         ZooError: if an accuracy is not a number in [0, 1], or a divisor is not positive.
@@ -91,9 +91,10 @@ def n2n(outcome: Outcome) -> Values:
 def hyperbolic(outcome: Outcome) -> Values:
     """r_a · Σ_i r_c^i: accuracy kept times what every step removed (paper, equations 15 to 17).
 
-    Equation 15 is read with the removed fraction of a step's channels; its C_e is what the equal
-    policy removes to meet the factor, since the paper ties C_e to none. Equation 16 is divided by τ
-    like 15, with the final A / A_e in place of Σa_t / A, and 17 sums over the steps.
+    C in equation 15 is read as the removed fraction of a step's channels, and C_e as the fraction
+    that the equal policy removes to meet the factor, since the paper ties C_e to no factor.
+    Equation 16 is divided by τ like 15, with the final A / A_e in place of Σa_t / A, and 17 sums
+    over the steps.
     """
     removed = (_above(1 - kept, 1 - outcome.equal) for kept in outcome.keep_ratios)
     return _above(outcome.share, EXPECTED_SHARE) * sum(removed)

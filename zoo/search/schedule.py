@@ -1,7 +1,7 @@
-"""A plan of long computations as jobs, and which of them to do next on a machine that has a while.
+"""A plan of long computations as jobs, and the job to run next on a machine with limited time.
 
-A plan says what the zoo shall hold; its jobs need one another, are worth something, and cost what
-earlier jobs took.
+A plan says which results the zoo should have. A job needs other jobs and has a value. Its cost is
+estimated from the times of earlier jobs.
 """
 
 from __future__ import annotations
@@ -41,37 +41,37 @@ __all__ = [
 Stage = Literal["base", "ledger", "search", "evidence"]
 
 WORTH: dict[Stage, float] = {"base": 1.0, "search": 0.9, "evidence": 0.8, "ledger": 0.7}
-"""Of a network's value, what each of its stages has."""
+"""The value of each stage, as a share of its network's value."""
 
 BASE_IMAGES = 45_000
-"""Of a training split, roughly."""
+"""Images of a training split, roughly."""
 
 START = 6.0
-"""Seconds in which a job is imported and reads its data."""
+"""Seconds that a job takes for its imports and for reading its data."""
 
 SECONDS_PER_WORK = {"cpu": 15.0, "cuda": 0.4}
-"""Of machines that did no job yet: one core, and one H100 with several jobs at a time."""
+"""Seconds per `Job.work` on machines without jobs yet: one core, or one H100 with several jobs."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What the zoo shall hold of one architecture at one image size.
+    """The wanted results for one architecture at one image size.
 
     Attributes:
-        arch, size: a registered architecture, and the pixels per side that all of it is done at.
-        value: of having all of it, beside the other networks.
-        bases: data set of the plan -> base networks trained on it, by as many seeds.
+        arch, size: a registered architecture, and the images' pixels per side.
+        value: of these results, relative to the other networks'.
+        bases: data set of the plan -> number of base networks trained on it, by as many seeds.
         epochs: of their training.
         lr: its peak learning rate.
-        tasks, held_back: base networks, as `cifar10-0`, that searches see; none, and none is done.
+        tasks, held_back: base networks, as `cifar10-0`, that searches see; no tasks, no search.
         exams: base networks that no search sees, for evidence.
         ledger: base networks that random profiles are measured on.
-        random: of these profiles, how many for each metric and factor.
-        metrics, cf: of the profiles.
+        random: number of random profiles for each metric and factor.
+        metrics, cf: metrics and compression factors of the profiles.
         episodes: of a search.
         policies: measured beside the searched profile.
-        seeds: of the channels and the training behind the evidence.
-        finetune_epochs, finetune_images: of that training.
+        seeds: of the channels and the fine-tunes of the evidence.
+        finetune_epochs, finetune_images: of those fine-tunes.
     """
 
     arch: str
@@ -113,8 +113,8 @@ class Plan:
     """Networks, and the data sets that they name.
 
     Attributes:
-        data: name -> the reference of `zoo.load_data`, in which `{dir}` is the folder of all data.
-        network: all of them, in any order.
+        data: name -> its reference for `zoo.load_data`; `{dir}` stands for the folder of all data.
+        network: the networks, in any order.
     """
 
     data: dict[str, str]
@@ -125,7 +125,7 @@ class Plan:
         """The plan in a TOML file.
 
         Raises:
-            DocumentError: for a file that is missing or malformed, or names what it does not have.
+            DocumentError: for a file that is missing, malformed or inconsistent.
         """
         try:
             plan = decode(cls, tomllib.loads(path.read_text()), str(path))
@@ -137,7 +137,7 @@ class Plan:
             for name in network.bases:
                 if name not in plan.data:
                     raise DocumentError(
-                        f"{path}: {network.arch} names the data {name!r}: not there."
+                        f"{path}: {network.arch} names the data {name!r}: not in [data]."
                     )
             known = set(_bases(network))
             for name in (*network.tasks, *network.held_back, *network.exams, *network.ledger):
@@ -152,16 +152,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """One computation that is done as a whole, or gone on with.
+    """One computation, which can be interrupted and continued.
 
     Attributes:
         name: its folder, as `base/resnet20-16/16/cifar10-0`.
-        stage, network: what is done of what.
-        base: the base network that it makes or measures, as `cifar10-0`.
+        stage, network: the stage, and the network that it is done for.
+        base: the base network that it trains or measures, as `cifar10-0`.
         metric, cf: of the profiles that it finds or measures.
-        needs: names of jobs that come before.
-        work: 10^12 multiply-accumulates of the dense network, three for each of a training pass.
-        value: of the job, or of what needs it.
+        needs: names of the jobs that must be done before.
+        work: in 10^12 MACs of the dense network; a training pass counts three times.
+        value: of the job itself, without the jobs that need it.
     """
 
     name: str
@@ -196,7 +196,7 @@ def _jobs(network: Network) -> Iterator[Job]:
     for metric in network.metrics:
         for cf in network.cf:
             profile = f"{metric}-cf{cf:g}"
-            cut = 1 / cf**0.5  # what is left of the time of a network of 1 / cf
+            cut = 1 / cf**0.5  # share of the dense network's time at factor cf
             own = {"metric": metric, "cf": cf}
             if network.tasks:
                 seen = bases(*network.tasks, *network.held_back)
@@ -218,7 +218,7 @@ def _bases(network: Network) -> list[str]:
 
 
 def _macs(network: Network) -> float:
-    """Of one image at the network's size, in 10^12."""
+    """MACs of the dense network for one image at the network's size, in 10^12."""
     macs = cost_model(reference_groups(network.arch)).dense.macs
     return macs * (network.size / architecture(network.arch).image_size) ** 2 / 1e12
 
@@ -228,13 +228,13 @@ def _macs(network: Network) -> float:
 
 @dataclass(frozen=True)
 class Took:
-    """What one finished job took, beside what had been estimated.
+    """The time that one finished job took, beside its estimate.
 
     Attributes:
         job, stage, arch, work: of the job.
-        seconds: wall time, of all runs that it took; `estimated` before the first.
-        machine: that finished it, as `machine` says.
-        together: jobs that it ran at a time.
+        seconds: wall time of all its runs; `estimated` before the first.
+        machine: the machine that finished it, as `machine()` names it.
+        together: number of jobs that the machine ran at a time.
     """
 
     job: str
@@ -248,9 +248,9 @@ class Took:
 
 
 def read_took(paths: Iterable[Path]) -> list[Took]:
-    """The rows of the files that there are; of one job, the first.
+    """The rows of the files that exist; for each job, the first.
 
-    A line that was cut short is left out: its job is done once more, from what it left.
+    A line that was cut short is skipped: its job runs again, and continues from its files.
     """
     rows: dict[str, Took] = {}
     for path in paths:
@@ -262,22 +262,22 @@ def read_took(paths: Iterable[Path]) -> list[Took]:
 
 
 def told(row: Took) -> str:
-    """The row as one line, which a line cut short before it does not touch."""
+    """The row as one line of JSON, with a newline before it in case the last line was cut short."""
     return "\n" + json.dumps(encode(row))
 
 
 def machine() -> str:
-    """What computes here: the name of the CUDA device, or the CPU's instruction set."""
+    """The name of this machine: that of its CUDA device, or the CPU's instruction set."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"cpu {torch.backends.cpu.get_cpu_capability()}"
 
 
 def estimate(job: Job, rows: Iterable[Took], on: str) -> float:
-    """Seconds of `job` on a machine: by what the jobs nearest to it took there for their work.
+    """Estimated seconds of `job` on the machine `on`, at the median rate of similar jobs there.
 
-    Nearest are those of the same stage and architecture, then of the architecture, of the stage, of
-    the machine; where it did none, a guess.
+    Similar jobs have the same stage and architecture; else the same architecture; else the same
+    stage; else they are any. Without jobs on that machine, `SECONDS_PER_WORK` is a guess.
     """
     own = [row for row in rows if row.machine == on]
     for alike in (
@@ -301,8 +301,8 @@ def next_job(
 ) -> Job | None:
     """The most valuable job that is ready and takes no longer than `left` seconds.
 
-    A job is worth what the most valuable of those that wait for it is. Of equal ones the first of
-    the shorter comes first.
+    A job is worth at least as much as any job that waits for it. Of equally valuable jobs the
+    shortest comes first, then the first in order.
     """
     worth = {name: job.value for name, job in jobs.items()}
     for job in reversed(list(jobs.values())):

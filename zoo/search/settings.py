@@ -1,4 +1,4 @@
-"""What a search is asked to do: its configuration, and the parts that this names."""
+"""The configuration of a search, and the parts that it names."""
 
 from __future__ import annotations
 
@@ -37,38 +37,38 @@ _COUNTS = (
 )
 
 _AGENTS_OF = {"std": ("ppo",), "features": ("ppo", "ddpg"), "observation": ("ppo", "ddpg")}
-"""Settings that some agents alone have."""
+"""Setting -> the agents that have it, if not all do."""
 
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """One search: everything that its profiles depend on."""
+    """The configuration of a search: everything that its profiles depend on."""
 
     arch: str
     """architecture to search for"""
     tasks: tuple[str, ...]
-    """base networks, none trained on the validation split: CHECKPOINT, or CHECKPOINT@DATA"""
+    """base networks, not trained on the validation split: CHECKPOINT, or CHECKPOINT@DATA"""
     out: Path
     """folder of the ledger, the profiles and the report"""
     cf: tuple[float, ...] = (4.0,)
-    """compression factors, met at the architecture's reference; a profile for each"""
+    """compression factors at the architecture's reference; one profile for each"""
     agent: str = "ppo"
     """ppo, ddpg, gnn, random, cma-es, genetic, swarm or annealing"""
     env: Annotated[EnvSettings, OmitArgPrefixes] = field(default_factory=EnvSettings)
     """what the agent sees, does and is rewarded for"""
     episodes: int | None = None
-    """most evaluations per factor, in whole rounds of eight or, where an agent plays every profile
-    on all tasks, whole profiles; by default 320, or what the budget allows"""
+    """number of episodes per factor, by default 320, or what the budget allows; in whole rounds of
+    eight, or in whole profiles for agents that play every profile on all tasks"""
     budget: str | None = None
-    """wall time of all episodes, as 20m or 1h30m, in equal parts; choosing comes on top"""
+    """wall time of all episodes, as 20m or 1h30m, divided among the factors; the choice is extra"""
     known: tuple[Path, ...] = ()
-    """ledgers or folders of other runs, whose evaluations are not made again"""
+    """ledgers or folders of other runs, whose evaluations are not repeated"""
     resume: bool = False
-    """go on with the run in --out"""
+    """continue the run in --out"""
     conditioned: bool = False
-    """one policy that is told the factor, instead of one per factor"""
+    """train one agent that observes the factor, instead of one per factor"""
     held_back: tuple[str, ...] = ()
-    """base networks that no episode plays, on which finalists are compared; else the tasks"""
+    """base networks to compare finalists on, used by no episode; by default the tasks"""
     data: str = "cifar10"
     """data set of the base networks that name none"""
     data_dir: Path | None = None
@@ -76,7 +76,7 @@ class SearchConfig:
     size: int = 32
     """pixels per side that the images are resized to"""
     seed: int = 0
-    """of the agent"""
+    """seed of the agent"""
     std: float = 0.3
     """initial standard deviation of PPO's actions, on [-1, 1]"""
     workers: int | None = None
@@ -84,16 +84,16 @@ class SearchConfig:
     cluster: str | None = None
     """evaluate on Ray: the address of a cluster, or local"""
     episode_images: int | None = None
-    """training images of a fine-tune of one epoch before an episode is measured; by default it is
-    recalibrated alone"""
+    """fine-tune one epoch on this many training images before an episode is measured; by default it
+    is only recalibrated"""
     calibration_images: int = 1024
     """training images for the recalibration of a candidate"""
     val_images: int | None = 2000
-    """validation images that episodes are measured on, after a recalibration alone"""
+    """validation images to measure episodes on, if they are only recalibrated"""
     candidates: int = 12
-    """distinct best profiles that are measured again, on all images and fresh channels"""
+    """number of best distinct profiles to measure again, on all images and with fresh channels"""
     finalists: int = 5
-    """of these, how many get a short fine-tune"""
+    """how many of these get a short fine-tune"""
     final_seeds: int = 2
     """channel seeds per task for candidates and finalists"""
     finetune_epochs: int = 1
@@ -117,7 +117,7 @@ class SearchConfig:
             if self.agent not in agents and given != usual:
                 raise ZooError(f"{name} {given} is for {' and '.join(agents)}, not {self.agent}.")
         if self.workers is not None and self.cluster not in (None, "local"):
-            raise ZooError("A cluster has the workers that it has: leave out workers.")
+            raise ZooError("A cluster fixes the number of workers: leave out workers.")
         if not self.cf:
             raise ZooError("A search needs a compression factor: name at least one in cf.")
         if self.budget is not None:
@@ -125,7 +125,7 @@ class SearchConfig:
 
     @property
     def most_episodes(self) -> int:
-        """Per factor, the budget apart."""
+        """Most episodes per factor; the budget may end them earlier."""
         return self.episodes or (320 if self.budget is None else 10_000)
 
 
@@ -146,7 +146,7 @@ def parse_budget(text: str) -> float:
 
 
 def trainer_of(config: SearchConfig) -> Callable[..., list[Episode]]:
-    """The agent's learning loop, with what the configuration says of it.
+    """The agent's training function, with the settings of the configuration.
 
     Raises:
         ZooError: for an unknown agent, or one whose library is not installed.
@@ -160,7 +160,7 @@ def trainer_of(config: SearchConfig) -> Callable[..., list[Episode]]:
 
 
 def cost_of(config: SearchConfig, groups: ChannelGroups) -> CostModel:
-    """Costs of the reference; for latency its layers are timed here, or remembered."""
+    """The cost model of the reference; latencies are measured here, or read from the cache."""
     if config.env.metric != "latency":
         return cost_model(groups)
     dense = build_model(config.arch, architecture(config.arch).num_classes).to(device()).eval()
@@ -168,7 +168,7 @@ def cost_of(config: SearchConfig, groups: ChannelGroups) -> CostModel:
 
 
 def pool_for(config: SearchConfig) -> Pool:
-    """What evaluates: a cluster, processes, or this process."""
+    """The pool that evaluates: a cluster, processes, or this process."""
     if config.cluster is None:
         return pool_of(config.workers)
     from zoo.search.cluster import RayPool

@@ -1,6 +1,6 @@
 """What each stage of a plan does: base networks, ledgers of random profiles, searches, evidence.
 
-A job writes into its own folder, and goes on where it was killed.
+A job writes into its own folder. A killed job continues where it stopped.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ __all__ = ["BASE", "ROWS", "Workshop", "perform"]
 BASE = "base.safetensors"
 """The file of a base network in its job's folder; its weights are of half precision."""
 ROWS = "evidence.json"
-"""The file of the evidence."""
+"""The file of the evidence in its job's folder."""
 
 Widths = tuple[int, ...]
 
 SHORT = FineTuning.of(1, 10_000, 0.05)
-"""Of random profiles, beside a recalibration."""
+"""The fine-tune of random profiles, which are measured after a recalibration too."""
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where jobs find what they need.
+    """The folders and data that jobs use.
 
     Attributes:
         out: the folder of the jobs' folders.
         data_dir: the folder of all data sets.
         data: as in `Plan`.
-        merged: folders of results that came from elsewhere, laid out as `out` is.
-        known: ledgers, whose evaluations are not made again.
+        merged: folders of results from other machines, laid out as `out` is.
+        known: ledgers, whose evaluations are not repeated.
     """
 
     out: Path
@@ -70,7 +70,7 @@ class Workshop:
         return load_data(self.reference(base), self.data_dir, size=job.network.size)
 
     def found(self, job: str, file: str) -> Path:
-        """What a finished job made.
+        """The path of a file that a finished job wrote.
 
         Raises:
             ZooError: if no folder has it.
@@ -78,7 +78,7 @@ class Workshop:
         for folder in (self.out, *self.merged):
             if (folder / job / file).is_file():
                 return folder / job / file
-        raise ZooError(f"{job} is done, but its {file} is not here: bring it, or do it again.")
+        raise ZooError(f"{job} is done, but its {file} is not here: copy it, or run the job again.")
 
     def checkpoint(self, job: Job, base: str) -> Path:
         """The file of a base network that the job needs."""
@@ -93,10 +93,10 @@ class Workshop:
 
 
 def perform(job: Job, workshop: Workshop) -> None:
-    """Do one job whose needs are done.
+    """Run one job, after the jobs that it needs.
 
     Raises:
-        ZooError: for what `load_data`, `finetune` and the search raise.
+        ZooError: as `load_data`, `finetune` and the search do.
     """
     _STAGES[job.stage](job, workshop)
 
@@ -113,7 +113,7 @@ def _base(job: Job, workshop: Workshop) -> None:
     )  # fmt: skip
     if result.interrupted:
         raise KeyboardInterrupt
-    model.half().float()  # what is measured is what is kept
+    model.half().float()  # measure the half-precision weights that are saved
     metadata = {
         "architecture": network.arch,
         "num_classes": str(splits.num_classes),
@@ -137,7 +137,7 @@ def _ledger(job: Job, workshop: Workshop) -> None:
     ]
     with workshop.ledger(job) as ledger:
         evaluator = Evaluator(ledger)
-        for seed, kept in enumerate(drawn):  # one after the other: what a kill leaves is a sample
+        for seed, kept in enumerate(drawn):  # one by one: a killed job leaves a random sample
             for fidelity in (Recalibration(), SHORT):
                 evaluator([Candidate(task, kept, seed)], fidelity, "random")
 
@@ -167,7 +167,7 @@ def _search(job: Job, workshop: Workshop) -> None:
 
 
 def _evidence(job: Job, workshop: Workshop) -> None:
-    """Every policy on one exam, and what the search found, if there was one."""
+    """Measure every policy, and the searched profile if there is one, on one exam."""
     network, cost = job.network, _cost(job)
     exam = workshop.task(job, job.base)
     exam = examined(exam, workshop.splits(job, job.base).test)  # type: ignore[arg-type]
@@ -180,7 +180,7 @@ def _evidence(job: Job, workshop: Workshop) -> None:
     for policy in network.policies:
         try:
             policies[policy] = policy_solution(policy, cost, job.cf, job.metric).widths
-        except FactorError:  # out of its reach
+        except FactorError:  # the policy cannot reach it
             continue
     fidelity = FineTuning.of(network.finetune_epochs, network.finetune_images, 0.05)
     with workshop.ledger(job) as ledger:

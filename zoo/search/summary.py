@@ -1,4 +1,4 @@
-"""What ledgers hold: evaluations by setting and source, as tables and as the paper's figure 4."""
+"""Summaries of ledgers: evaluations by setting and source, in tables and the paper's figure 4."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 AT_FACTOR = 0.02
-"""How far from a factor, as a share of it, profiles still count as being at it."""
+"""Largest relative distance from a factor at which profiles count as being at it."""
 
 UNNAMED = "not recorded"
 """The source of rows that name none."""
@@ -49,13 +49,13 @@ Cells = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Standing:
-    """What one profile keeps, over its channel seeds.
+    """The accuracy of one profile over its channel seeds.
 
     Attributes:
         widths: channels kept, per group in order.
-        seeds: how many.
+        seeds: number of channel seeds.
         mean, sd: of the accuracies in [0, 1]; sd divides by n - 1, and is 0 for one seed.
-        sources: who asked for it.
+        sources: agents and policies that asked for it.
         factors: metric -> compression factor at the reference; empty without a cost model.
     """
 
@@ -82,12 +82,12 @@ class Tally:
 
 @dataclass(frozen=True)
 class Summary:
-    """The evaluations whose accuracies can be compared: all of their keys but widths and seed.
+    """Evaluations with comparable accuracies: their keys differ in widths and seed alone.
 
     Attributes:
-        setting: what they share; it has no widths, and seed 0.
-        total: of all of them.
-        sources: of those that each agent or policy was the first to ask for, by its name.
+        setting: their common key, with no widths, and seed 0.
+        total: tally of all of them.
+        sources: agent or policy -> tally of those that it was the first to ask for.
     """
 
     setting: Key
@@ -97,7 +97,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table before it is one: the first `texts` columns are words, the others numbers."""
+    """The content of a table: the first `texts` columns are words, the others numbers."""
 
     title: str
     texts: int
@@ -106,11 +106,11 @@ class Sheet:
 
 
 def summarise(rows: Iterable[Row], model: CostModel | None = None) -> list[Summary]:
-    """Rows by what their accuracies depend on beside the profile, ordered by fidelity and network.
+    """One summary per setting, ordered by fidelity and network.
 
     Args:
         rows: of one or several ledgers.
-        model: the costs of their architecture at its reference; without, there are no factors.
+        model: cost model of their architecture at its reference; without it there are no factors.
     """
     settings: dict[Key, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
@@ -153,6 +153,7 @@ def _standing(widths: Widths, rows: Sequence[Row], model: CostModel | None) -> S
 
 
 def factors_of(widths: Widths, model: CostModel | None) -> dict[str, float]:
+    """Metric -> compression factor of `widths`; empty without a model."""
     if model is None:
         return {}
     known = [metric for metric in METRICS if getattr(model.dense, metric) is not None]
@@ -167,14 +168,14 @@ def ledger_report(
     cf: float | None = None,
     metric: str = "params",
 ) -> list[Table]:
-    """Tables of what ledgers hold: per setting, per source, and the best profiles of each setting.
+    """Tables of ledgers: the settings, the sources, and the best profiles of each setting.
 
     Args:
         paths: as `zoo.search.ledger.read` takes them.
-        arch: the architecture that was searched, which a ledger does not say; it gives factors.
-        top: how many profiles of each setting.
+        arch: the architecture that was searched, for factors; a ledger does not name it.
+        top: number of profiles per setting.
         cf: only profiles within 2 % of this factor.
-        metric: of `cf`.
+        metric: the metric of `cf`.
 
     Raises:
         DocumentError: for a file that is no ledger.
@@ -196,7 +197,7 @@ def ledger_report(
 def plot_ledger(
     paths: Sequence[Path], arch: str | None, plot: Path, metric: str = "params"
 ) -> None:
-    """Write figure 4 of ledgers: a panel per setting; `searched` are the bundled profiles.
+    """Plot figure 4 from ledgers: a panel per setting; the bundled profiles are `searched`.
 
     Raises:
         DocumentError, ZooError: as `ledger_report`; for no `arch`, a metric without costs, another
@@ -219,11 +220,11 @@ def _rows(paths: Sequence[Path]) -> list[Row]:
 
 
 def _costs(arch: str | None, rows: Iterable[Row]) -> CostModel:
-    """The costs of an architecture, if all `rows` can be of it."""
+    """The cost model of an architecture, if the widths of all `rows` fit it."""
     from zoo.tracing.known_groups import reference_groups  # imports torch
 
     if arch is None:
-        raise ZooError("Factors need the architecture, which a ledger does not say: name it.")
+        raise ZooError("Factors need the architecture, which a ledger does not name: add --arch.")
     model = cost_model(reference_groups(arch))
     for widths in {row.key.widths for row in rows}:
         fits = len(widths) == len(model.sizes)
@@ -247,9 +248,10 @@ def figure_4(
     searched: Iterable[Profile],
     base: Mapping[str, float],
 ) -> Figure:
-    """A panel per summary; the base line is `base` by network, or of a profile that keeps all.
+    """A panel per summary; its base line is `base` by network, or that of a profile that keeps all.
 
-    `searched` profiles stand out where they were measured again, not by what made them chosen.
+    `searched` profiles are marked only where they were measured again: the accuracies of episodes
+    made them chosen.
     """
     from zoo.common import plots
 
@@ -274,7 +276,7 @@ def figure_4(
 
 
 def ledger_sheets(summaries: Sequence[Summary], top: int, where: str = "") -> list[Sheet]:
-    """The tables of `ledger_report`; `where` ends their titles."""
+    """The contents of `ledger_report`'s tables; `where` is appended to their titles."""
     evaluations, sources, best = [], [], []
     for number, summary in enumerate(summaries, start=1):
         setting, total, label = summary.setting, summary.total, str(number)
@@ -294,7 +296,7 @@ def ledger_sheets(summaries: Sequence[Summary], top: int, where: str = "") -> li
     profiles = "#", "source", "widths", "mean", "sd", "seeds", *metrics
     return [
         Sheet(f"Settings{where}", 4, settings, evaluations),
-        Sheet(f"By source, with the factors of its best{where}", 2, asked, sources),
+        Sheet(f"By source, with the factors of its best profile{where}", 2, asked, sources),
         Sheet(f"The best {top} of each setting, by mean over seeds{where}", 3, profiles, best),
     ]
 
@@ -322,7 +324,7 @@ def _rich(sheet: Sheet) -> Table:
 
 
 def markdown(sheet: Sheet) -> str:
-    """The table, under its title."""
+    """The table in Markdown, under its title."""
     rule = ["---" if index < sheet.texts else "---:" for index in range(len(sheet.columns))]
     lines = [f"| {' | '.join(cells)} |" for cells in (sheet.columns, rule, *sheet.rows)]
     return "\n".join([f"## {sheet.title}", "", *lines])

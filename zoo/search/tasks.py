@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 SEARCH_SEEDS = (1_000, 2**30)
-"""Channel seeds that episodes draw from: [first, last). Other seeds are fresh to every search."""
+"""Channel seeds that episodes draw from: [first, last). No episode uses any other seed."""
 
 CRITERION = "random"
 
@@ -57,14 +57,14 @@ class Task:
     """One (base network, data set) pair of the search queue.
 
     Attributes:
-        name: what reports call it.
+        name: its name in reports.
         network: sha256 of the base network's checkpoint, or its name where there is none.
         module: the base network, in eval mode; never changed.
         groups: its channel groups at the data's image size.
         train: images for recalibration and fine-tuning.
         val: images for accuracies, on which the base network was not trained.
         base_accuracy: of the base network on `val`, in [0, 1].
-        split_digest: of `val`.
+        split_digest: digest of `val`.
         features: E|∂ε/∂L · L| of the base network on `val`, one vector per group.
     """
 
@@ -88,7 +88,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one evaluation is of: `task` pruned to `widths`, with the channels that `seed` draws."""
+    """What an evaluation measures: `task` pruned to `widths`, with channels drawn by `seed`."""
 
     task: Task
     widths: tuple[int, ...]
@@ -114,7 +114,7 @@ def make_task(
 
     Raises:
         DataError: if a label does not fit the base network's outputs.
-        ZooError: if the base network is near chance (half as good again, or less).
+        ZooError: if the base network is near chance: less than about 1.5 times its accuracy.
     """
     module = module.to(device()).eval()
     accuracy = evaluate(module, val).accuracy
@@ -165,7 +165,7 @@ def load_tasks(
 
     Raises:
         CheckpointError, DataError: when a checkpoint or the data cannot be read.
-        ZooError: for no tasks, a base network near chance or kept from another validation split.
+        ZooError: for no tasks, a base network near chance or one of another validation split.
     """
     if not tasks:
         raise ZooError("A search needs at least one task: name base checkpoints in tasks.")
@@ -197,7 +197,7 @@ def load_task(arch: str, path: str, splits: Splits) -> Task:
 
     Raises:
         CheckpointError: when the checkpoint cannot be read or is of another architecture.
-        ZooError: for a base network near chance, or one kept from another validation split.
+        ZooError: for a base network near chance, or one of another validation split.
     """
     size = splits.val.image_size
     dense = load_dense(arch, path, image_size=size)
@@ -207,12 +207,12 @@ def load_task(arch: str, path: str, splits: Splits) -> Task:
             f"{path} has {dense.num_classes} classes, the data set {splits.val.name} "
             f"{splits.num_classes}."
         )
-    trained_beside = checkpoint.metadata.get("split_digest")
-    if trained_beside is None:
-        say(f"{path} does not say which validation split it was kept from; it is taken on trust.")
-    elif trained_beside != splits.digest:
+    held_out = checkpoint.metadata.get("split_digest")
+    if held_out is None:
+        say(f"{path} does not name the validation split it was not trained on; assuming this one.")
+    elif held_out != splits.digest:
         raise ZooError(
-            f"{path} was trained beside another validation split ({trained_beside[:12]}) than that "
+            f"{path} was trained with another validation split ({held_out[:12]}) than that "
             f"of {splits.val.name} ({splits.digest[:12]}): it may have seen the images that score "
             f"the search. Train a base network on this data."
         )
@@ -225,13 +225,13 @@ def load_task(arch: str, path: str, splits: Splits) -> Task:
 
 
 def sample(data: ImageSet, count: int | None) -> ImageSet:
-    """`count` images of `data` chosen once and for all (seed 0), or all of them; shuffled."""
+    """`count` images of `data`, or all of them, in a fixed random order (seed 0)."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     return data.subset(order[:count])
 
 
 def plan_of(candidate: Candidate) -> Plan:
-    """What a candidate keeps; the channels of one seed are nested in the width."""
+    """The plan of a candidate; for one seed, the channels of a smaller width are a subset."""
     groups, seed = candidate.task.groups, candidate.seed
     return make_plan(
         groups,
@@ -256,6 +256,6 @@ def device() -> torch.device:
 
 
 def say(text: str) -> None:
-    """One line of progress, on standard error."""
+    """Print a line of progress to standard error."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""Many environments in lockstep, whose finished episodes are evaluated at once."""
+"""Many environments in lockstep, whose finished episodes are evaluated together."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
     are played together: the n-th episode of environment i has number n · num_envs + i.
     `reset(seed=s)` starts again at number s, `reset()` goes on to the next numbers.
 
-    All episodes end together. That step returns the first observations of the next ones, and its
-    infos hold `played`, the finished episodes as `PruningEnv` has them, one dict per environment,
-    and `final_obs`, their last observations.
+    All episodes end at the same step, which returns the first observations of the next ones. Its
+    infos hold `played`, the finished episodes as `PruningEnv` describes them, one dict per
+    environment, and `final_obs`, their last observations.
 
     Args:
-        make_env: makes one environment; always the same one.
-        num_envs: how many.
+        make_env: makes an environment; all of them must be equal.
+        num_envs: number of environments.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012
@@ -67,7 +67,7 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
     def step(
         self, actions: Array
     ) -> tuple[Array, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Keep, in every environment, what its row of `actions`, of shape (num_envs, 1), asks."""
+        """Decide on the next group of every environment; `actions` has shape (num_envs, 1)."""
         for env, action in zip(self.envs, np.reshape(actions, -1), strict=True):
             env.decide(keep_ratio(float(action)))
         observations = self._observe()
@@ -100,15 +100,15 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
 def play(env: PruningVectorEnv, betas: NDArray, entries: Sequence[int]) -> list[dict[str, Any]]:
     """The finished episodes of given keep ratios, evaluated together; nothing is observed.
 
-    The environments keep their own episodes.
+    The running episodes of `env` are not disturbed.
 
     Args:
-        env: what to play in.
-        betas: of shape (N, groups); brought into [0.1, 1], as actions are.
-        entries: which entry of the queue each row is played on, N in all.
+        env: gives the queue, the projection and the reward.
+        betas: keep ratios, of shape (N, groups); clipped to [0.1, 1], as actions are.
+        entries: per row, the index of the queue's entry that it is played on; N in all.
 
     Raises:
-        ZooError: for what is no number, or another shape.
+        ZooError: if `betas` has another shape, or holds NaN.
     """
     betas = np.asarray(betas, dtype=float)
     expected = (len(entries), len(env.groups.sizes))

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 __all__ = ["InProcess", "Pool", "Processes", "Result", "measured", "pool_of"]
 
 PATIENCE = 3
-"""Rounds in a row in which processes may die without finishing one candidate."""
+"""The search fails after this many rounds in a row in which processes die without a result."""
 
 Result = tuple[int, float, float]
 """The index of a candidate, its accuracy in [0, 1] and the seconds that it took."""
 
 
 class Pool(Protocol):
-    """Something that measures candidates, in any order; `size` of them at a time."""
+    """Measures candidates in any order, `size` of them at a time."""
 
     @property
     def size(self) -> int: ...
@@ -43,7 +43,7 @@ class Pool(Protocol):
 
 
 class InProcess:
-    """Candidates one after the other in this process, on the CPU with one thread."""
+    """Measures candidates one by one in this process, with one CPU thread."""
 
     size = 1
 
@@ -54,17 +54,17 @@ class InProcess:
             yield index, accuracy, seconds
 
     def close(self) -> None:
-        """Nothing to end."""
+        """There is nothing to end."""
 
 
 class Processes:
-    """Candidates shared out among processes of one thread each; all give what one process gives.
+    """Measures candidates in single-threaded processes, with the accuracies that one process gives.
 
-    A process that dies is replaced and its candidates are measured again. Processes are started
-    when they are first needed and end with this one, however it ends.
+    A process that dies is replaced, and its candidates are measured again. Processes start when
+    they are first needed. They end with this process, even if it is killed.
 
     Args:
-        size: how many processes.
+        size: number of processes.
     """
 
     def __init__(self, size: int) -> None:
@@ -120,7 +120,7 @@ class Processes:
             yield futures[future], *future.result()
 
     def _started(self, tasks: Sequence[Task]) -> ProcessPoolExecutor:
-        """The processes, which know these tasks; others that they were sent stay known."""
+        """The running processes, which know these tasks and all earlier ones."""
         new = {id(task): task for task in tasks if id(task) not in self._tasks}
         if new:
             self.close()
@@ -136,7 +136,7 @@ class Processes:
 
 
 def pool_of(workers: int | None) -> Pool:
-    """`workers` processes; by default one per CPU core, and this process alone where CUDA is."""
+    """A pool of `workers` processes; by default one per CPU core, or with CUDA this process."""
     if workers is None:
         workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
     return InProcess() if workers <= 1 else Processes(workers)
@@ -153,7 +153,7 @@ _installed: dict[int, Task] = {}
 
 
 def _install(tasks: dict[int, Task]) -> None:
-    """Make a fresh process ready: its tasks, one thread, deaf to Ctrl-C, gone with its parent."""
+    """Prepare a new process: tasks, one thread, Ctrl-C ignored, ended with its parent."""
     global _installed
     _installed = tasks
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The agents of the search, by name; each is imported when it is asked for."""
+"""The agents of the search, by name; each is imported on demand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from zoo.errors import unknown
 __all__ = ["AGENTS", "Episode", "agent"]
 
 Episode = dict[str, Any]
-"""The info of a finished episode, as `zoo.search.env.PruningEnv` has it."""
+"""The info of a finished episode, as `zoo.search.env.PruningEnv` describes it."""
 
 AGENTS = {
     "ppo": "zoo.search.agents.ppo:train_ppo",
@@ -26,12 +26,12 @@ AGENTS = {
 
 
 def agent(name: str) -> Callable[..., list[Episode]]:
-    """The function that searches, of the agent `name`.
+    """The training function of the agent `name`.
 
-    It takes a `PruningVectorEnv`, a number of episodes, and by name `seed`, `on_episode` (called
-    with every finished episode, in order), `stop` (asked after every batch) and, where the agent
-    has any, `settings`. It returns the episodes that the finished agent itself proposes, one per
-    entry of the queue. Ctrl-C ends the search and keeps what was learnt.
+    It takes a `PruningVectorEnv`, a number of episodes, and as keywords `seed`, `on_episode`
+    (called with every finished episode, in order), `stop` (called after every batch; true ends the
+    training) and, if the agent has any, `settings`. It returns the episodes that the trained agent
+    proposes, one per entry of the queue. Ctrl-C ends the training and keeps what was learnt.
 
     Raises:
         ZooError: for an unknown agent, or one whose library is not installed.

@@ -1,8 +1,9 @@
-"""Searches that ask for keep ratios and are told rewards: no network learns, nothing is observed.
+"""Ask-and-tell searches: a method proposes keep ratios and is told rewards. No network learns.
 
-A candidate is one keep ratio per channel group, played on every task with the same channels all
-the time; what is told is the mean reward. Random draws, CMA-ES (Hansen, arXiv:1604.00772, from
-`cmaes`), a genetic algorithm and a particle swarm (from `pymoo`), and simulated annealing.
+Nothing is observed. A candidate is one keep ratio per channel group. It is played on every task,
+always with the same channels; the method is told the mean reward. Methods: random draws, CMA-ES
+(Hansen, arXiv:1604.00772, from `cmaes`), a genetic algorithm and a particle swarm (from `pymoo`),
+and simulated annealing.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ __all__ = [
 ]
 
 BATCH = 8
-"""Candidates of a batch; the genetic algorithm's first one is its population, twice as many."""
+"""Candidates per batch; the genetic algorithm's first batch is its population, twice as many."""
 
 RANDOM = (0.3, 0.9)
 """Range of the keep ratios of random profiles (paper, section 3)."""
 
 
 class Method(Protocol):
-    """Batches of keep ratios, each followed by its rewards; more is better."""
+    """A search method: it is asked for keep ratios, then told their rewards; more is better."""
 
     def ask(self) -> NDArray:
         """Candidates, of shape (batch, groups), in [`FLOOR`, 1]."""
@@ -83,7 +84,7 @@ class _CMA:
 
 
 class _Pymoo:
-    """An algorithm of pymoo's, which minimise."""
+    """An algorithm of pymoo, which minimises: rewards are negated."""
 
     def __init__(self, algorithm: Any, groups: int, seed: int) -> None:
         from pymoo.core.problem import Problem
@@ -148,14 +149,14 @@ class _Search:
 
     method: Method
     entries: list[int]
-    """of the queue, that ask for this factor"""
+    """indices of the queue's entries at this factor"""
     left: int
     """candidates still to be played"""
     best: list[Episode] = field(default_factory=list)
-    """of the candidate with the best mean reward, one per entry"""
+    """episodes of the candidate with the best mean reward, one per entry"""
 
     def play(self, env: PruningVectorEnv) -> list[Episode]:
-        """The episodes of the next batch, told to the method."""
+        """Play the next batch, tell the method its rewards, and return the episodes."""
         asked = self.method.ask()
         batch, per = asked[: self.left], len(self.entries)
         played = play(env, np.repeat(batch, per, axis=0), self.entries * len(batch))
@@ -180,16 +181,16 @@ def _train(
     on_episode: Callable[[Episode], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> list[Episode]:
-    """Ask and tell for `episodes` evaluations, rounded down to whole candidates, at least one.
+    """Search for `episodes` episodes, rounded down to whole candidates, at least one.
 
     Args:
-        make_method: makes the method for so many groups and a seed.
+        make_method: makes a method from a number of groups and a seed.
         env: environments in lockstep; only their queue, projection and reward are used. Every
             factor of the queue has a search of its own.
         episodes: how many to play; a candidate takes one per task.
         seed: of the method.
         on_episode: called with every finished episode, in order.
-        stop: asked after every batch; true ends the search, as Ctrl-C does.
+        stop: called after every batch; true ends the search, as Ctrl-C does.
 
     Returns:
         The episodes of the best candidate, one per entry of the queue; fewer if the search is
@@ -203,7 +204,7 @@ def _train(
         searches.append(_Search(method, entries, candidates))
     with suppress(KeyboardInterrupt):
         for search in cycle(searches):
-            if not search.left:  # they take turns at batches of one size: all are done
+            if not search.left:  # searches take turns with equal batches: all are done
                 break
             for episode in search.play(env):
                 on_episode(episode)

@@ -1,11 +1,11 @@
 """Deep deterministic policy gradient, the agent of AMC (He et al., 2018), by Stable-Baselines3.
 
-As AMC does, it explores at random at first and then by noise that fades from episode to episode,
-and learns rewards relative to a baseline. Where it departs from AMC: noise is cut off at the ends
-of the actions' range, not drawn from within; the critic learns a decision's value from the one
-reward of its episode, not from its own estimate of the next decision, so that target networks play
-no part; rewards are also divided by their deviation; and weights decay. Without any of the last
-three it proposes worse profiles after a few hundred episodes.
+As in AMC, actions are random at first, then noisy; the noise fades from episode to episode, and
+rewards are learnt relative to a baseline. It differs from AMC in four ways: noisy actions are
+clipped to their range, not drawn from a truncated normal; the critic learns a decision's value from
+the reward of its episode, not from its own estimate of the next decision, so target networks play
+no part; rewards are also divided by their standard deviation; and weights decay. Without any of the
+last three it proposes worse profiles after a few hundred episodes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class DDPGSettings:
     """How DDPG explores and learns."""
 
     warmup: int = 80
-    """episodes of random actions at first, in whole rounds; they are noisy, too"""
+    """number of first episodes with random actions, in whole rounds; noise is added to these too"""
     updates: int = 50
     """updates after every round"""
     batch_size: int = 128
@@ -49,7 +49,7 @@ class DDPGSettings:
     std: float = 0.5
     """initial standard deviation of the noise, on actions in [-1, 1]"""
     fading: float = 0.98
-    """by which an environment's noise shrinks with each of its episodes past the warm-up"""
+    """factor on an environment's noise for each of its episodes past the warm-up"""
     hidden: int = 64
     """units of each of the two layers, of actor and critic alike"""
 
@@ -63,15 +63,15 @@ def train_ddpg(
     stop: Callable[[], bool] = lambda: False,
     settings: DDPGSettings = DDPGSettings(),
 ) -> list[Episode]:
-    """Learn for `episodes`, and play the actor's action.
+    """Train for `episodes` episodes, then play the actor's actions without noise.
 
     Args:
         env: environments in lockstep.
         episodes: how many to play, rounded up to whole rounds of `env`.
         seed: of the networks and the actions; the caller's random state is kept.
         on_episode: called with every finished episode, in order.
-        stop: asked after every round; true ends the learning, as Ctrl-C does.
-        settings: of DDPG.
+        stop: called after every round; true ends the training, as Ctrl-C does.
+        settings: settings of DDPG.
 
     Returns:
         One episode of the deterministic policy per entry of the queue.
@@ -105,7 +105,7 @@ def train_ddpg(
 
 
 class _Fading(ActionNoise):
-    """Normal noise, whose deviation shrinks with every episode past the warm-up."""
+    """Normal noise, whose standard deviation shrinks with every episode past the warm-up."""
 
     def __init__(self, std: float, fading: float, warmup: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class _Fading(ActionNoise):
 
 
 class _Standardised(NStepReplayBuffer):
-    """Remembers every decision with its episode's reward, relative to those of all episodes."""
+    """A replay buffer of decisions with their episode's reward, standardised over all episodes."""
 
     def _get_samples(self, *args, **options) -> ReplayBufferSamples:
         samples = super()._get_samples(*args, **options)

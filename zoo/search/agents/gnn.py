@@ -1,20 +1,20 @@
-"""GNN-RL: the network's computational graph, rebuilt after every step, is the state (PPO).
+"""GNN-RL: PPO on the network's computational graph, which is rebuilt after every step.
 
-An episode begins with the whole network. A step asks for one keep ratio of every group at once,
-relative to what is left of it; the next state is the graph of the network so pruned. The episode
-ends when the network meets the constraint on its cost, and its reward is that of all agents. A
-multi-stage graph encoder reads the state.
+An episode begins with the dense network. A step chooses the keep ratios of all groups at once,
+relative to their present widths; the next state is the graph of the network pruned that far. The
+episode ends when the network meets the constraint on its cost. The reward is the same as for all
+agents. A multi-stage graph encoder reads the state.
 
-Where this departs from the paper:
+Differences from the paper:
 
-- The graph comes from the stored channel groups and what their costs are made of
-  (`zoo.search.agents.graphs`): nothing is traced. Its nodes are channel groups, so that maps which
-  are added up are one node, and batch norms and activations are none. The hierarchy has two stages:
-  feature maps, and the resolutions that they have.
+- The graph is built from the stored channel groups and their cost terms
+  (`zoo.search.agents.graphs`): nothing is traced. Its nodes are channel groups, so feature maps
+  that are added share one node, and batch norms and activations have none. The hierarchy has two
+  stages: feature maps, and their resolutions.
 - The step that meets the constraint may overshoot it. The environment's projection then scales all
   keep ratios to the asked factor, as it does for every agent, so that candidates are comparable.
-- An episode that does not come to the constraint in `max_steps` steps ends there, too.
-- The deviation of the actions is learnt; the paper fixes it.
+- An episode that has not met the constraint after `max_steps` steps ends as well.
+- The standard deviation of the actions is learnt; the paper fixes it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class GraphEncoder(nn.Module):
     """Multi-stage graph encoder: `Graphs` -> embeddings of shape (B, embedding).
 
     Operations carry messages between the feature maps, then between the stages that the maps are
-    pooled to; the network is the mean of its stages.
+    pooled into. The embedding is read from the mean of the stages.
     """
 
     def __init__(self, hidden: int = 32, embedding: int = 64) -> None:
@@ -84,7 +84,7 @@ class GraphEncoder(nn.Module):
 
 
 class _Messages(nn.Module):
-    """Two rounds in which every node hears from its operations and their other ends."""
+    """Two rounds of message passing along the operations, in both directions."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -145,17 +145,17 @@ def train_gnn(
     actor: nn.Module | None = None,
     critic: nn.Module | None = None,
 ) -> list[Episode]:
-    """Learn for `episodes`, and play the actor's mean action.
+    """Train for `episodes` episodes, then play the actor's mean actions.
 
-    Every round of `env.num_envs` episodes is evaluated at once and makes one update.
+    Every round of `env.num_envs` episodes is evaluated together and gives one update.
 
     Args:
         env: environments in lockstep; only their queue, projection and reward are used.
         episodes: how many to play, rounded up to whole rounds.
         seed: of the networks and the actions; the caller's random state is kept.
         on_episode: called with every finished episode, in order.
-        stop: asked after every round; true ends the learning, as Ctrl-C does.
-        settings: of the agent.
+        stop: called after every round; true ends the training, as Ctrl-C does.
+        settings: settings of the agent.
         actor: `Graphs` -> mean actions of shape (B, groups), in [-1, 1]; `Actor` by default. It is
             trained in place.
         critic: `Graphs` -> values of shape (B,); `Critic` by default. It is trained in place.
@@ -169,23 +169,23 @@ def train_gnn(
         with suppress(KeyboardInterrupt):
             for first in range(0, episodes, env.num_envs):
                 entries = [(first + i) % len(env.queue) for i in range(env.num_envs)]
-                walks = agent.walk(entries)
-                found = play(env, walks.keep_ratios, entries)
+                rollouts = agent.roll_out(entries)
+                found = play(env, rollouts.keep_ratios, entries)
                 for episode in found:
                     on_episode(episode)
                 if stop():
                     break
-                agent.update(walks, [episode["reward"] for episode in found])
+                agent.update(rollouts, [episode["reward"] for episode in found])
         entries = list(range(len(env.queue)))
-        return play(env, agent.walk(entries, greedy=True).keep_ratios, entries)
+        return play(env, agent.roll_out(entries, greedy=True).keep_ratios, entries)
 
 
 @dataclass(frozen=True)
-class _Walks:
-    """Episodes: where each one ends, and every step of them all."""
+class _Rollouts:
+    """Several episodes: their final keep ratios, and all their steps."""
 
     keep_ratios: NDArray
-    """(episodes, groups), at the end"""
+    """(episodes, groups): at the end of each episode"""
     graphs: Graphs
     """the states of all steps"""
     actions: Tensor
@@ -206,8 +206,8 @@ class _Agent:
         self._adam = torch.optim.Adam(self._parameters, settings.lr)
 
     @torch.no_grad()
-    def walk(self, entries: Sequence[int], *, greedy: bool = False) -> _Walks:
-        """One episode per entry, all in step; the policy's mean if `greedy`."""
+    def roll_out(self, entries: Sequence[int], *, greedy: bool = False) -> _Rollouts:
+        """Play one episode per entry in lockstep; with the policy's mean actions if `greedy`."""
         least = self._settings.least
         asked = np.array([self._env.queue[entry].cf for entry in entries])
         keep_ratios = np.ones((len(entries), len(self._env.groups.sizes)))
@@ -223,21 +223,21 @@ class _Agent:
             running = running[self._to_come(keep_ratios[running], asked[running]) > 0]
         states, to_come, taken, episode = zip(*steps, strict=True)
         graphs = self._architecture(np.concatenate(states), np.concatenate(to_come))
-        return _Walks(keep_ratios, graphs, torch.cat(taken), np.concatenate(episode))
+        return _Rollouts(keep_ratios, graphs, torch.cat(taken), np.concatenate(episode))
 
-    def update(self, walks: _Walks, rewards: Sequence[float]) -> None:
-        """Clipped policy gradient (Schulman et al., arXiv:1707.06347); no step is discounted."""
-        returns = torch.tensor(rewards, dtype=torch.float32)[walks.episode]
+    def update(self, rollouts: _Rollouts, rewards: Sequence[float]) -> None:
+        """One PPO update (Schulman et al., arXiv:1707.06347), without discounting."""
+        returns = torch.tensor(rewards, dtype=torch.float32)[rollouts.episode]
         with torch.no_grad():
-            before = self._log_probability(walks)
-            advantages = returns - self._critic(walks.graphs)
+            before = self._log_probability(rollouts)
+            advantages = returns - self._critic(rollouts.graphs)
             advantages = (advantages - advantages.mean()) / (advantages.std(correction=0) + 1e-8)
         clip = self._settings.clip
         for _ in range(self._settings.epochs):
-            ratio = (self._log_probability(walks) - before).exp()
+            ratio = (self._log_probability(rollouts) - before).exp()
             clipped = ratio.clamp(1 - clip, 1 + clip)
             gain = torch.min(ratio * advantages, clipped * advantages).mean()
-            error = (self._critic(walks.graphs) - returns).square().mean()
+            error = (self._critic(rollouts.graphs) - returns).square().mean()
             self._adam.zero_grad()
             (error / 2 - gain).backward()
             nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm)
@@ -246,11 +246,11 @@ class _Agent:
     def _policy(self, graphs: Graphs) -> Normal:
         return Normal(self._actor(graphs), self._log_std.exp())
 
-    def _log_probability(self, walks: _Walks) -> Tensor:
-        return self._policy(walks.graphs).log_prob(walks.actions).sum(-1)
+    def _log_probability(self, rollouts: _Rollouts) -> Tensor:
+        return self._policy(rollouts.graphs).log_prob(rollouts.actions).sum(-1)
 
     def _to_come(self, keep_ratios: NDArray, asked: NDArray) -> NDArray:
-        """log(asked factor / factor): how much compression the constraint still wants."""
+        """log(asked factor / present factor), shape (episodes,): the compression still missing."""
         cost, metric = self._env.envs[0].cost, self._env.envs[0].settings.metric
         widths = [round_widths(cost.sizes, row) for row in keep_ratios.tolist()]
         return np.log(asked) - np.log([cost.factor(row, metric) for row in widths])

@@ -1,9 +1,9 @@
 """A network's computational graph from its stored channel groups, at any widths. Nothing is traced.
 
-A node is the feature map of one channel group, or the image, or the classifier's output; an
-operation, a convolution or dense layer, leads from the map that it reads to the map that it writes.
-The maps of one resolution are a *stage*: the same operations, between stages, are the coarser graph
-above.
+A node is the feature map of one channel group, the input image, or the classifier's output. An edge
+is an operation: a convolution or dense layer, from the map that it reads to the map that it writes.
+The maps of one resolution form a *stage*. The coarser graph has the stages as nodes and the same
+operations as edges.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from zoo.spec.groups import ChannelGroups
 __all__ = ["NODE_FEATURES", "OPERATION_FEATURES", "Architecture", "Graphs"]
 
 NODE_FEATURES = 5
-"""Keep ratio; dense width, relative and on a log scale; is it the image, is it the output; how much
-of the asked compression, on a log scale, is still to come."""
+"""Keep ratio; relative dense width on a log scale; whether it is the image; whether it is the
+output; log of the compression still missing."""
 
 OPERATION_FEATURES = 5
-"""Present shares of its dense inputs and outputs; its present parameters and MACs, as shares of the
-dense network's; its kernel's area on a log scale."""
+"""Kept shares of its inputs and of its outputs; its present parameters and MACs, as shares of the
+whole dense network's; its kernel's area on a log scale."""
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """B states of one network: features differ, the graph is the same."""
+    """The graphs of B states of one network: same edges, different features."""
 
     nodes: Tensor
     """(B, nodes, NODE_FEATURES)"""
     operations: Tensor
     """(B, operations, OPERATION_FEATURES)"""
     source: Tensor
-    """(operations,): the node that each reads"""
+    """(operations,): the node that each operation reads"""
     target: Tensor
-    """(operations,): the node that each writes"""
+    """(operations,): the node that each operation writes"""
     stage: Tensor
-    """(nodes,): the stage of each"""
+    """(nodes,): the stage of each node"""
 
 
 @dataclass(frozen=True)
 class _Operation:
-    """One layer: where it leads, and what its cost depends on."""
+    """One layer as an edge: its two nodes, and what its cost depends on."""
 
     source: int
     target: int
@@ -71,7 +71,7 @@ class Architecture:
         self._stage = torch.tensor([sorted(set(resolutions)).index(r) for r in resolutions])
 
     def __call__(self, keep_ratios: NDArray, to_come: NDArray) -> Graphs:
-        """The graphs of networks of these keep ratios.
+        """The graphs of B networks with these keep ratios.
 
         Args:
             keep_ratios: of shape (B, groups).
@@ -116,7 +116,7 @@ class Architecture:
 
 
 def _operations(groups: ChannelGroups) -> list[_Operation]:
-    """The layers between feature maps; one that reads several maps leads from each of them."""
+    """The edges of the graph: one per layer, map that it reads, and map that it writes."""
     image, classes = len(groups.sizes), len(groups.sizes) + 1
     lengths, found = extents(groups), []
     for name, positions in groups.positions.items():
@@ -136,6 +136,6 @@ def _operations(groups: ChannelGroups) -> list[_Operation]:
 
 
 def _part(extent: Extent, group: int) -> Extent:
-    """What one group has of a dimension; the image and the classes have what no group has."""
+    """The part of a dimension that belongs to one group; for image and classes, the fixed part."""
     per = tuple((own, count) for own, count in extent.per if own == group)
     return Extent(0, per) if per else Extent(extent.fixed)

@@ -17,7 +17,7 @@ __all__ = ["PPOSettings", "train_ppo"]
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """How PPO learns; rewards come once per episode, so neither γ nor λ discounts them."""
+    """How PPO learns; there is one reward per episode, so γ and λ are 1."""
 
     epochs: int = 20
     """passes over the episodes of a round, which are one batch"""
@@ -44,17 +44,17 @@ def train_ppo(
     stop: Callable[[], bool] = lambda: False,
     settings: PPOSettings = PPOSettings(),
 ) -> list[Episode]:
-    """Learn for `episodes`, and play the policy's mean action.
+    """Train for `episodes` episodes, then play the policy's mean actions.
 
-    Every round of `env` is one update: eight environments are eight episodes an update.
+    Every round of `env` gives one update: with eight environments, from eight episodes.
 
     Args:
         env: environments in lockstep.
         episodes: how many to play, rounded up to whole rounds.
         seed: of the policy and its actions; the caller's random state is kept.
         on_episode: called with every finished episode, in order.
-        stop: asked after every round; true ends the learning, as Ctrl-C does.
-        settings: of PPO.
+        stop: called after every round; true ends the training, as Ctrl-C does.
+        settings: settings of PPO.
 
     Returns:
         One episode of the deterministic policy per entry of the queue.

@@ -1,4 +1,4 @@
-"""What the agents of Stable-Baselines3 share; nothing else imports that library."""
+"""What the agents of Stable-Baselines3 share; no other file imports that library."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Lockstep(VecEnv):
         self._actions = actions
 
     def step_wait(self) -> tuple[NDArray, NDArray, NDArray, list[dict[str, Any]]]:
-        """Every info of an episode's end holds it as `episode_played`."""
+        """Step all environments; at an episode's end, its info holds it as `episode_played`."""
         observations, rewards, dones, _, infos = self.env.step(self._actions)
         ends: list[dict[str, Any]] = [{} for _ in dones]
         if "played" in infos:
@@ -89,7 +89,7 @@ def train(
     on_episode: Callable[[Episode], None],
     stop: Callable[[], bool],
 ) -> list[Episode]:
-    """Learn for whole rounds of `env`, then play the policy's mean on every entry of the queue.
+    """Train for whole rounds of `env`, then play the policy's mean on every entry of the queue.
 
     The caller's random state is kept.
     """
@@ -113,7 +113,7 @@ def _proposals(model: BaseAlgorithm, env: PruningVectorEnv) -> list[Episode]:
 
 
 class _EveryRound(BaseCallback):
-    """Reports the episodes of a round, then asks whether it was the last one."""
+    """Reports the episodes of every round, and ends the training when `stop` says so."""
 
     def __init__(self, on_episode: Callable[[Episode], None], stop: Callable[[], bool]) -> None:
         super().__init__()
@@ -129,7 +129,7 @@ class _EveryRound(BaseCallback):
 
 @contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """Stable-Baselines3 seeds the global generators; afterwards they are as before."""
+    """Restore the global random generators afterwards, because Stable-Baselines3 seeds them."""
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
