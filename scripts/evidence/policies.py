@@ -25,11 +25,12 @@ from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.registry.store import find_profile
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined
-from zoo.search.fidelities import FineTuning
+from zoo.search.fidelities import FineTuning, FromScratch
 from zoo.search.ledger import Ledger
 from zoo.search.tasks import Task, device, load_tasks, say, task_data
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.profile import Evidence
+from zoo.training.recipes import Recipe
 
 Widths = tuple[int, ...]
 
@@ -58,12 +59,18 @@ class Options:
     """its peak learning rate"""
     seeds: tuple[int, ...] = (0, 1)
     """of the channels kept and of the training"""
+    sibling_epochs: int = 0
+    """epochs of all training images for the sibling, which starts from scratch; 0 for none"""
 
 
 def main(options: Options) -> None:
     """Measure what is missing; a table for each base network, metric and factor."""
     options.out.mkdir(parents=True, exist_ok=True)
     fidelity = FineTuning.of(options.epochs, options.images, options.lr)
+    sibling = None
+    if options.sibling_epochs:
+        recipe = Recipe(epochs=options.sibling_epochs, lr=options.lr, precision="fp32")
+        sibling = FromScratch(recipe)
     rows = options.out / "rows.jsonl"
     rows.unlink(missing_ok=True)
     with Ledger(options.out / "evidence.jsonl") as ledger:
@@ -79,8 +86,9 @@ def main(options: Options) -> None:
                     cost = cost_model(task.groups)
                     policies = widths_of(options.arch, task, cost, metric, cf)
                     found = evidence(
-                        policies, examined(task, test), evaluator, fidelity, options.seeds, cost
-                    )
+                        policies, examined(task, test), evaluator, fidelity, options.seeds, cost,
+                        sibling=sibling,
+                    )  # fmt: skip
                     print(f"\n**{options.arch}, {cf:g}x {metric}, {found[0].data}**\n")
                     print(table(found, cost), flush=True)
                     with rows.open("a") as stream:

@@ -17,6 +17,7 @@ from zoo.search import fidelities
 from zoo.search.evaluation import Evaluator
 from zoo.search.fidelities import (
     FineTuning,
+    FromScratch,
     Recalibration,
     live_features,
     recalibrate,
@@ -214,9 +215,22 @@ def test_fidelity_names_tell_their_settings_apart():
         FineTuning(recipe).name,
         FineTuning(recipe, 500).name,
         FineTuning(Recipe(epochs=1, lr=0.01)).name,
+        FromScratch(recipe).name,
     ]
     assert len(set(names)) == len(names)
     assert FineTuning(Recipe(epochs=1)).name == FineTuning(recipe).name
+
+
+def test_a_sibling_has_the_widths_and_none_of_the_weights(cnet):
+    candidate = halved(cnet, 0)
+    fine_tuned, sibling = cut(candidate), FromScratch(Recipe(epochs=1)).start(candidate)
+    weights = dict(fine_tuned.named_parameters())
+    for name, tensor in sibling.named_parameters():
+        assert tensor.shape == weights[name].shape
+        if tensor.ndim > 1:
+            assert not torch.isclose(tensor, weights[name]).any()
+    again = FromScratch(Recipe(epochs=1)).start(candidate)
+    assert all(map(torch.equal, sibling.parameters(), again.parameters()))
 
 
 def test_an_interrupted_fine_tune_leaves_no_row(cnet, monkeypatch):

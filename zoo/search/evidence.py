@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from zoo.data.datasets import ImageSet
 from zoo.search.evaluation import Evaluator
-from zoo.search.fidelities import FineTuning, Recalibration
+from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
 from zoo.search.tasks import Candidate, Task
 from zoo.spec.cost import CostModel
 from zoo.spec.profile import Evidence
@@ -36,6 +36,8 @@ def evidence(
     fidelity: FineTuning,
     seeds: Sequence[int],
     cost: CostModel,
+    *,
+    sibling: FromScratch | None = None,
 ) -> tuple[Evidence, ...]:
     """Test accuracy of every policy after the same fine-tune, and of the dense network.
 
@@ -47,9 +49,12 @@ def evidence(
             test split.
         seeds: seeds of the channels and of the training, the same for every policy.
         cost: cost model of the architecture's reference, for parameters and MACs.
+        sibling: how to train a network of the widths of the policy `equal` from scratch; it should
+            see as many images as the base network and the fine-tune together.
 
     Returns:
-        `base` first, then the policies in order. Standard deviations divide by n - 1.
+        `base` first, then the policies in order, then the sibling. Standard deviations divide by
+        n - 1.
     """
     recipe, images = fidelity.recipe, fidelity.train_images
     description = (
@@ -65,6 +70,15 @@ def evidence(
     for number, (policy, widths) in enumerate(policies.items()):
         own = slice(number * len(seeds), (number + 1) * len(seeds))
         rows.append(_row(policy, widths, cost, after[own], seeds, before[own], description, exam))
+    if sibling is not None:
+        widths = policies["equal"]
+        smaller = [Candidate(exam, widths, seed) for seed in seeds]
+        accuracies = evaluator(smaller, sibling, "sibling")
+        description = (
+            f"trained from scratch {sibling.recipe.epochs} epochs of "
+            f"{sibling.train_images or len(exam.train)} images"
+        )
+        rows.append(_row("sibling", widths, cost, accuracies, seeds, (), description, exam))
     return tuple(rows)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.common.documents import encode
+from zoo.common.seeding import seeded
 from zoo.common.strides import UnitStrides
 from zoo.data.batches import DeviceLoader
 from zoo.data.datasets import ImageSet
@@ -26,6 +27,7 @@ from zoo.search.tasks import (
     plan_of,
     sample,
 )
+from zoo.surgery.initialisation import reinitialise
 from zoo.surgery.masking import masked
 from zoo.training.finetuning import evaluate, finetune
 from zoo.training.recipes import Recipe
@@ -33,6 +35,7 @@ from zoo.training.recipes import Recipe
 __all__ = [
     "Fidelity",
     "FineTuning",
+    "FromScratch",
     "Recalibration",
     "live_features",
     "recalibrate",
@@ -102,15 +105,23 @@ class FineTuning:
 
     @property
     def name(self) -> str:
+        return f"fine-tune, {self._told}"
+
+    @property
+    def _told(self) -> str:
         settings = (TRAINING, sorted(encode(self.recipe).items()))
         digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
         return (
-            f"fine-tune, {self.recipe.epochs} epochs of {self.train_images or 'all'} training "
+            f"{self.recipe.epochs} epochs of {self.train_images or 'all'} training "
             f"images, recipe {digest}, last weights"
         )
 
+    def start(self, candidate: Candidate) -> nn.Module:
+        """The network that is trained."""
+        return cut(candidate)
+
     def measure(self, candidate: Candidate) -> float:
-        module, task = cut(candidate), candidate.task
+        module, task = self.start(candidate), candidate.task
         train = sample(task.train, self.train_images)
         try:
             result = finetune(
@@ -127,6 +138,28 @@ class FineTuning:
         if result.interrupted:
             raise KeyboardInterrupt
         return evaluate(module, task.val).accuracy
+
+
+@dataclass(frozen=True)
+class FromScratch(FineTuning):
+    """Training of a network of the candidate's widths from new random weights: the sibling.
+
+    Convolutions start as those of `zoo.models` do (He et al., 2015), other layers by their own
+    `reset_parameters`.
+    """
+
+    @property
+    def name(self) -> str:
+        return f"from scratch, {self._told}"
+
+    def start(self, candidate: Candidate) -> nn.Module:
+        module = cut(candidate)
+        reinitialise(module, candidate.seed)
+        with seeded(candidate.seed):
+            for layer in module.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+        return module
 
 
 def live_features(
