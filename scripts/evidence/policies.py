@@ -17,20 +17,18 @@ from pathlib import Path
 import tyro
 
 from zoo.common.documents import encode
-from zoo.criteria.scores import channel_scores, labelled_batches
 from zoo.data.datasets import load_data
-from zoo.errors import FactorError, GraphError
-from zoo.planning.policies import POLICIES, policy_solution
-from zoo.planning.rankings import RANKINGS, ranking_solution
+from zoo.errors import FactorError
+from zoo.planning.policies import POLICIES
+from zoo.planning.rankings import RANKINGS
 from zoo.registry.store import find_profile
 from zoo.search.evaluation import Evaluator
-from zoo.search.evidence import evidence, examined
+from zoo.search.evidence import evidence, examined, policy_widths
 from zoo.search.fidelities import FineTuning, FromScratch
 from zoo.search.ledger import Ledger
-from zoo.search.tasks import Task, device, load_tasks, say, task_data
+from zoo.search.tasks import Task, load_tasks, say, task_data
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.profile import Evidence
-from zoo.training.recipes import Recipe
 
 Widths = tuple[int, ...]
 
@@ -69,8 +67,7 @@ def main(options: Options) -> None:
     fidelity = FineTuning.of(options.epochs, options.images, options.lr)
     sibling = None
     if options.sibling_epochs:
-        recipe = Recipe(epochs=options.sibling_epochs, lr=options.lr, precision="fp32")
-        sibling = FromScratch(recipe)
+        sibling = FromScratch.of(options.sibling_epochs, None, options.lr)
     rows = options.out / "rows.jsonl"
     rows.unlink(missing_ok=True)
     with Ledger(options.out / "evidence.jsonl") as ledger:
@@ -84,7 +81,8 @@ def main(options: Options) -> None:
             for metric in options.metrics:
                 for cf in options.cf:
                     cost = cost_model(task.groups)
-                    policies = widths_of(options.arch, task, cost, metric, cf)
+                    policies = searched(options.arch, task, metric, cf)
+                    policies |= policy_widths((*POLICIES, *RANKINGS), task, cost, cf, metric)
                     found = evidence(
                         policies, examined(task, test), evaluator, fidelity, options.seeds, cost,
                         sibling=sibling,
@@ -96,29 +94,14 @@ def main(options: Options) -> None:
                         stream.write(json.dumps({"arch": options.arch, **told}) + "\n")
 
 
-def widths_of(arch: str, task: Task, model: CostModel, metric: str, cf: float) -> dict[str, Widths]:
-    """What every policy keeps of this base network, where it reaches the factor."""
-    found: dict[str, Widths] = {}
+def searched(arch: str, task: Task, metric: str, cf: float) -> dict[str, Widths]:
+    """The bundled profile, where there is one."""
     try:
         profile = find_profile(arch, cf, metric)[1]
-        found["searched"] = tuple(profile.kept[name] for name in task.groups.names)
     except FactorError as error:
         say(str(error))
-    scores = {}
-    for name in (*POLICIES, *RANKINGS):
-        try:
-            if name in POLICIES:
-                found[name] = policy_solution(name, model, cf, metric).widths
-                continue
-            criterion = RANKINGS[name].criterion
-            if criterion not in scores:
-                batches = labelled_batches(task.train, device(), 0)
-                scores[criterion] = channel_scores(criterion, task.module, task.groups, 0, batches)
-            ranking = RANKINGS[name]
-            found[name] = ranking_solution(ranking, scores[criterion], model, cf, metric).widths
-        except (FactorError, GraphError) as error:
-            say(f"{name}: {error}")
-    return found
+        return {}
+    return {"searched": tuple(profile.kept[name] for name in task.groups.names)}
 
 
 def table(rows: tuple[Evidence, ...], cost: CostModel) -> str:

@@ -23,8 +23,8 @@ from zoo.search import campaign
 from zoo.search.campaign import SearchConfig, search_profile
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
-from zoo.search.evidence import evidence, examined
-from zoo.search.fidelities import FineTuning
+from zoo.search.evidence import evidence, examined, policy_widths
+from zoo.search.fidelities import FineTuning, FromScratch
 from zoo.search.ledger import Ledger, merge, read
 from zoo.spec.cost import cost_model
 from zoo.spec.profile import Profile
@@ -311,6 +311,23 @@ def test_without_exact_projection_what_ships_still_meets_the_factor(config, proj
     env = EnvSettings(projection=projection)
     loose = dataclasses.replace(config, out=tmp_path, env=env, cf=(3.0,), episodes=8)
     assert search(loose).got == pytest.approx(3.0, rel=0.03)
+
+
+def test_the_sibling_is_a_row_of_the_widths_of_equal(config):
+    exam = examined(load(config)[0], load_data("digits", size=8).test)
+    cost = cost_model(stored_groups("cnet"))
+    policies = policy_widths(("equal", "global", "global-bn", "knapsack"), exam, cost, 2, "macs")
+    assert list(policies) == ["equal", "global", "knapsack"]  # no batch norm to rank by
+    assert all(cost.factor(w, "macs") == pytest.approx(2, rel=0.02) for w in policies.values())
+    tuned = FineTuning(Recipe(epochs=1, lr=0.02, augment=False), 64)
+    scratch = FromScratch(Recipe(epochs=2, lr=0.02, augment=False), 64)
+    equal = {"equal": policies["equal"]}
+    rows = evidence(equal, exam, Evaluator(Ledger()), tuned, (0, 1), cost, sibling=scratch)
+    assert [row.policy for row in rows] == ["base", "equal", "sibling"]
+    assert (rows[2].params, rows[2].macs) == (rows[1].params, rows[1].macs)
+    assert rows[2].fidelity == "trained from scratch 2 epochs of 64 images"
+    assert len(rows[2].accuracies) == 2
+    assert rows[2].before == ()
 
 
 def test_evidence_treats_every_policy_alike(config):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from zoo.criteria.scores import channel_scores, labelled_batches
+from zoo.criteria.weight_scores import Scores
 from zoo.data.datasets import ImageSet
+from zoo.errors import FactorError, GraphError
+from zoo.planning.policies import policy_solution
+from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.search.evaluation import Evaluator
 from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
-from zoo.search.tasks import Candidate, Task
+from zoo.search.tasks import Candidate, Task, device, say
 from zoo.spec.cost import CostModel
 from zoo.spec.profile import Evidence
 from zoo.training.finetuning import evaluate
 
-__all__ = ["evidence", "examined"]
+__all__ = ["evidence", "examined", "policy_widths"]
 
 Widths = tuple[int, ...]
 
@@ -80,6 +85,34 @@ def evidence(
         )
         rows.append(_row("sibling", widths, cost, accuracies, seeds, (), description, exam))
     return tuple(rows)
+
+
+def policy_widths(
+    policies: Iterable[str], task: Task, model: CostModel, cf: float, metric: str
+) -> dict[str, Widths]:
+    """Policy -> widths for the base network of `task`, in order; without those that give none.
+
+    Policies that rank channels see the training images of the task.
+
+    Raises:
+        ZooError: for an unknown policy.
+    """
+    found: dict[str, Widths] = {}
+    scores: dict[str, Scores] = {}
+    for name in policies:
+        try:
+            ranking = RANKINGS.get(name)
+            if ranking is None:
+                found[name] = policy_solution(name, model, cf, metric).widths
+                continue
+            criterion = ranking.criterion
+            if criterion not in scores:
+                batches = labelled_batches(task.train, device(), 0)
+                scores[criterion] = channel_scores(criterion, task.module, task.groups, 0, batches)
+            found[name] = ranking_solution(ranking, scores[criterion], model, cf, metric).widths
+        except (FactorError, GraphError) as error:  # out of reach, or no batch norm to rank by
+            say(f"{name}: {error}")
+    return found
 
 
 def _row(

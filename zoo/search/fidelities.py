@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from itertools import chain, islice, repeat
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from numpy.typing import NDArray
@@ -99,7 +99,7 @@ class FineTuning:
     train_images: int | None = None
 
     @classmethod
-    def of(cls, epochs: int, train_images: int | None, lr: float) -> FineTuning:
+    def of(cls, epochs: int, train_images: int | None, lr: float) -> Self:
         """A fine-tune by the plain recipe in fp32, which rankings and evidence use."""
         return cls(Recipe(epochs=epochs, lr=lr, precision="fp32"), train_images)
 

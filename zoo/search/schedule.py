@@ -21,6 +21,7 @@ from zoo.common.documents import decode, encode
 from zoo.errors import DocumentError, ZooError, integer, unknown
 from zoo.models import architecture
 from zoo.planning.policies import POLICIES
+from zoo.planning.rankings import RANKINGS
 from zoo.registry.store import folder_name
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
@@ -69,7 +70,9 @@ class Network:
         random: number of random profiles for each metric and factor.
         metrics, cf: metrics and compression factors of the profiles.
         episodes: of a search.
-        policies: measured beside the searched profile.
+        policies: measured beside the searched profile; those that rank channels too.
+        sibling: whether a network of the widths of `equal` is trained from scratch, beside them, on
+            as many images as base network and fine-tune together.
         seeds: of the channels and the fine-tunes of the evidence.
         finetune_epochs, finetune_images: of those fine-tunes.
     """
@@ -88,7 +91,16 @@ class Network:
     metrics: tuple[str, ...] = ("params", "macs")
     cf: tuple[float, ...] = (2.0, 4.0, 6.0)
     episodes: int = 320
-    policies: tuple[str, ...] = ("equal", "increasing", "decreasing", "greedy")
+    policies: tuple[str, ...] = (
+        "equal",
+        "increasing",
+        "greedy",
+        "global",
+        "global-per-cost",
+        "global-fisher",
+        "knapsack",
+    )
+    sibling: bool = False
     seeds: tuple[int, ...] = (0, 1)
     finetune_epochs: int = 10
     finetune_images: int = 10_000
@@ -101,11 +113,13 @@ class Network:
                 raise ZooError(f"{self.arch}'s {name} must be over {least}, got {numbers}.")
         for name, given, known in (
             ("metric", self.metrics, ("params", "macs")),
-            ("policy", self.policies, POLICIES),
+            ("policy", self.policies, (*POLICIES, *RANKINGS)),
         ):
             for value in given:
                 if value not in known:
                     raise unknown(f"{self.arch}'s {name}", value, known)
+        if self.sibling and "equal" not in self.policies:
+            raise ZooError(f"{self.arch}'s sibling has the widths of 'equal': add it to policies.")
 
 
 @dataclass(frozen=True)
@@ -209,6 +223,8 @@ def _jobs(network: Network) -> Iterator[Job]:
             for base in network.exams:
                 runs = len(network.seeds) * (len(network.policies) + 1)
                 images = runs * cut * 3 * network.finetune_epochs * network.finetune_images
+                if network.sibling:
+                    images += len(network.seeds) * cut * 3 * BASE_IMAGES * network.epochs
                 needs = (*bases(base), *found)
                 yield job("evidence", f"{profile}/{base}", needs, images, base=base, **own)
 

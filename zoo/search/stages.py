@@ -11,14 +11,14 @@ from pathlib import Path
 
 from zoo.common.documents import write_json
 from zoo.data.datasets import Splits, load_data
-from zoo.errors import FactorError, ZooError
+from zoo.errors import ZooError
 from zoo.loading import create_model
 from zoo.planning.policies import policy_solution
 from zoo.search.campaign import search_profile
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
-from zoo.search.evidence import evidence, examined
-from zoo.search.fidelities import FineTuning, Recalibration
+from zoo.search.evidence import evidence, examined, policy_widths
+from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
 from zoo.search.ledger import FILE, Ledger, read
 from zoo.search.schedule import Job
 from zoo.search.settings import SearchConfig
@@ -177,14 +177,16 @@ def _evidence(job: Job, workshop: Workshop) -> None:
             profile = Profile.read(workshop.found(name, f"{job.metric}-cf{job.cf:g}.json"))
             groups = reference_groups(network.arch).names
             policies["searched"] = tuple(profile.kept[group] for group in groups)
-    for policy in network.policies:
-        try:
-            policies[policy] = policy_solution(policy, cost, job.cf, job.metric).widths
-        except FactorError:  # the policy cannot reach it
-            continue
+    policies |= policy_widths(network.policies, exam, cost, job.cf, job.metric)
     fidelity = FineTuning.of(network.finetune_epochs, network.finetune_images, 0.05)
+    sibling = None
+    if network.sibling:
+        tuned = network.finetune_epochs * network.finetune_images / len(exam.train)
+        sibling = FromScratch.of(network.epochs + round(tuned), None, network.lr)
     with workshop.ledger(job) as ledger:
-        rows = evidence(policies, exam, Evaluator(ledger), fidelity, network.seeds, cost)
+        rows = evidence(
+            policies, exam, Evaluator(ledger), fidelity, network.seeds, cost, sibling=sibling
+        )
     write_json(workshop.out / job.name / ROWS, rows)
 
 
