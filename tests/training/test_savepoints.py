@@ -199,6 +199,15 @@ def test_the_savepoint_of_another_training_is_refused(stopped, toy_images, chang
     assert same(weights(options["model"]), before)
 
 
+def test_the_savepoint_of_another_version_is_refused(stopped, toy_images):
+    path = stopped / SAVEPOINT
+    found = torch.load(path, weights_only=True)
+    found["identity"]["format"] = 1
+    torch.save(found, path)
+    with pytest.raises(ZooError, match="written by another version of prunezoo"):
+        finetune(network(), toy_images, None, recipe=LONG, checkpoint=stopped, resume=True)
+
+
 def test_a_savepoint_is_not_overwritten_unasked(stopped, toy_images):
     content = (stopped / SAVEPOINT).read_bytes()
     with pytest.raises(ZooError, match=r"unfinished training.*resume=True"):

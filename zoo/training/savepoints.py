@@ -146,6 +146,11 @@ def read_savepoint(
             f"{path} is damaged or not a savepoint ({type(error).__name__}): remove it to start "
             "again."
         ) from None
+    if theirs.get("format") != FORMAT:
+        raise ZooError(
+            f"{path} was written by another version of prunezoo, whose savepoints have another "
+            f"form: remove it to start again."
+        )
     for name in dict.fromkeys([*identity, *theirs]):
         there, here = theirs.get(name), identity.get(name)
         if there != here:
