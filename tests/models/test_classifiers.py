@@ -16,7 +16,7 @@ def test_classifiers_of_inner_layers_are_left_out() -> None:
     ours = zoo.load("torchvision:googlenet", 2, theirs.state_dict(), profile="equal")
     assert not [name for name, _ in ours.named_parameters() if name.startswith("aux")]
     assert ours.train()(torch.rand(2, 3, 64, 64)).shape == (2, 5)
-    with pytest.raises(GraphError, match=r"'aux1\..*no part in eval mode"):
+    with pytest.raises(GraphError, match=r"'aux1\..*is not used in eval mode"):
         zoo.prune(theirs, torch.rand(1, 3, 64, 64), cf=2)
 
 

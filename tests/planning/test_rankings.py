@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from odd import Net, conv
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
 
 import zoo
 from zoo.criteria.scores import CRITERIA
-from zoo.errors import GraphError, ZooError
+from zoo.errors import DataError, GraphError, ZooError
 from zoo.models import build_model
 from zoo.planning.rankings import (
     RANKINGS,
@@ -134,3 +135,57 @@ def test_a_ranking_by_data_says_that_it_needs_them() -> None:
         zoo.plan(module, DATA[:1][0], cf=2, profile="global-bn")
     with pytest.raises(ZooError, match="global-lamp"):
         zoo.plan(module, DATA[:1][0], cf=2, profile="globl")
+
+
+@pytest.mark.parametrize("name", RANKINGS)
+def test_numbers_that_are_none_are_never_ranked(name: str) -> None:
+    module = build_model("resnet20-16", 4)
+    images = torch.rand(32, 3, 16, 16)
+    data = TensorDataset(images, torch.arange(32) % 4)
+    options = {"cf": 4, "profile": name, "data": data}
+    with torch.no_grad():
+        for broken in (module.layer1[0].conv1.weight, module.layer1[0].bn1.weight):
+            broken[0] = torch.nan
+    with pytest.raises(ZooError, match="not finite"):
+        zoo.plan(module, torch.rand(1, 3, 16, 16), **options)
+    if CRITERIA[RANKINGS[name].criterion].needs_data:
+        images[3] = torch.nan
+        with pytest.raises(ZooError, match="not finite: the images or the weights"):
+            zoo.plan(build_model("resnet20-16", 4), torch.rand(1, 3, 16, 16), **options)
+
+
+def test_data_of_every_integer_type_rank_alike_and_other_data_are_one_error() -> None:
+    module, example = two_groups(), DATA[:1][0]
+    images, labels = DATA.tensors
+    options = {"cf": 2, "profile": "global"}
+    expected = zoo.plan(module, example, data=DATA, **options)
+    for dtype in (torch.int32, torch.uint8):
+        plan = zoo.plan(module, example, data=TensorDataset(images, labels.to(dtype)), **options)
+        assert plan.widths == expected.widths
+    uneven = [(torch.rand(3, 8 + n % 2, 8), 0) for n in range(4)]
+    pictures = [(object(), 0)] * 4
+    for data in (uneven, pictures):
+        with pytest.raises(DataError, match="do not make a batch"):
+            zoo.plan(module, example, data=DataLoader(data, 4), **options)
+
+
+def test_a_layer_whose_weight_is_used_without_it_is_named() -> None:
+    def run(n: nn.Module, x: Tensor) -> Tensor:
+        x = functional.conv2d(x, n.a.weight, n.a.bias, padding=1).relu()
+        return n.head(n.b(x).relu().mean((2, 3)))
+
+    module = Net(run, a=conv(3, 16), b=conv(16, 16), head=nn.Linear(16, 4))
+    assert zoo.plan(module, DATA[:1][0], cf=2, profile="global-l2").widths["a"] < 16
+    with pytest.raises(ZooError, match="layer 'a' is not called"):
+        zoo.plan(module, DATA[:1][0], cf=2, profile="global", data=DATA)
+
+
+def test_a_network_of_two_inputs_needs_a_policy_without_data() -> None:
+    def run(n: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return n.head((n.a(x) + n.b(y)).relu().mean((2, 3)))
+
+    module = Net(run, a=conv(3, 16), b=conv(3, 16), head=nn.Linear(16, 4))
+    x = DATA[:1][0]
+    with pytest.raises(DataError, match="does not run on images"):
+        zoo.plan(module, (x, x), cf=2, profile="global", data=DATA)
+    assert zoo.plan(module, (x, x), cf=2, profile="global-l2").got == pytest.approx(2, rel=0.03)

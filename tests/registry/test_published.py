@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from timm.models import create_model as timm_model
 
 import zoo
 import zoo.registry.published as published
 import zoo.registry.store as registry
 from zoo.common.documents import decode_document
-from zoo.errors import DocumentError, FactorError, ZooError
+from zoo.errors import DocumentError, FactorError, GraphError, ZooError
 from zoo.registry.store import ProfileEntry, write_published_index
 
 PUBLISHED = zoo.list_profiles(source="published")
@@ -127,3 +128,30 @@ def test_counts_that_the_groups_cannot_have_are_refused() -> None:
             published.profile_of(
                 profile.architecture, kept, groups, profile.reference, profile.published
             )
+
+
+def test_a_network_of_the_same_names_and_other_sizes_is_refused() -> None:
+    wide = torchvision.models.wide_resnet50_2()
+    with pytest.raises(
+        GraphError, match=r"is for torchvision:resnet50, whose 'layer1\.0\.conv1' has"
+    ):
+        zoo.plan(wide, torch.zeros(1, 3, 64, 64), profile="published:resrep")
+
+
+def test_a_metric_that_is_not_the_profiles_is_not_ignored() -> None:
+    with pytest.raises(FactorError, match=r"is for 2\.2x macs, not 2\.2x latency"):
+        zoo.load(
+            "torchvision:resnet50", weights="none.pt", profile="published:resrep", metric="latency"
+        )
+
+
+def test_a_changed_document_is_not_the_one_that_the_index_lists(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "registry"
+    shutil.copytree(FOLDER, folder)
+    path = folder / "published" / "resrep.json"
+    path.write_text(path.read_text().replace("MIT", "CC0"))
+    monkeypatch.setattr(registry, "registry_folder", lambda: folder)
+    with pytest.raises(DocumentError, match="is not the file that the registry's index lists"):
+        zoo.get_profile("published:resrep")

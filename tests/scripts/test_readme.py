@@ -12,6 +12,7 @@ import examine
 import pytest
 import torch
 import tyro
+from torch.utils.data import TensorDataset
 
 import zoo
 from zoo.cli import COMMANDS, main
@@ -46,7 +47,8 @@ def test_the_example_for_any_network_runs(
     monkeypatch.chdir(tmp_path)
     torch.save(build_model("timm:resnet50", 3).state_dict(), "my_ckpt.pth")
     network = build_model("torchvision:resnet18", 3)
-    names = {"my_network": network, "images": torch.zeros(1, 3, 64, 64)}
+    train_set = TensorDataset(torch.rand(8, 3, 64, 64), torch.arange(8) % 3)
+    names = {"my_network": network, "images": torch.zeros(1, 3, 64, 64), "train_set": train_set}
     exec(EXAMPLES[1], names)
     small = names["small"]
     assert small.layer1[0].conv1.out_channels == 64

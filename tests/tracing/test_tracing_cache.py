@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import timm
 import torch
 from helpers import randomised, same_tensors
 from torch import nn
@@ -303,7 +304,8 @@ def test_stored_groups_are_of_the_network_that_is_built(name: str) -> None:
         module = build_model(name, known.num_classes)
         others = [build_model(name, 3, image_size=64)]
         if name.startswith("timm:"):
-            others.append(build_model(f"{name}.a1_in1k", 3))
+            weights = timm.list_pretrained(f"{name.removeprefix('timm:')}.*")[0]
+            others.append(build_model(f"timm:{weights}", 3))
     assert {fingerprint(other) for other in (module, *others)} == {groups.fingerprint}
     assert {k: tuple(t.shape) for k, t in named_tensors(module).items()} == groups.shapes
 

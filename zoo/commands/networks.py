@@ -114,8 +114,9 @@ class PruneCommand:
     out: Path
     """folder to write the pruned network to"""
     profile: str = "searched"
-    """searched, a policy (equal, increasing, decreasing, random, greedy; or, with --data, global,
-    global-fisher), or a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO)"""
+    """searched; a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO); or a
+    policy: equal, increasing, decreasing, random, greedy, global-l2, global-lamp, global-bn; or,
+    with --data, knapsack, global, global-fisher, global-per-cost, global-fisher-per-cost"""
     metric: Metric = "params"
     """cost that the factor refers to; latency is measured once, on this machine's CPU at batch 1"""
     criterion: str = "random"

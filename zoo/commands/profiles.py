@@ -38,7 +38,7 @@ def list_profiles(command: ListCommand) -> None:
     ]
     print_profiles(entries, command.arch)
     if command.arch is None and command.source in (None, "bundled"):
-        listed = {entry.architecture for entry in entries}
+        listed = {entry.architecture for entry in zoo.list_profiles()}
         print_policies([name for name in list_architectures() if name not in listed])
 
 

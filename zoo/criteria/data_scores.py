@@ -108,6 +108,11 @@ def _output_scores(
             # gradients reach the layers of a frozen network through its input
             loss = _loss(module, images.detach().requires_grad_(), labels)
             calls = [(name, output) for name, kept in outputs.items() for output in kept]
+            if silent := sorted(layers.keys() - {name for name, _ in calls}):
+                raise ZooError(
+                    f"This criterion needs the outputs of layers; the layer {silent[0]!r} is not "
+                    f"called: forward uses its weight in another way."
+                )
             gradients = torch.autograd.grad(
                 loss, [output for _, output in calls], materialize_grads=True
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -33,7 +34,7 @@ from zoo.criteria.weight_scores import (
 )
 from zoo.data.batches import DeviceLoader
 from zoo.data.datasets import AnyImages
-from zoo.errors import DataError, ZooError, unknown
+from zoo.errors import DataError, ZooError, first_line, unknown
 from zoo.spec.groups import ChannelGroups
 from zoo.surgery.surgery import evaluating
 
@@ -70,12 +71,23 @@ def labelled_batches(
     else:
         raise DataError(f"Expected a torch Dataset or DataLoader, got {type(data).__name__}.")
     taken: list[tuple[Tensor, Tensor]] = []
-    for batch in batches:
+    for batch in _collated(batches):
         images, labels = _checked(batch)
-        taken.append((images.to(device), labels.to(device)))
+        taken.append((images.to(device), labels.to(device).long()))
         if sum(len(rows) for _, rows in taken) >= count:
             break
     return taken
+
+
+def _collated(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches; images that torch cannot put into one are a DataError."""
+    try:
+        yield from batches
+    except (TypeError, RuntimeError) as error:
+        raise DataError(
+            f"The images do not make a batch ({first_line(error)}): they must be tensors of one "
+            f"size. Add ToTensor() and Resize() to the transforms."
+        ) from error
 
 
 def _checked(batch: object) -> tuple[Tensor, Tensor]:
@@ -136,7 +148,8 @@ def channel_scores(
     """The scores that criterion `name` gives every channel of every group.
 
     Raises:
-        ZooError: for an unknown criterion, or one that needs data when there is none.
+        ZooError: for an unknown criterion, one that needs data when there is none, or scores that
+            are not finite.
         DataError: for data whose images the network does not run on.
     """
     if name not in CRITERIA:
@@ -146,7 +159,15 @@ def channel_scores(
         raise ZooError(f"The criterion {name!r} needs data: pass data=, a Dataset or DataLoader.")
     if criterion.needs_data:
         _check_images(module, batches or ())
-    return criterion.score(module, groups, seed, batches or ())
+    scores = criterion.score(module, groups, seed, batches or ())
+    for group, own in zip(groups.names, scores, strict=True):
+        if not all(map(math.isfinite, own)):
+            cause = "the images or the weights" if criterion.needs_data else "the weights"
+            raise ZooError(
+                f"The criterion {name!r} gives scores of {group!r} that are not finite: {cause} "
+                f"contain NaN or infinite numbers, or overflow."
+            )
+    return scores
 
 
 def _check_images(module: nn.Module, batches: Batches) -> None:
@@ -156,8 +177,8 @@ def _check_images(module: nn.Module, batches: Batches) -> None:
                 module(images[:1])
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+        except Exception as error:  # whatever the network raises
             raise DataError(
-                f"The network does not run on images of shape {tuple(images[:1].shape)}: {reason}"
+                f"The network does not run on images of shape {tuple(images[:1].shape)}: "
+                f"{first_line(error)}"
             ) from error

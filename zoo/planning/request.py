@@ -78,6 +78,8 @@ def request(
     name, resolved = _resolved(profile, arch, cf, metric)
     if resolved is not None:
         if cf is None:
+            if metric not in ("params", resolved.metric):  # params is what nobody asked for
+                _check_verbatim(name, resolved, arch, resolved.cf, metric)
             cf, metric = resolved.cf, resolved.metric
         if not refit:
             _check_verbatim(name, resolved, arch, cf, metric)
@@ -211,8 +213,22 @@ def _widths(
         curve = scale_curve([profile.keep_ratios[name] for name in names], floor=1e-3)
         solved = solve(model, curve, request.cf, request.metric, limits)
     else:
+        _check_sizes(request.name, profile, dict(zip(names, model.sizes, strict=True)))
         return profile.kept
     return dict(zip(names, solved.widths, strict=True))
+
+
+def _check_sizes(name: str, profile: Profile, sizes: Mapping[str, int]) -> None:
+    """Refuse the published counts of a network whose layers have the same names and other sizes."""
+    if profile.published is None:
+        return
+    for group, kept in profile.kept.items():
+        size = round(kept / profile.keep_ratios[group])
+        if sizes.get(group, size) != size:
+            raise GraphError(
+                f"The profile {name} is for {profile.architecture}, whose {group!r} has {size} "
+                f"channels; this network's has {sizes[group]}."
+            )
 
 
 def plan_of(

@@ -150,7 +150,10 @@ def get_profile(ref: str) -> Profile:
         entries = {entry.reference: entry for entry in _index("published")}
         if ref not in entries:
             raise unknown("published profile", ref, entries)
-        return _read_published(registry_folder() / PUBLISHED / f"{rest}.json")
+        path = registry_folder() / PUBLISHED / f"{rest}.json"
+        if digest_of(path) != entries[ref].sha256:
+            raise DocumentError(f"{path} is not the file that the registry's index lists.")
+        return _read_published(path)
     if source == "file" and rest:
         return Profile.read(Path(rest).expanduser())
     if source == "hf" and rest:
