@@ -78,15 +78,14 @@ def main(options: Options) -> None:
             )
             name = task_data(reference, "cifar10")[1]
             test = load_data(name, options.data_dir, size=options.size).test
+            exam, cost = examined(task, test), cost_model(task.groups)
             for metric in options.metrics:
                 for cf in options.cf:
-                    cost = cost_model(task.groups)
-                    policies = searched(options.arch, task, metric, cf)
-                    policies |= policy_widths((*POLICIES, *RANKINGS), task, cost, cf, metric)
+                    policies = searched(options.arch, exam, metric, cf)
+                    policies |= policy_widths((*POLICIES, *RANKINGS), exam, cost, cf, metric)
                     found = evidence(
-                        policies, examined(task, test), evaluator, fidelity, options.seeds, cost,
-                        sibling=sibling,
-                    )  # fmt: skip
+                        policies, exam, evaluator, fidelity, options.seeds, cost, sibling=sibling
+                    )
                     print(f"\n**{options.arch}, {cf:g}x {metric}, {found[0].data}**\n")
                     print(table(found, cost), flush=True)
                     with rows.open("a") as stream:

@@ -22,7 +22,7 @@ from functools import cached_property
 import numpy as np
 
 from zoo.criteria.weight_scores import Scores
-from zoo.planning.solver import FREE, Limits, Solution, meet, round_widths
+from zoo.planning.solver import FREE, Limits, Solution, allowed_widths, meet, round_widths
 from zoo.spec.cost import CostModel
 
 __all__ = ["Knapsack", "knapsack_solution"]
@@ -103,8 +103,7 @@ class _Problem:
 
     def ladder(self, group: int) -> list[int]:
         """All widths that a group may have."""
-        least, most, align = self.smallest[group], self.largest[group], self.limits.align
-        return sorted({least, most, *range(math.ceil(least / align) * align, most, align)})
+        return allowed_widths(self.smallest[group], self.largest[group], self.limits.align)
 
     # --- one price --------------------------------------------------------------------------------
 
@@ -113,7 +112,7 @@ class _Problem:
         """The widths tried per group; None where the tables of an elimination would not fit."""
         ladders = [self.ladder(group) for group in range(len(self.values))]
         for count in GRIDS:
-            grids = [_thinned(ladder, count) for ladder in ladders]
+            grids = [_thinned(own, count) for own in ladders]
             if self._largest_table([len(grid) for grid in grids]) <= CELLS:
                 return grids
         return None
@@ -214,9 +213,9 @@ class _Problem:
         for _ in range(50):
             before = widths
             for group in range(len(widths)):
-                ladder = np.array(self.ladder(group))
-                worth = self.values[group][ladder] - price * self.costs(widths, group, ladder)
-                widths = (*widths[:group], int(ladder[worth.argmax()]), *widths[group + 1 :])
+                choices = np.array(self.ladder(group))
+                worth = self.values[group][choices] - price * self.costs(widths, group, choices)
+                widths = (*widths[:group], int(choices[worth.argmax()]), *widths[group + 1 :])
             if widths == before:
                 break
         return widths
@@ -289,11 +288,11 @@ class _Problem:
         return self.best_at(price, upper=True)[1] + price * cost
 
 
-def _thinned(ladder: Sequence[int], count: int) -> list[int]:
+def _thinned(widths: Sequence[int], count: int) -> list[int]:
     """At most `count` of them, the ends included, evenly."""
-    if len(ladder) <= count:
-        return list(ladder)
-    return [ladder[round(n * (len(ladder) - 1) / (count - 1))] for n in range(count)]
+    if len(widths) <= count:
+        return list(widths)
+    return [widths[round(n * (len(widths) - 1) / (count - 1))] for n in range(count)]
 
 
 def _spread(scope: tuple[int, ...], table: np.ndarray, over: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,17 @@ from dataclasses import dataclass, field
 from zoo.errors import FactorError
 from zoo.spec.cost import CostModel
 
-__all__ = ["FLOOR", "FREE", "Limits", "Solution", "meet", "round_widths", "scale_curve", "solve"]
+__all__ = [
+    "FLOOR",
+    "FREE",
+    "Limits",
+    "Solution",
+    "allowed_widths",
+    "meet",
+    "round_widths",
+    "scale_curve",
+    "solve",
+]
 
 FLOOR = 0.1
 """Smallest keep ratio of a search's action (paper, section 8.2)."""
@@ -155,7 +165,9 @@ def meet(
             f"A {metric} factor of {cf:g} cannot be reached here: this policy reaches "
             f"{first:.4g} to {last:.4g}."
         )
-    ladders = [_ladder(*bounds, limits.align) for bounds in zip(smallest, largest, strict=True)]
+    ladders = [
+        allowed_widths(*bounds, limits.align) for bounds in zip(smallest, largest, strict=True)
+    ]
     target = model.total(model.sizes, metric) / cf
 
     def cost(widths: Sequence[int]) -> float:
@@ -185,7 +197,7 @@ def meet(
             return nearest[1]
 
 
-def _ladder(least: int, most: int, align: int) -> list[int]:
+def allowed_widths(least: int, most: int, align: int) -> list[int]:
     """The widths from `least` to `most` that a group may have."""
     return sorted({least, most, *range(math.ceil(least / align) * align, most, align)})
 

@@ -9,13 +9,13 @@ from functools import partial
 
 from zoo.data.datasets import load_data
 from zoo.data.images import ImageSet
-from zoo.errors import FactorError, ZooError
+from zoo.errors import ZooError
 from zoo.planning.policies import policy_solution
 from zoo.search.campaign import search_profile
 from zoo.search.certificate import Certificate, Pair, certify
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
-from zoo.search.evidence import evidence, examined
+from zoo.search.evidence import evidence, examined, policy_widths
 from zoo.search.fidelities import FineTuning
 from zoo.search.ledger import Ledger
 from zoo.search.settings import SearchConfig, cost_of, pool_for
@@ -102,7 +102,7 @@ def _examine(
     own, random = _ranked(options, profile, exams[0], cost, evaluator)
     best = max(random, key=lambda item: random[item])
     policies = {"searched": _widths(profile), "random, best": best, **rivals}
-    policies |= {name: w for name in options.rivals if (w := _solved(name, cost, profile))}
+    policies |= policy_widths(options.rivals, exams[0], cost, profile.cf, profile.metric)
     fidelity = FineTuning.of(options.epochs, options.images, options.lr)
     rows: list[Evidence] = []
     pairs: dict[str, dict[Pair, float]] = {name: {} for name in policies}
@@ -174,12 +174,3 @@ def _ranked(
 
 def _widths(profile: Profile) -> Widths:
     return tuple(profile.kept[group] for group in reference_groups(profile.architecture).names)
-
-
-def _solved(policy: str, cost: CostModel, profile: Profile) -> Widths | None:
-    """The policy's widths at the profile's factor, or None if it cannot reach that."""
-    try:
-        return policy_solution(policy, cost, profile.cf, profile.metric).widths
-    except FactorError as error:
-        say(f"{policy}: {error}")
-        return None
