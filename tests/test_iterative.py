@@ -138,8 +138,11 @@ def test_an_interrupted_training_is_the_last_step(
 
 def test_one_step_is_one_shot(toy_images: ImageSet) -> None:
     module = randomised(Branches())
-    (step,) = pruned(toy_images, Schedule(cf=3, steps=1, seed=5, recipe=ONCE), module).steps
-    assert step.plan == zoo.prune(module, torch.zeros(1, 3, 8, 8), cf=3, seed=5).pruning.plan
+    for profile in ("equal", "best"):
+        asked = {"cf": 3, "seed": 5, "profile": profile}
+        (step,) = pruned(toy_images, Schedule(steps=1, recipe=ONCE, **asked), module).steps
+        at_once = zoo.plan(module, torch.zeros(1, 3, 8, 8), data=toy_images, **asked)
+        assert step.plan == at_once
 
 
 def test_what_cannot_be_meant_is_an_error(toy_images: ImageSet) -> None:

@@ -362,4 +362,4 @@ def test_load_takes_the_searched_profile_of_the_factor(
         assert plan.profile == f"bundled:resnet20-16/params-cf{cf:g}"
         assert plan.widths == profile_of("resnet20-16", cf).kept
     with pytest.raises(FactorError, match=r"at 4x macs: it has 2x params, 4x params\..*'equal'"):
-        zoo.load("resnet20-16", 4, "never-read.pt", metric="macs")
+        zoo.load("resnet20-16", 4, "never-read.pt", metric="macs", profile="searched")

@@ -14,7 +14,6 @@ from zoo.criteria.weight_scores import Scores
 from zoo.errors import DataError, ZooError, integer
 from zoo.loading import Weights, load, prune
 from zoo.planning.latency import latency_table
-from zoo.planning.rankings import RANKINGS
 from zoo.planning.request import Request, plan_of, planned, request
 from zoo.planning.solver import solve
 from zoo.spec.cost import CostModel, cost_model
@@ -37,7 +36,7 @@ class Schedule:
     """compression factor, dense / pruned, after the last step"""
     steps: int = 5
     """number of steps; their factors rise geometrically from 1 to that of the last step"""
-    profile: str | Profile = "equal"
+    profile: str | Profile = "best"
     """as in `zoo.load`; for a live network as in `zoo.prune`"""
     metric: str = "params"
     """what the factor counts"""
@@ -108,12 +107,12 @@ def prune_iteratively(
     asked = request(
         schedule.profile, arch, cf=schedule.cf, metric=schedule.metric,
         criterion=schedule.criterion, seed=schedule.seed, align=schedule.align,
-        floor=schedule.floor, keep=schedule.keep,
+        floor=schedule.floor, keep=schedule.keep, data=True,
     )  # fmt: skip
     model, groups = _dense_network(weights, arch, example_input)
     record: Any = model.pruning
-    data = train if asked.name in RANKINGS else None
-    goal = planned(model, groups, replace(asked, criterion="random"), data)
+    goal = planned(model, groups, replace(asked, criterion="random"), train)
+    asked = replace(asked, name=goal.profile)
     times = latency_table(model, groups) if asked.metric == "latency" else None
     costs = cost_model(groups, times)
     groups = replace(groups, unprunable=goal.unprunable)

@@ -16,6 +16,7 @@ from zoo.common.quiet import ONE_AT_A_TIME
 from zoo.common.sizes import Size
 from zoo.errors import GraphError, ZooError, unknown
 from zoo.models import architecture, build_model
+from zoo.planning.best import BEST
 from zoo.planning.request import Request, planned, request
 from zoo.registry import hub
 from zoo.spec.groups import ChannelGroups
@@ -83,7 +84,7 @@ def load(
     cf: float | None = None,
     weights: Weights | None = None,
     *,
-    profile: str | Profile = "searched",
+    profile: str | Profile = BEST,
     metric: str = "params",
     criterion: str = "random",
     init: Init = "pretrained",
@@ -108,7 +109,9 @@ def load(
         cf: compression factor, dense / pruned; a `Profile` or a reference has one of its own.
         weights: a checkpoint's path, a state dict, a module, or
             `hf:<org>/<repo>[/<file>][@<rev>]`. There is no default.
-        profile: `searched` (the bundled one), a policy's name, a reference, or a `Profile`.
+        profile: `best`, the bundled searched profile or what the evidence puts before it;
+            `searched`, that profile or an error; a policy's name, a reference, or a `Profile`.
+            `module.pruning.plan.profile` says what `best` took.
         metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on this
             machine's CPU, at batch 1, and cached.
         criterion: how channels are scored: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, `synflow`;
@@ -157,7 +160,7 @@ def load(
     # before the weights are read, so that a missing profile fails at once
     asked = request(
         profile, arch, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align,
-        floor=floor, keep=keep, refit=refit,
+        floor=floor, keep=keep, refit=refit, data=data is not None,
     )  # fmt: skip
     dense = load_dense(
         arch, weights, image_size=image_size, num_classes=num_classes, seed=seed, ema=ema
@@ -199,7 +202,7 @@ def plan(
     example_input: Inputs,
     *,
     cf: float | None = None,
-    profile: str | Profile = "equal",
+    profile: str | Profile = BEST,
     metric: str = "params",
     criterion: str = "random",
     seed: int = 0,
@@ -212,7 +215,7 @@ def plan(
     """The plan that `prune` would execute with the same arguments; nothing is pruned."""
     asked = request(
         profile, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align, floor=floor,
-        keep=keep,
+        keep=keep, data=data is not None,
     )  # fmt: skip
     return _live(module, example_input, asked, data, rewrite).plan
 
@@ -223,7 +226,7 @@ def prune(
     example_input: Inputs,
     *,
     cf: float | None = None,
-    profile: str | Profile = "equal",
+    profile: str | Profile = BEST,
     metric: str = "params",
     criterion: str = "random",
     seed: int = 0,
@@ -243,7 +246,7 @@ def prune(
             (N, C, H, W), or any other tensor, a tuple of them in order, or a dict by name. MACs are
             those of one item of the first tensor's first dimension.
         cf: compression factor, dense / pruned; optional if `profile` is a `Profile` or a reference.
-        profile: a policy's name, a reference, or a `Profile`.
+        profile: `best`, a policy's name, a reference, or a `Profile`.
         metric: as in `load`, but `latency` is measured on the device of `module`, at batch size 1
             (64 on CUDA).
         criterion, seed, align, floor, keep, data: as in `load`.
@@ -260,7 +263,7 @@ def prune(
     """
     asked = request(
         profile, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align, floor=floor,
-        keep=keep,
+        keep=keep, data=data is not None,
     )  # fmt: skip
     live = _live(module, example_input, asked, data, rewrite)
     if verify:

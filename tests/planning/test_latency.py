@@ -187,7 +187,9 @@ def test_latency_is_planned_described_saved_and_read_again(policy, tmp_path):
 
 def test_no_profile_was_searched_for_a_latency(clock):
     with pytest.raises(FactorError, match="No searched profile of resnet20-16 at 2x latency"):
-        zoo.load("resnet20-16", 2, build_model("resnet20-16", 10), metric="latency")
+        zoo.load(
+            "resnet20-16", 2, build_model("resnet20-16", 10), metric="latency", profile="searched"
+        )
     assert not clock
 
 

@@ -79,7 +79,7 @@ def test_a_profile_of_another_architecture_is_still_refused():
         with pytest.raises(FactorError, match=f"is for resnet18-cifar, not {arch}"):
             zoo.load(arch, 4, {}, profile=TWIN)
     with pytest.raises(FactorError, match=r"torchvision:resnet18 at 2x params: it has 4x params"):
-        zoo.load("torchvision:resnet18", 2, {})
+        zoo.load("torchvision:resnet18", 2, {}, profile="searched")
 
 
 def test_a_profile_of_its_own_comes_before_the_twins(own, profile):

@@ -113,10 +113,11 @@ class PruneCommand:
     """checkpoint: a path (.safetensors, .pt, .pth) or hf:ORG/REPO[/FILE][@REVISION]"""
     out: Path
     """folder to write the pruned network to"""
-    profile: str = "searched"
-    """searched; a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO); or a
-    policy: equal, increasing, decreasing, random, greedy, global-l2, global-lamp, global-bn; or,
-    with --data, knapsack, global, global-fisher, global-per-cost, global-fisher-per-cost"""
+    profile: str = "best"
+    """best; searched; a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO); or a
+    policy: learned, equal, increasing, decreasing, random, greedy, global-l2, global-lamp,
+    global-bn; or, with --data, knapsack, global, global-fisher, global-per-cost,
+    global-fisher-per-cost"""
     metric: Metric = "params"
     """cost that the factor refers to; latency is measured once, on this machine's CPU at batch 1"""
     criterion: str = "random"
@@ -151,6 +152,7 @@ class PruneCommand:
 
 def prune(command: PruneCommand) -> None:
     from zoo.commands.rendering import pruning_summary
+    from zoo.planning.best import BEST, reason
     from zoo.storage.dense import load_dense
 
     images = None
@@ -182,6 +184,8 @@ def prune(command: PruneCommand) -> None:
     zoo.save(model, command.out)
     record: Any = model.pruning
     print(pruning_summary(record))
+    if command.profile == BEST:
+        print(reason(record.plan.profile, record.plan.metric))
     print(f"Wrote {command.out}")
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from numbers import Real
@@ -16,7 +17,10 @@ from zoo.criteria.scores import CRITERIA, channel_scores, labelled_batches
 from zoo.criteria.weight_scores import Scores
 from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.models import architecture
+from zoo.planning.best import BEST, best_policies, best_profile
+from zoo.planning.decisions import Decisions
 from zoo.planning.latency import latency_table
+from zoo.planning.learned import LEARNED, learned_policy, play
 from zoo.planning.policies import POLICIES, policy_solution
 from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.planning.solver import Limits, round_widths, scale_curve, solve
@@ -57,10 +61,12 @@ def request(
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     refit: bool = False,
+    data: bool = False,
 ) -> Request:
     """Check the arguments of a request and resolve its profile, without reading any weights.
 
-    The arguments are those of `zoo.load`; `arch` is "" for a network that has no name.
+    The arguments are those of `zoo.load`; `arch` is "" for a network that has no name, and `data`
+    is whether there are images to score channels with.
 
     Raises:
         ZooError: for an invalid name or number; the message gives the valid ones.
@@ -75,7 +81,7 @@ def request(
         raise ZooError(f"floor={floor!r}: the least keep ratio of a group must be in [0, 1].")
     if cf is not None:
         cf = _factor(cf)
-    name, resolved = _resolved(profile, arch, cf, metric)
+    name, resolved = _resolved(profile, arch, cf, metric, data)
     if resolved is not None:
         if cf is None:
             if metric not in ("params", resolved.metric):  # params is what nobody asked for
@@ -95,7 +101,7 @@ def request(
 
 
 def _resolved(
-    profile: str | Profile, arch: str, cf: float | None, metric: str
+    profile: str | Profile, arch: str, cf: float | None, metric: str, data: bool
 ) -> tuple[str, Profile | None]:
     """(name, profile); None where the name is that of a policy.
 
@@ -112,6 +118,11 @@ def _resolved(
         )
     elif profile in POLICIES or profile in RANKINGS:
         return profile, None
+    elif profile == BEST:
+        return best_profile(arch, cf, metric, data=data) or (profile, None)
+    elif profile.partition(":")[0] == LEARNED:
+        learned_policy(profile)  # a policy that cannot be read is refused before the weights are
+        return profile, None
     elif profile == "searched" and arch:
         if cf is None:
             return profile, None
@@ -120,7 +131,8 @@ def _resolved(
         name, found = profile, get_profile(profile)
     else:
         sources = ("bundled:...", "published:...", "file:...", "hf:...")
-        choices = [*(["searched"] if arch else []), *POLICIES, *RANKINGS, *sources]
+        known = [BEST, *(["searched"] if arch else []), LEARNED]
+        choices = [*known, *POLICIES, *RANKINGS, *sources]
         raise unknown("profile", profile, choices)
     untagged = arch.partition(".")[0] if arch.startswith("timm:") else arch
     if arch and found.architecture not in (untagged, architecture(arch).profiles_from):
@@ -159,6 +171,8 @@ def planned(
         FactorError: when the factor is out of reach; the message says what stays whole and why.
         GraphError: when the profile's groups, or those in `keep`, are not the network's.
     """
+    if request.name == BEST:
+        return _best(module, groups, request, data)
     ranking = RANKINGS.get(request.name) if request.profile is None else None
     if ranking is not None and CRITERIA[ranking.criterion].needs_data and data is None:
         raise ZooError(
@@ -176,11 +190,25 @@ def planned(
         return channel_scores(criterion, module, groups, request.seed, batches)
 
     try:
-        widths = _widths(model, groups.names, request, limits, scores_by)
+        widths = _widths(model, groups, request, limits, scores_by, data is not None)
     except FactorError as error:
         raise FactorError(f"{error}{_stays_whole(groups.unprunable)}") from None
     scores = scores_by(request.criterion)
     return plan_of(request, groups, widths, scores, latency)
+
+
+def _best(
+    module: nn.Module,
+    groups: ChannelGroups,
+    request: Request,
+    data: Dataset[Any] | DataLoader[Any] | None,
+) -> Plan:
+    """The plan of the first of the best policies that reaches the factor."""
+    *first, last = best_policies(request.metric, data=data is not None)
+    for name in first:
+        with suppress(FactorError):
+            return planned(module, groups, replace(request, name=name), data)
+    return planned(module, groups, replace(request, name=last), data)
 
 
 def _stays_whole(unprunable: Mapping[str, str], most: int = 5) -> str:
@@ -194,17 +222,26 @@ def _stays_whole(unprunable: Mapping[str, str], most: int = 5) -> str:
 
 def _widths(
     model: CostModel,
-    names: Sequence[str],
+    groups: ChannelGroups,
     request: Request,
     limits: Limits,
     scores_by: Callable[[str], Scores],
+    data: bool,
 ) -> Mapping[str, int]:
     """Group name -> width, by the request's policy or profile."""
-    profile = request.profile
+    profile, names = request.profile, groups.names
     if profile is None and request.name in RANKINGS:
         ranking = RANKINGS[request.name]
         scores = scores_by(ranking.criterion)
         solved = ranking_solution(ranking, scores, model, request.cf, request.metric, limits)
+    elif profile is None and request.name.partition(":")[0] == LEARNED:
+        policy = learned_policy(request.name)
+        ranking = policy.ranking
+        decisions = Decisions(
+            groups, model, request.cf, request.metric, limits=limits, ranking=ranking,
+            scores=scores_by(ranking.criterion) if data else None,
+        )  # fmt: skip
+        solved = play(policy, decisions)
     elif profile is None:
         solved = policy_solution(
             request.name, model, request.cf, request.metric, request.seed, limits

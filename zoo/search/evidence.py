@@ -19,7 +19,7 @@ from zoo.spec.cost import CostModel
 from zoo.spec.profile import Evidence
 from zoo.training.finetuning import evaluate
 
-__all__ = ["evidence", "examined", "policy_widths"]
+__all__ = ["evidence", "examined", "policy_widths", "task_scores"]
 
 Widths = tuple[int, ...]
 
@@ -107,12 +107,17 @@ def policy_widths(
                 continue
             criterion = ranking.criterion
             if criterion not in scores:
-                batches = labelled_batches(task.train, device(), 0)
-                scores[criterion] = channel_scores(criterion, task.module, task.groups, 0, batches)
+                scores[criterion] = task_scores(criterion, task)
             found[name] = ranking_solution(ranking, scores[criterion], model, cf, metric).widths
         except (FactorError, GraphError) as error:  # out of reach, or no batch norm to rank by
             say(f"{name}: {error}")
     return found
+
+
+def task_scores(criterion: str, task: Task) -> Scores:
+    """The scores of the base network's channels on the training images of the task."""
+    batches = labelled_batches(task.train, device(), 0)
+    return channel_scores(criterion, task.module, task.groups, 0, batches)
 
 
 def _row(

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from zoo.errors import ZooError
 from zoo.search.agents import Episode
@@ -24,7 +26,7 @@ try:
     from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.noise import ActionNoise
     from stable_baselines3.common.type_aliases import ReplayBufferSamples
-    from stable_baselines3.common.vec_env import VecEnv
+    from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 except ImportError:
     raise ZooError("PPO and DDPG need stable-baselines3: pip install 'prunezoo[search]'.") from None
 
@@ -36,6 +38,7 @@ __all__ = [
     "NStepReplayBuffer",
     "ReplayBufferSamples",
     "train",
+    "transfer_ppo",
 ]
 
 
@@ -125,6 +128,77 @@ class _EveryRound(BaseCallback):
         for info in self.locals["infos"]:
             self._on_episode(info["episode_played"])
         return not self._stop()
+
+
+def transfer_ppo(
+    env: gymnasium.Env[NDArray, NDArray],
+    episodes: int,
+    *,
+    steps: int,
+    epochs: int,
+    lr: float,
+    std: float,
+    hidden: int,
+    seed: int,
+) -> list[nn.Linear]:
+    """Train PPO on one environment whose episodes may differ in length.
+
+    The mean action is zero at first. The caller's random state is kept.
+
+    Args:
+        env: the environment; one reward per episode.
+        episodes: how many to play; the round that has begun is finished.
+        steps: decisions between two updates.
+        epochs, lr, std, hidden: of PPO, as in `zoo.search.agents.ppo.PPOSettings`.
+        seed: of the policy and its actions.
+
+    Returns:
+        The linear layers of the policy, with a tanh between each two.
+    """
+    with _random_state_kept():
+        model = PPO(
+            "MlpPolicy",
+            DummyVecEnv([lambda: env]),
+            learning_rate=lr,
+            n_steps=steps,
+            batch_size=steps,
+            n_epochs=epochs,
+            gamma=1.0,
+            gae_lambda=1.0,
+            target_kl=0.05,
+            policy_kwargs={
+                "net_arch": {"pi": [hidden] * 2, "vf": [hidden] * 2},
+                "activation_fn": nn.Tanh,
+                "log_std_init": math.log(std),
+            },
+            seed=seed,
+            device="cpu",
+        )
+        policy: Any = model.policy
+        nn.init.zeros_(policy.action_net.weight)
+        nn.init.zeros_(policy.action_net.bias)
+        model.set_logger(Logger(folder=None, output_formats=[]))
+        with suppress(KeyboardInterrupt):
+            model.learn(10**12, callback=_WholeRounds(episodes))
+        hidden_layers = [
+            layer for layer in policy.mlp_extractor.policy_net if isinstance(layer, nn.Linear)
+        ]
+        return [*hidden_layers, policy.action_net]
+
+
+class _WholeRounds(BaseCallback):
+    """Ends the training after the round in which the last episode was played."""
+
+    def __init__(self, episodes: int) -> None:
+        super().__init__()
+        self._episodes, self._played = episodes, 0
+
+    def _on_rollout_start(self) -> None:
+        self._over = self._played >= self._episodes
+
+    def _on_step(self) -> bool:
+        self._played += int(self.locals["dones"][0])
+        return not self._over
 
 
 @contextmanager

@@ -1,0 +1,99 @@
+"""`best`, the default: the searched profile where there is one, else the best that can be had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import zoo
+from zoo.cli import main
+from zoo.errors import FactorError
+from zoo.models import build_model
+from zoo.planning import best
+from zoo.planning.best import best_policies, reason
+from zoo.planning.policies import POLICIES
+from zoo.planning.rankings import RANKINGS
+
+
+@pytest.fixture(scope="module")
+def dense() -> nn.Module:
+    return build_model("resnet20-16", 10)
+
+
+@pytest.fixture(scope="module")
+def images() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.rand(32, 3, 32, 32, generator=generator), torch.arange(32) % 10)
+
+
+def test_a_searched_profile_is_taken_where_there_is_one(dense: nn.Module) -> None:
+    for metric in ("params", "macs"):
+        default, searched = (
+            zoo.load("resnet20-16", 4, dense, metric=metric, **asked).pruning.plan
+            for asked in ({}, {"profile": "searched"})
+        )
+        assert default == searched
+
+
+def test_images_put_the_ranking_first_where_the_evidence_does(
+    dense: nn.Module, images: TensorDataset
+) -> None:
+    for metric, policy in best.WITH_DATA.items():
+        plan = zoo.load("resnet20-16", 4, dense, metric=metric, data=images).pruning.plan
+        ranked = metric in best.BETTER_WITH_DATA
+        assert plan.profile == (policy if ranked else f"bundled:resnet20-16/{metric}-cf4")
+    plan = zoo.load("resnet20-16", 3, dense, data=images).pruning.plan
+    assert plan.profile == best.WITH_DATA["params"]
+
+
+def test_what_nobody_searched_for_is_pruned_by_a_policy(dense: nn.Module) -> None:
+    plan = zoo.load("resnet20-16", 3, dense).pruning.plan
+    assert plan.profile == "increasing"
+    assert plan.got == pytest.approx(3, rel=0.01)
+    assert zoo.plan(dense, torch.zeros(1, 3, 32, 32), cf=3) == plan
+
+
+def test_a_policy_that_cannot_reach_the_factor_gives_way(dense: nn.Module) -> None:
+    x = torch.zeros(1, 3, 32, 32)
+    with pytest.raises(FactorError):
+        zoo.plan(dense, x, cf=12, metric="macs", profile="increasing")
+    plan = zoo.plan(dense, x, cf=12, metric="macs")
+    assert plan.profile == "equal"
+    assert plan.got == pytest.approx(12, rel=0.01)
+    with pytest.raises(FactorError, match="cannot be reached"):
+        zoo.plan(dense, x, cf=10_000)
+
+
+def test_best_needs_a_factor_and_searched_stays_strict(dense: nn.Module) -> None:
+    with pytest.raises(FactorError, match="'best' needs a compression factor"):
+        zoo.load("resnet20-16", weights=dense)
+    with pytest.raises(FactorError, match="No searched profile of resnet20-16 at 3x params"):
+        zoo.load("resnet20-16", 3, dense, profile="searched")
+
+
+def test_one_line_says_what_was_taken_and_what_else_there_is(
+    dense: nn.Module, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "dense.pt"
+    torch.save(dense.state_dict(), checkpoint)
+    for cf, name in (("4", "bundled:resnet20-16/params-cf4"), ("3", "'increasing'")):
+        asked = ["prune", "resnet20-16", "--cf", cf, "--weights", str(checkpoint)]
+        assert main([*asked, "--out", str(tmp_path / cf)]) == 0
+        (line,) = [own for own in capsys.readouterr().out.splitlines() if own.startswith("best")]
+        assert f"best took {name}" in line
+        assert best.WITH_DATA["params"] in line
+    assert "measured on 2 networks" in reason("bundled:resnet20-16/params-cf4", "params")
+    assert main([*asked, "--profile", "equal", "--out", str(tmp_path / "equal")]) == 0
+    assert "best" not in capsys.readouterr().out
+
+
+def test_every_policy_that_it_names_exists() -> None:
+    for metric in best.WITH_DATA:
+        for data in (True, False):
+            for name in best_policies(metric, data=data):
+                assert name in (*POLICIES, *RANKINGS)
+                assert reason(name, metric).count("\n") == 0
