@@ -8,11 +8,11 @@ and kept (channel group -> channels kept). The counts of timm's own pruned netwo
 
 import hashlib
 import importlib.util
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.common.documents import encode_document, write_json
+from zoo.common.documents import decode, encode_document, read_json, write_json
 from zoo.errors import ZooError
 from zoo.models import architecture
 from zoo.registry.published import TimmCounts, profile_of
@@ -48,13 +48,27 @@ def write(name: str, document: object) -> None:
     print(name)
 
 
-for given in json.loads(Path(sys.argv[1]).read_text()) if len(sys.argv) > 1 else ():
-    arch = given["architecture"]
+@dataclass(frozen=True)
+class Counts:
+    """One entry of COUNTS.json."""
+
+    name: str
+    architecture: str
+    source: str
+    licence: str
+    claimed: str
+    note: str
+    kept: dict[str, int]
+
+
+for number, raw in enumerate(read_json(Path(sys.argv[1])) if len(sys.argv) > 1 else ()):
+    given = decode(Counts, raw, f"{sys.argv[1]}[{number}]")
+    arch = given.architecture
     groups = stored_groups(arch)
     if groups is None:
         raise ZooError(f"The channel groups of {arch} are not stored: run store_groups.py first.")
-    publication = Publication(*(given[key] for key in ("source", "licence", "claimed", "note")))
-    write(given["name"], profile_of(arch, given["kept"], groups, reference(arch), publication))
+    publication = Publication(given.source, given.licence, given.claimed, given.note)
+    write(given.name, profile_of(arch, given.kept, groups, reference(arch), publication))
 package = importlib.util.find_spec("timm").submodule_search_locations[0]
 for name, (source, claimed) in TIMM.items():
     arch = f"timm:{name.removesuffix('_pruned')}"

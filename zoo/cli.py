@@ -34,7 +34,7 @@ from zoo.commands.networks import (
 )
 from zoo.commands.profiles import ListCommand, ShowCommand, list_profiles, show
 from zoo.commands.searching import LedgerCommand, SearchCommand, ledger, search
-from zoo.commands.shared import INTERRUPTED
+from zoo.commands.shared import INTERRUPTED, as_flags
 from zoo.errors import ZooError, unknown
 
 __all__ = ["COMMANDS", "main"]
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return COMMANDS[given[0]][1](command) or 0
     except (ZooError, OSError) as error:
-        print(f"zoo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"zoo: error: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)

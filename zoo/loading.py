@@ -330,10 +330,10 @@ def _live(
         network = rewritten(module, inputs) if rewrite else module
         program, groups = (analyse if rewrite else traced_groups)(network, inputs)
     if not groups.groups:
-        kept = "; ".join(f"{name!r} {reason}" for name, reason in groups.unprunable.items())
+        kept = "; ".join(f"{name!r} ({reason})" for name, reason in groups.unprunable.items())
         raise GraphError(
-            f"{type(module).__name__} has no channel group that can be pruned"
-            f"{f': {kept}' if kept else ''}."
+            f"{type(module).__name__} has no channel group that can be pruned."
+            f"{f' Not pruned: {kept}.' if kept else ''}"
         )
     return _Live(network, inputs, groups, program, planned(module, groups, asked, data), classes)
 

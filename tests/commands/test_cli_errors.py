@@ -31,7 +31,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
         (["shwo"], r"Unknown command 'shwo'. Did you mean 'show'?"),
         (["show", "resnet20-16"], "Add --cf"),
         (["show", "bundled:resnet20-16/params-cf5"], "Unknown profile"),
-        (["show", "resnet20-16", "--cf", "5"], "profile='equal'"),
+        (["show", "resnet20-16", "--cf", "5"], "--profile best"),
         (["show", "file:/nowhere/p.json"], "does not exist"),
         (["list", "--arch", "resnet"], "Unknown architecture"),
         (["train", "--arch", "resnet20_16", *TINY, "--out", "OUT"], "Did you mean 'resnet20-16'?"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from zoo.data.batches import Augmentation, DeviceLoader, _boxes
 from zoo.data.datasets import ImageSet, load_data
-from zoo.data.images import ImageFiles
+from zoo.data.images import ImageFiles, decode
 from zoo.errors import DataError
 
 
@@ -232,3 +232,11 @@ def test_a_loader_gives_the_same_batches_on_a_cuda_device():
         assert same.is_cuda
         assert torch.allclose(images, same.cpu(), atol=1e-6)
         assert torch.equal(labels, same_labels.cpu())
+
+
+def test_a_box_is_taken_at_the_images_own_size_where_none_is_asked_for():
+    image = Image.fromarray(np.arange(64, dtype=np.uint8).repeat(3).reshape(8, 8, 3))
+    found = decode(image, None, (0.0, 0.5, 0.5, 1.0))
+    assert found.shape == (8, 8, 3)
+    left_below = np.asarray(image)[4:, :4]
+    assert np.abs(found.astype(int)[::2, ::2] - left_below).max() <= 2

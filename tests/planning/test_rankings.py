@@ -189,3 +189,11 @@ def test_a_network_of_two_inputs_needs_a_policy_without_data() -> None:
     with pytest.raises(DataError, match="does not run on images"):
         zoo.plan(module, (x, x), cf=2, profile="global", data=DATA)
     assert zoo.plan(module, (x, x), cf=2, profile="global-l2").got == pytest.approx(2, rel=0.03)
+
+
+def test_a_network_whose_channels_all_score_zero_is_not_ranked() -> None:
+    module = Net(lambda n, x: n.head(n.a(x).mean((2, 3))), a=conv(3, 16), head=nn.Linear(16, 4))
+    nn.init.zeros_(module.head.weight)
+    with pytest.raises(ZooError, match="All channels score 0 by 'taylor'"):
+        zoo.plan(module, DATA[:1][0], cf=2, profile="global", data=DATA)
+    assert zoo.plan(module, DATA[:1][0], cf=2, profile="global-l2").widths["a"] < 16

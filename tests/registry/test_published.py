@@ -17,7 +17,7 @@ import zoo.registry.published as published
 import zoo.registry.store as registry
 from zoo.common.documents import decode_document
 from zoo.errors import DocumentError, FactorError, GraphError, ZooError
-from zoo.registry.store import ProfileEntry, write_published_index
+from zoo.registry.store import ProfileEntry, find_profile, write_published_index
 
 PUBLISHED = zoo.list_profiles(source="published")
 FOLDER = registry.registry_folder()
@@ -155,3 +155,13 @@ def test_a_changed_document_is_not_the_one_that_the_index_lists(
     monkeypatch.setattr(registry, "registry_folder", lambda: folder)
     with pytest.raises(DocumentError, match="is not the file that the registry's index lists"):
         zoo.get_profile("published:resrep")
+
+
+def test_what_others_published_is_found_by_the_architecture_with_or_without_a_tag() -> None:
+    for arch in ("timm:efficientnet_b1", "timm:efficientnet_b1.ft_in1k"):
+        (entry,) = zoo.list_profiles(arch=arch, source="published")
+        assert entry.reference == "published:efficientnet_b1_pruned"
+        with pytest.raises(FactorError, match=f"published {entry.reference}"):
+            find_profile(arch, 4)
+    with pytest.raises(ZooError, match="Unknown published profile"):
+        zoo.get_profile("published:")

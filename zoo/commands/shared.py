@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INTERRUPTED", "SIZE", "Metric", "Network", "read_network"]
+__all__ = ["INTERRUPTED", "SIZE", "Metric", "Network", "as_flags", "read_network"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -29,6 +30,29 @@ SIZE = PrimitiveConstructorSpec(
     str_from_instance=lambda size: [str(size) if size is None else spelled(size)],
 )
 """How flags parse an image size."""
+
+
+_NAMES = {
+    **{name: name for name in ("align", "cf", "data", "floor", "keep", "metric", "profile", "refit",
+                               "rewind", "seed", "weights", "init", "arch", "criterion", "size")},
+    "num_classes": "classes",
+    "image_size": "size",
+}  # fmt: skip
+"""Argument of the library -> flag."""
+
+_ARGUMENT = re.compile(rf"(?<![\w.=])({'|'.join(_NAMES)})=(True\b|'[^']*'|\d[\d.]*\d|\d)?")
+
+
+def as_flags(message: str) -> str:
+    """A message of the library in the words of the command line: `--cf 4` instead of `cf=4`."""
+
+    def flag(found: re.Match[str]) -> str:
+        value = (found[2] or "").strip("'")
+        told = "" if value in ("", "True") else f" {value}"
+        told = " " if message[found.end() :].startswith("{") else told
+        return f"--{_NAMES[found[1]]}{told}"
+
+    return _ARGUMENT.sub(flag, message)
 
 
 class Network(NamedTuple):

@@ -298,7 +298,7 @@ def decode(
 
     pixels = open_picture(source) if isinstance(source, Path) else to_rgb(source)
     wanted = pixels.size if size is None else sides(size)[::-1]
-    if size is not None and box is not None:
+    if box is not None:
         (left, top, right, bottom), (width, height) = box, pixels.size
         corners = left * width, top * height, right * width, bottom * height
         pixels = pixels.resize(wanted, Image.Resampling.BILINEAR, corners)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zoo.criteria.weight_scores import Scores
+from zoo.errors import ZooError
 from zoo.planning.knapsack import knapsack_solution
 from zoo.planning.solver import FREE, Curve, Limits, Solution, solve
 from zoo.spec.cost import CostModel
@@ -90,7 +91,13 @@ def ranking_solution(
 
     Raises:
         FactorError: when the ranking cannot reach the factor.
+        ZooError: when all scores are 0.
     """
+    if not any(map(any, scores)):
+        raise ZooError(
+            f"All channels score 0 by {ranking.criterion!r}, so they cannot be ranked: the weights "
+            f"are zero, or no gradient reaches them."
+        )
     if ranking.knapsack:
         return knapsack_solution(scores, model, cf, metric, limits).solution
     ranked = []

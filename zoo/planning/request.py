@@ -192,7 +192,8 @@ def planned(
     try:
         widths = _widths(model, groups, request, limits, scores_by, data is not None)
     except FactorError as error:
-        raise FactorError(f"{error}{_stays_whole(groups.unprunable)}") from None
+        bound = " keep= or floor= bound the widths." if request.keep or request.floor else ""
+        raise FactorError(f"{error}{bound}{_stays_whole(groups.unprunable)}") from None
     scores = scores_by(request.criterion)
     return plan_of(request, groups, widths, scores, latency)
 

@@ -94,6 +94,8 @@ def list_profiles(
     if metric is not None and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     entries = _index(source)
+    if arch is not None and arch.startswith("timm:"):
+        arch = arch.partition(".")[0]  # the tag names weights, not another network
     if arch is not None and arch not in {entry.architecture for entry in entries}:
         from zoo.models import architecture  # imports torch, which other calls do not need
 
@@ -121,9 +123,11 @@ def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Pro
             return entry.reference, get_profile(entry.reference)
     own = [f"{e.cf:g}x {e.metric}" for e in entries]
     listing = f"it has {', '.join(own)}" if own else f"{arch} has none"
+    published = [entry.reference for entry in list_profiles(arch=arch, source="published")]
+    others = f" Others published {', '.join(published)}." if published else ""
     raise FactorError(
-        f"No searched profile of {arch} at {cf:g}x {metric}: {listing}. "
-        f"profile='equal' (or another policy) works at any factor."
+        f"No searched profile of {arch} at {cf:g}x {metric}: {listing}.{others} "
+        f"profile='best' (or a policy, such as 'equal') works at any factor."
     )
 
 
@@ -146,7 +150,7 @@ def get_profile(ref: str) -> Profile:
         if ref not in digests:
             raise unknown("profile", ref, digests)
         return _whole(path, digests[ref])
-    if source == "published" and rest:
+    if source == "published":
         entries = {entry.reference: entry for entry in _index("published")}
         if ref not in entries:
             raise unknown("published profile", ref, entries)
