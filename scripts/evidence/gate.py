@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,21 +22,28 @@ from pathlib import Path
 import torch
 import tyro
 
+from zoo.errors import ZooError
+from zoo.planning.decisions import Decisions
 from zoo.planning.policies import policy_solution
+from zoo.planning.rankings import RANKINGS
 from zoo.search.evaluation import Evaluator
+from zoo.search.evidence import task_scores
 from zoo.search.fidelities import Fidelity, FineTuning, Recalibration
 from zoo.search.gate import ENOUGH, Agreement, agreement
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import train_under_masks
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say, task_data
 from zoo.search.workers import pool_of
-from zoo.spec.cost import cost_model
+from zoo.spec.cost import CostModel, cost_model
 from zoo.storage.artefacts import save_checkpoint
 from zoo.tracing.known_groups import reference_groups
 from zoo.training.recipes import Recipe
 
 LR = 0.05
 """Peak learning rate of every training."""
+
+STD = 0.3
+"""Standard deviation of the corrections around a policy."""
 
 DATA = "cifar10"
 """The data set of a base network that names none."""
@@ -58,7 +66,10 @@ class Gate:
     metrics: tuple[str, ...] = ("params", "macs")
     """metrics of that factor"""
     profiles: int = 32
-    """random profiles per metric"""
+    """profiles per metric"""
+    around: str | None = None
+    """draw them by random corrections of this policy, as the learned policy explores, instead of
+    the policy `random`"""
     images: int = 10_000
     """training images of the fine-tunes"""
     epochs: int = 20
@@ -74,10 +85,7 @@ def main(config: Gate) -> None:
     model = cost_model(reference_groups(config.arch))
     (task,) = load_tasks(config.arch, [config.task], DATA, config.data_dir, config.size)
     profiles = {
-        metric: [
-            policy_solution("random", model, config.cf, metric, seed).widths
-            for seed in range(config.profiles)
-        ]
+        metric: [drawn(task, model, config, metric, seed) for seed in range(config.profiles)]
         for metric in config.metrics
     }
     columns: dict[str, tuple[Task, Fidelity]] = {
@@ -115,6 +123,24 @@ def main(config: Gate) -> None:
     print_table(config, agreements, costs)
 
 
+def drawn(task: Task, model: CostModel, config: Gate, metric: str, seed: int) -> tuple[int, ...]:
+    """The widths of one profile to rank."""
+    if config.around is None:
+        return policy_solution("random", model, config.cf, metric, seed).widths
+    ranking = RANKINGS.get(config.around)
+    if ranking is None and config.around != "equal":
+        raise ZooError(f"--around takes equal or a ranking ({', '.join(RANKINGS)}).")
+    decisions = Decisions(
+        task.groups, model, config.cf, metric,
+        scores=ranking and task_scores(ranking.criterion, task),
+        ranking=ranking or RANKINGS["global"],
+    )  # fmt: skip
+    rng = random.Random(f"corrections:{seed}")
+    while not decisions.finished:
+        decisions.decide(rng.gauss(0, STD))
+    return decisions.solution().widths
+
+
 def masked_twin(task: Task, config: Gate) -> Task:
     """The task with its base network trained further under random masks, and stored in a file."""
     path = config.out / f"masked-{task.network[:12]}-{config.masked_epochs}.safetensors"
@@ -141,10 +167,10 @@ def seconds(ledger: Ledger, task: Task, fidelity: Fidelity) -> float:
 def print_table(
     config: Gate, agreements: dict[tuple[str, str], Agreement], costs: dict[str, float]
 ) -> None:
+    kind = f"profiles around {config.around}" if config.around else "random profiles"
     print(
         f"Spearman's rank correlation with {config.epochs} epochs of {config.images:,} images, "
-        f"{config.profiles} random profiles of {config.cf:g}x, "
-        f"95 % bootstrap intervals\n"
+        f"{config.profiles} {kind} of {config.cf:g}x, 95 % bootstrap intervals\n"
     )
     heads = "".join(f" {m}, all | {m}, top half |" for m in config.metrics)
     print(f"| fidelity | seconds |{heads}\n|---|---:|" + "---:|---:|" * len(config.metrics))
