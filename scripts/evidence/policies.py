@@ -19,11 +19,12 @@ import tyro
 from zoo.common.documents import encode
 from zoo.data.datasets import load_data
 from zoo.errors import FactorError
+from zoo.planning.learned import LearnedPolicy
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
 from zoo.registry.store import find_profile
 from zoo.search.evaluation import Evaluator
-from zoo.search.evidence import evidence, examined, policy_widths
+from zoo.search.evidence import evidence, examined, learned_widths, policy_widths
 from zoo.search.fidelities import FineTuning, FromScratch
 from zoo.search.ledger import Ledger
 from zoo.search.tasks import Task, load_tasks, say, task_data
@@ -57,6 +58,8 @@ class Options:
     """its peak learning rate"""
     seeds: tuple[int, ...] = (0, 1)
     """of the channels kept and of the training"""
+    learned: Path | None = None
+    """folder of a learned policy, measured with the training images and without"""
     sibling_epochs: int = 0
     """epochs of all training images for the sibling, which starts from scratch; 0 for none"""
 
@@ -68,6 +71,7 @@ def main(options: Options) -> None:
     sibling = None
     if options.sibling_epochs:
         sibling = FromScratch.of(options.sibling_epochs, None, options.lr)
+    learned = None if options.learned is None else LearnedPolicy.read(options.learned)
     rows = options.out / "rows.jsonl"
     rows.unlink(missing_ok=True)
     with Ledger(options.out / "evidence.jsonl") as ledger:
@@ -83,6 +87,8 @@ def main(options: Options) -> None:
                 for cf in options.cf:
                     policies = searched(options.arch, exam, metric, cf)
                     policies |= policy_widths((*POLICIES, *RANKINGS), exam, cost, cf, metric)
+                    if learned is not None:
+                        policies |= learned_widths(learned, exam, cost, cf, metric)
                     found = evidence(
                         policies, exam, evaluator, fidelity, options.seeds, cost, sibling=sibling
                     )

@@ -51,6 +51,21 @@ def _line(count: int, last: float) -> list[float]:
     return [max(_TINY, 1 - (1 - last) * n / max(1, count - 1)) for n in range(count)]
 
 
+def residual_dense(
+    model: CostModel, cf: float, metric: str, seed: int, limits: Limits = FREE
+) -> Solution:
+    """Residual streams stay whole; all other groups have the same keep ratio.
+
+    As in most published profiles of ResNet-50 (`registry/published/`). A stream is a group that
+    meets more than two others in a layer. Without any, it is `equal`.
+    """
+    del seed
+    streams = [len(near) > 3 for near in model.neighbours]  # the group itself is one of them
+    return solve(
+        model, lambda t: [1.0 if whole else max(_TINY, t) for whole in streams], cf, metric, limits
+    )
+
+
 def random_policy(
     model: CostModel, cf: float, metric: str, seed: int, limits: Limits = FREE
 ) -> Solution:
@@ -100,6 +115,7 @@ POLICIES: dict[str, Callable[[CostModel, float, str, int, Limits], Solution]] = 
     "equal": equal,
     "increasing": increasing,
     "decreasing": decreasing,
+    "residual-dense": residual_dense,
     "random": random_policy,
     "greedy": greedy,
 }

@@ -10,6 +10,8 @@ from zoo.criteria.scores import channel_scores, labelled_batches
 from zoo.criteria.weight_scores import Scores
 from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError, GraphError
+from zoo.planning.decisions import Decisions
+from zoo.planning.learned import LearnedPolicy, play
 from zoo.planning.policies import policy_solution
 from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.search.evaluation import Evaluator
@@ -19,7 +21,7 @@ from zoo.spec.cost import CostModel
 from zoo.spec.profile import Evidence
 from zoo.training.finetuning import evaluate
 
-__all__ = ["evidence", "examined", "policy_widths", "task_scores"]
+__all__ = ["evidence", "examined", "learned_widths", "policy_widths", "task_scores"]
 
 Widths = tuple[int, ...]
 
@@ -110,6 +112,23 @@ def policy_widths(
                 scores[criterion] = task_scores(criterion, task)
             found[name] = ranking_solution(ranking, scores[criterion], model, cf, metric).widths
         except (FactorError, GraphError) as error:  # out of reach, or no batch norm to rank by
+            say(f"{name}: {error}")
+    return found
+
+
+def learned_widths(
+    policy: LearnedPolicy, task: Task, model: CostModel, cf: float, metric: str
+) -> dict[str, Widths]:
+    """The widths that a learned policy gives with the task's training images, and without any."""
+    told = task_scores(policy.ranking.criterion, task)
+    found: dict[str, Widths] = {}
+    for name, scores in (("learned", told), ("learned, no data", None)):
+        try:
+            decisions = Decisions(
+                task.groups, model, cf, metric, scores=scores, ranking=policy.ranking
+            )
+            found[name] = play(policy, decisions).widths
+        except FactorError as error:
             say(f"{name}: {error}")
     return found
 
