@@ -133,7 +133,7 @@ def drawn(task: Task, model: CostModel, config: Gate, metric: str, seed: int) ->
     decisions = Decisions(
         task.groups, model, config.cf, metric,
         scores=ranking and task_scores(ranking.criterion, task),
-        ranking=ranking or RANKINGS["global"],
+        ranking=ranking,
     )  # fmt: skip
     rng = random.Random(f"corrections:{seed}")
     while not decisions.finished:

@@ -13,10 +13,9 @@ import zoo
 from zoo.cli import main
 from zoo.errors import FactorError
 from zoo.models import build_model
-from zoo.planning import best
 from zoo.planning.best import best_policies, reason
 from zoo.planning.policies import POLICIES
-from zoo.planning.rankings import RANKINGS
+from zoo.planning.rankings import BEST_RANKING, RANKINGS
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +38,11 @@ def test_a_searched_profile_is_taken_where_there_is_one(dense: nn.Module) -> Non
         assert default == searched
 
 
-def test_images_put_the_ranking_first_where_the_evidence_does(
-    dense: nn.Module, images: TensorDataset
-) -> None:
-    for metric, policy in best.WITH_DATA.items():
+def test_images_put_the_ranking_first(dense: nn.Module, images: TensorDataset) -> None:
+    for metric in ("params", "macs"):
         plan = zoo.load("resnet20-16", 4, dense, metric=metric, data=images).pruning.plan
-        ranked = metric in best.BETTER_WITH_DATA
-        assert plan.profile == (policy if ranked else f"bundled:resnet20-16/{metric}-cf4")
-    plan = zoo.load("resnet20-16", 3, dense, data=images).pruning.plan
-    assert plan.profile == best.WITH_DATA["params"]
+        assert plan.profile == BEST_RANKING[metric]
+        assert plan.got == pytest.approx(4, rel=0.01)
 
 
 def test_what_nobody_searched_for_is_pruned_by_a_policy(dense: nn.Module) -> None:
@@ -85,14 +80,14 @@ def test_one_line_says_what_was_taken_and_what_else_there_is(
         assert main([*asked, "--out", str(tmp_path / cf)]) == 0
         (line,) = [own for own in capsys.readouterr().out.splitlines() if own.startswith("best")]
         assert f"best took {name}" in line
-        assert best.WITH_DATA["params"] in line
+        assert BEST_RANKING["params"] in line
     assert "measured on 2 networks" in reason("bundled:resnet20-16/params-cf4", "params")
     assert main([*asked, "--profile", "equal", "--out", str(tmp_path / "equal")]) == 0
     assert "best" not in capsys.readouterr().out
 
 
 def test_every_policy_that_it_names_exists() -> None:
-    for metric in best.WITH_DATA:
+    for metric in BEST_RANKING:
         for data in (True, False):
             for name in best_policies(metric, data=data):
                 assert name in (*POLICIES, *RANKINGS)

@@ -51,7 +51,8 @@ def policy_of(seed: int = 0, scale: float = 1.0, **changes: object) -> LearnedPo
         tensors[f"{layer}.weight"] = (scale * rng.normal(size=shape)).astype(np.float32)
         tensors[f"{layer}.bias"] = (scale * rng.normal(size=shape[:1])).astype(np.float32)
     training = Training(
-        features=FEATURES, known="global", architectures=("cnet",), networks=("0" * 64,),
+        features=FEATURES, known={"params": "global-per-cost", "macs": "global"},
+        architectures=("cnet",), networks=("0" * 64,),
         data=("digits",), metrics=("macs", "params"), factors=(2.0, 6.0), episodes=1,
         fidelity="none", command="none",
     )  # fmt: skip
@@ -157,7 +158,7 @@ def test_what_is_no_policy_of_this_version_is_refused(tmp_path: Path) -> None:
     policy_of(features=(*FEATURES[:-1], "colour")).write(tmp_path)
     with pytest.raises(DocumentError, match="observes other features"):
         learned_policy(f"learned:{tmp_path}")
-    policy_of(known="global-best").write(tmp_path)
+    policy_of(known={"macs": "global-best"}).write(tmp_path)
     with pytest.raises(DocumentError, match="'global-best'"):
         learned_policy(f"learned:{tmp_path}")
     policy_of().write(tmp_path)

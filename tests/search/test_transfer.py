@@ -116,5 +116,3 @@ def test_the_reward_is_paired_and_on_the_networks_own_scale(toy_images: ImageSet
 def test_nothing_to_learn_from_is_an_error() -> None:
     with pytest.raises(ZooError, match="No case to learn from"):
         TransferEnv([], late)
-    with pytest.raises(ZooError, match="'best' is no ranking"):
-        TransferSettings(known="best")

@@ -1,23 +1,19 @@
-"""`best`: the searched profile where there is one, else the policy that the evidence puts first.
+"""`best`: what the evidence puts first (docs/evidence.md, "Where nothing was searched").
 
-The order is that of docs/evidence.md ("Where nothing was searched").
+With labelled images that is the ranking of the network's own channels; without, the searched
+profile, or where there is none a policy.
 """
 
 from __future__ import annotations
 
 from zoo.errors import FactorError
+from zoo.planning.rankings import BEST_RANKING
 from zoo.registry.store import find_profile, get_profile
 from zoo.spec.profile import Profile
 
 __all__ = ["BEST", "best_policies", "best_profile", "reason"]
 
 BEST = "best"
-
-WITH_DATA = {"params": "global-fisher", "macs": "knapsack", "latency": "knapsack"}
-"""Metric -> the policy for labelled images of the user's own."""
-
-BETTER_WITH_DATA = ("macs", "latency")
-"""Metrics by which the policy for labelled images beats the searched profiles too."""
 
 WITHOUT_DATA = ("increasing", "equal")
 """The policies without images: the second where the first cannot reach the factor."""
@@ -26,8 +22,8 @@ WITHOUT_DATA = ("increasing", "equal")
 def best_profile(
     arch: str, cf: float | None, metric: str, *, data: bool
 ) -> tuple[str, Profile] | None:
-    """(reference, profile) of the bundled profile; None where there is none, or a better policy."""
-    if not arch or cf is None or (data and metric in BETTER_WITH_DATA):
+    """(reference, profile) of the bundled profile; None without one, or where images rank first."""
+    if not arch or cf is None or data:
         return None
     try:
         return find_profile(arch, cf, metric)
@@ -42,7 +38,7 @@ def best_policies(metric: str, *, data: bool) -> tuple[str, ...]:
         metric: what the factor counts.
         data: whether there are labelled images to score channels with.
     """
-    return (WITH_DATA[metric],) if data else WITHOUT_DATA
+    return (BEST_RANKING[metric],) if data else WITHOUT_DATA
 
 
 def reason(name: str, metric: str) -> str:
@@ -52,7 +48,7 @@ def reason(name: str, metric: str) -> str:
         name: of the profile or policy that was taken.
         metric: what the factor counts.
     """
-    better = f"with data, {WITH_DATA[metric]!r} ranks the channels of these weights instead"
+    better = f"with data, {BEST_RANKING[metric]!r} ranks the channels of these weights instead"
     if ":" in name:
         exams = len({row.exam for row in get_profile(name).evidence})
         evidence = f"measured on {exams} networks that it did not see" if exams else "not measured"

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from zoo.criteria.weight_scores import Scores
 from zoo.planning.policies import equal
-from zoo.planning.rankings import RANKINGS, Ranking, ranking_solution
+from zoo.planning.rankings import BEST_RANKING, RANKINGS, Ranking, ranking_solution
 from zoo.planning.solver import FREE, Limits, Solution, round_widths, scale_curve, solve
 from zoo.spec.cost import CostModel
 from zoo.spec.groups import ChannelGroups, Group
@@ -53,7 +53,7 @@ class Decisions:
         model: its costs.
         cf, metric, limits: as in `zoo.planning.solver.solve`.
         scores: one list per group, one number per channel; None to correct `equal`.
-        ranking: what turns `scores` into widths.
+        ranking: what turns `scores` into widths; by default that of `BEST_RANKING`.
 
     Raises:
         FactorError: when the known policy cannot reach the factor.
@@ -67,11 +67,11 @@ class Decisions:
         metric: str = "params",
         *,
         scores: Scores | None = None,
-        ranking: Ranking = RANKINGS["global"],
+        ranking: Ranking | None = None,
         limits: Limits = FREE,
     ) -> None:
         self.model, self.cf, self.metric, self.limits = model, cf, metric, limits
-        self.scores, self.ranking = scores, ranking
+        self.scores, self.ranking = scores, ranking or RANKINGS[BEST_RANKING[metric]]
         self.corrections: list[float] = []
         self.known = self._known()
         self._static = np.array([_described(groups, group, model) for group in groups.groups])

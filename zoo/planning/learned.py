@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError, ZooError
 from zoo.planning.decisions import FEATURES, Decisions
-from zoo.planning.rankings import RANKINGS, Ranking
+from zoo.planning.rankings import BEST_RANKING, RANKINGS, Ranking
 from zoo.planning.solver import Solution
 from zoo.registry.store import registry_folder
 
@@ -38,7 +38,7 @@ class Training:
 
     Attributes:
         features: what it observes, in order.
-        known: the ranking that it corrects where there are scores.
+        known: metric -> the ranking that it corrects where there are scores.
         architectures: names of the networks.
         networks: sha256 of their checkpoints.
         data: names of the data sets.
@@ -49,7 +49,7 @@ class Training:
     """
 
     features: tuple[str, ...]
-    known: str
+    known: dict[str, str]
     architectures: tuple[str, ...]
     networks: tuple[str, ...]
     data: tuple[str, ...]
@@ -81,10 +81,9 @@ class LearnedPolicy:
                 value = np.tanh(value)
         return float(np.clip(value[0], -1.0, 1.0))
 
-    @property
-    def ranking(self) -> Ranking:
+    def ranking(self, metric: str) -> Ranking:
         """What it corrects where there are scores."""
-        return RANKINGS[self.training.known]
+        return RANKINGS[self.training.known.get(metric, BEST_RANKING[metric])]
 
     @classmethod
     def read(cls, folder: str | Path) -> LearnedPolicy:
@@ -102,8 +101,9 @@ class LearnedPolicy:
             raise DocumentError(
                 f"{document}: this policy observes other features than this version's; train again."
             )
-        if training.known not in RANKINGS:
-            raise DocumentError(f"{document}: it corrects {training.known!r}, which is unknown.")
+        for known in training.known.values():
+            if known not in RANKINGS:
+                raise DocumentError(f"{document}: it corrects {known!r}, which is unknown.")
         try:
             tensors = load_file(weights)
         except (SafetensorError, OSError) as error:

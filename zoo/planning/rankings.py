@@ -17,7 +17,7 @@ from zoo.planning.knapsack import knapsack_solution
 from zoo.planning.solver import FREE, Curve, Limits, Solution, solve
 from zoo.spec.cost import CostModel
 
-__all__ = ["RANKINGS", "Ranking", "ranking_solution"]
+__all__ = ["BEST_RANKING", "RANKINGS", "Ranking", "ranking_solution"]
 
 Normalise = Callable[[Sequence[float]], list[float]]
 
@@ -71,6 +71,10 @@ RANKINGS: dict[str, Ranking] = {
 """Name -> ranking: Molchanov et al. (2017) without and with their cost term, Theis et al. (2018)
 likewise, DepGraph, network slimming (Liu et al., 2017), LAMP; knapsack pruning (Aflalo et al.,
 2020)."""
+
+
+BEST_RANKING = {"params": "global-per-cost", "macs": "global", "latency": "global"}
+"""Metric -> the ranking that the evidence puts first (docs/evidence.md)."""
 
 
 def ranking_solution(

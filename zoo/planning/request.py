@@ -237,7 +237,7 @@ def _widths(
         solved = ranking_solution(ranking, scores, model, request.cf, request.metric, limits)
     elif profile is None and request.name.partition(":")[0] == LEARNED:
         policy = learned_policy(request.name)
-        ranking = policy.ranking
+        ranking = policy.ranking(request.metric)
         decisions = Decisions(
             groups, model, request.cf, request.metric, limits=limits, ranking=ranking,
             scores=scores_by(ranking.criterion) if data else None,

@@ -120,13 +120,12 @@ def learned_widths(
     policy: LearnedPolicy, task: Task, model: CostModel, cf: float, metric: str
 ) -> dict[str, Widths]:
     """The widths that a learned policy gives with the task's training images, and without any."""
-    told = task_scores(policy.ranking.criterion, task)
+    ranking = policy.ranking(metric)
+    told = task_scores(ranking.criterion, task)
     found: dict[str, Widths] = {}
     for name, scores in (("learned", told), ("learned, no data", None)):
         try:
-            decisions = Decisions(
-                task.groups, model, cf, metric, scores=scores, ranking=policy.ranking
-            )
+            decisions = Decisions(task.groups, model, cf, metric, scores=scores, ranking=ranking)
             found[name] = play(policy, decisions).widths
         except FactorError as error:
             say(f"{name}: {error}")

@@ -20,7 +20,7 @@ from zoo.criteria.weight_scores import Scores
 from zoo.errors import FactorError, ZooError
 from zoo.planning.decisions import FEATURES, Decisions
 from zoo.planning.learned import LearnedPolicy, Training
-from zoo.planning.rankings import RANKINGS
+from zoo.planning.rankings import BEST_RANKING, RANKINGS
 from zoo.search.evaluation import Evaluate
 from zoo.search.evidence import task_scores
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, say
@@ -38,18 +38,12 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TransferSettings:
-    """What the policy is trained on, and how.
-
-    Raises:
-        ZooError: for an unknown ranking.
-    """
+    """What the policy is trained on, and how."""
 
     metrics: tuple[str, ...] = ("macs", "params")
     """what is compressed"""
     factors: tuple[float, ...] = (2.0, 4.0, 6.0)
     """compression factors"""
-    known: str = "global"
-    """the ranking that is corrected where there are scores; elsewhere it is equal"""
     draws: int = 4
     """random choices of channels per network; every episode has one of them"""
     episodes: int = 2000
@@ -66,10 +60,6 @@ class TransferSettings:
     """units of each of the two tanh layers"""
     seed: int = 0
     """of the policy, its actions and the order of the cases"""
-
-    def __post_init__(self) -> None:
-        if self.known not in RANKINGS:
-            raise ZooError(f"{self.known!r} is no ranking: {', '.join(RANKINGS)}.")
 
 
 @dataclass(frozen=True)
@@ -114,15 +104,15 @@ def cases(tasks: Sequence[tuple[str, Task]], settings: TransferSettings) -> list
         tasks: pairs (architecture, task); the architectures may differ.
         settings: of the training.
     """
-    ranking, found = RANKINGS[settings.known], list[Case]()
+    found = list[Case]()
     for arch, task in tasks:
         cost = cost_model(task.groups)
-        told = task_scores(ranking.criterion, task)
         for metric in settings.metrics:
+            told = task_scores(RANKINGS[BEST_RANKING[metric]].criterion, task)
             for cf in settings.factors:
                 for scores in (told, None):
                     try:
-                        Decisions(task.groups, cost, cf, metric, scores=scores, ranking=ranking)
+                        Decisions(task.groups, cost, cf, metric, scores=scores)
                     except FactorError as error:
                         say(f"{arch}: {error}")
                         continue
@@ -139,14 +129,12 @@ class TransferEnv(gymnasium.Env[Array, Array]):
     Args:
         cases: to play.
         evaluate: candidates -> accuracies.
-        known: the ranking that is corrected where there are scores.
         seed: of the order.
         on_episode: called with every finished episode.
     """
 
     cases: Sequence[Case]
     evaluate: Evaluate
-    known: str = "global"
     seed: int = 0
     on_episode: Callable[[Played], None] = lambda _: None
     _waiting: list[Case] = field(default_factory=list, init=False)
@@ -170,9 +158,8 @@ class TransferEnv(gymnasium.Env[Array, Array]):
             self._waiting = self._random.sample(list(self.cases), len(self.cases))
         self._case = case = self._waiting.pop()
         self._decisions = Decisions(
-            case.task.groups, case.cost, case.cf, case.metric,
-            scores=case.scores, ranking=RANKINGS[self.known],
-        )  # fmt: skip
+            case.task.groups, case.cost, case.cf, case.metric, scores=case.scores
+        )
         return self._decisions.observe(), {}
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
@@ -222,7 +209,7 @@ def learn(
     """
     from zoo.search.agents.sb3 import transfer_ppo
 
-    env = TransferEnv(cases, evaluate, settings.known, settings.seed, on_episode)
+    env = TransferEnv(cases, evaluate, settings.seed, on_episode)
     actor = transfer_ppo(
         env,
         settings.episodes,
@@ -241,7 +228,7 @@ def learn(
     tasks = {id(case.task): case for case in cases}.values()
     training = Training(
         features=FEATURES,
-        known=settings.known,
+        known={metric: BEST_RANKING[metric] for metric in settings.metrics},
         architectures=_once(case.arch for case in tasks),
         networks=_once(case.task.network for case in tasks),
         data=_once(case.task.val.name for case in tasks),
