@@ -107,7 +107,7 @@ def load(
     Args:
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
         cf: compression factor, dense / pruned; a `Profile` or a reference has one of its own.
-        weights: a checkpoint's path, a state dict, a module, or
+        weights: a checkpoint's path, a state dict, a module, `bundled:<architecture>/<name>`, or
             `hf:<org>/<repo>[/<file>][@<rev>]`. There is no default.
         profile: `best`, the bundled searched profile or what the evidence puts before it;
             `searched`, that profile or an error; a policy's name, a reference, or a `Profile`.

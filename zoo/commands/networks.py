@@ -110,7 +110,8 @@ class PruneCommand:
     cf: float | None = None
     """compression factor, dense / pruned: at least 1; a reference has one of its own"""
     weights: str
-    """checkpoint: a path (.safetensors, .pt, .pth) or hf:ORG/REPO[/FILE][@REVISION]"""
+    """checkpoint: a path (.safetensors, .pt, .pth), bundled:ARCH/NAME (see zoo list), or
+    hf:ORG/REPO[/FILE][@REVISION]"""
     out: Path
     """folder to write the pruned network to"""
     profile: str = "best"

@@ -27,8 +27,9 @@ class ListCommand:
 
 
 def list_profiles(command: ListCommand) -> None:
-    from zoo.commands.rendering import print_policies, print_profiles
+    from zoo.commands.rendering import print_policies, print_profiles, print_weights
     from zoo.registry.store import list_architectures
+    from zoo.registry.weights import list_weights
 
     sources = ("bundled", "published") if command.source is None else (command.source,)
     entries = [
@@ -40,6 +41,8 @@ def list_profiles(command: ListCommand) -> None:
     if command.arch is None and command.source in (None, "bundled"):
         listed = {entry.architecture for entry in zoo.list_profiles()}
         print_policies([name for name in list_architectures() if name not in listed])
+    if command.source in (None, "bundled"):
+        print_weights(list_weights(command.arch))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zoo.registry.store import ProfileEntry
+from zoo.registry.weights import BundledWeights
 from zoo.spec.profile import Evidence, Profile
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "print_profile",
     "print_profiles",
     "print_tables",
+    "print_weights",
     "pruning_summary",
     "training_summary",
 ]
@@ -67,6 +69,15 @@ def print_policies(architectures: Sequence[str]) -> None:
         f"{', '.join(architectures)}, and any other torchvision:NAME or timm:NAME.",
         highlight=False,
     )
+
+
+def print_weights(weights: Sequence[BundledWeights]) -> None:
+    """Print a line for each network whose trained weights ship with the package."""
+    for own in weights:
+        _console().print(
+            f"Weights for --weights: {own.reference}, {own.test_accuracy:.2%} on {own.data}",
+            highlight=False,
+        )
 
 
 def print_profile(reference: str, profile: Profile, arch: str | None = None) -> None:

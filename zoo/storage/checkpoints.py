@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from zoo.errors import CheckpointError
 from zoo.registry import hub
+from zoo.registry.weights import weights_path
 from zoo.spec.plans import Source
 
 __all__ = [
@@ -102,7 +103,8 @@ def read_checkpoint(
 
     Args:
         weights: a path to a PyTorch (.pt, .pth, .bin, .ckpt) or .safetensors file,
-            `hf:org/repo[/path/to/file][@revision]`, a state dict, or a module.
+            `bundled:<architecture>/<name>`, `hf:org/repo[/path/to/file][@revision]`, a state dict,
+            or a module.
         ema: take the average, as the library that wrote it does; False takes the current weights,
             without a warning.
 
@@ -135,6 +137,8 @@ def read_checkpoint(
 
 def _locate(weights: str | Path) -> tuple[Path, str]:
     """The local file, and the full reference to it."""
+    if str(weights).startswith("bundled:"):
+        return weights_path(str(weights)), str(weights)
     if not str(weights).startswith("hf:"):
         return Path(weights).expanduser(), str(weights)
     repo, name, revision = hub.parse_hub_reference(str(weights).removeprefix("hf:"))
