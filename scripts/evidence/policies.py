@@ -58,6 +58,8 @@ class Options:
     """its peak learning rate"""
     seeds: tuple[int, ...] = (0, 1)
     """of the channels kept and of the training"""
+    policies: tuple[str, ...] = (*POLICIES, *RANKINGS)
+    """policies to measure, beside the searched profile"""
     learned: Path | None = None
     """folder of a learned policy, measured with the training images and without"""
     sibling_epochs: int = 0
@@ -86,7 +88,7 @@ def main(options: Options) -> None:
             for metric in options.metrics:
                 for cf in options.cf:
                     policies = searched(options.arch, exam, metric, cf)
-                    policies |= policy_widths((*POLICIES, *RANKINGS), exam, cost, cf, metric)
+                    policies |= policy_widths(options.policies, exam, cost, cf, metric)
                     if learned is not None:
                         policies |= learned_widths(learned, exam, cost, cf, metric)
                     found = evidence(

@@ -1,0 +1,69 @@
+"""scripts/evidence/leave_one_out.py: trained without an architecture, measured on it, resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import leave_one_out
+import pytest
+from learnt import base_networks
+
+import zoo
+from zoo.search.ledger import Ledger
+from zoo.search.transfer import TransferSettings
+from zoo.storage.artefacts import save_checkpoint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """A base network of cnet and one of resnet20-16, of the digits at 8x8."""
+    folder = tmp_path_factory.mktemp("bases")
+    splits = zoo.load_data("digits", size=8)
+    other = zoo.create_model("resnet20-16", splits.num_classes, image_size=8)
+    zoo.finetune(
+        other, splits.train, splits.val, teacher=None, recipe=zoo.Recipe(epochs=3, lr=0.05)
+    )
+    path = folder / "other.safetensors"
+    save_checkpoint(other, path, {"split_digest": splits.digest})
+    return f"cnet={base_networks(folder)[0]}@digits", f"resnet20-16={path}@digits"
+
+
+def test_what_was_left_out_was_not_trained_on(tasks, tmp_path: Path, capsys) -> None:
+    options = leave_one_out.Options(
+        tasks=tasks, data_dir=tmp_path, out=tmp_path / "out", size=8, cf=(2.0,), epochs=1,
+        images=200, seeds=(0,),
+        settings=TransferSettings(episodes=8, round_steps=32, draws=1, factors=(2.0,)),
+    )  # fmt: skip
+    leave_one_out.main(options)
+    table = capsys.readouterr().out.partition("<!--")[2]
+    for arch, other in (("cnet", "resnet20-16"), ("resnet20-16", "cnet")):
+        document = json.loads((tmp_path / "out" / arch / "policy.json").read_text())
+        assert document["architectures"] == [other]
+        assert f"| {arch} | 2x macs |" in table
+        assert f"| {arch} | 2x params |" in table
+    for policy in (*leave_one_out.RIVALS, "learned", "learned, no data"):
+        assert f" {policy} |" in table
+
+    def measured() -> int:
+        count = 0
+        for path in (tmp_path / "out").glob("*/*.jsonl"):
+            if path.name in ("ledger.jsonl", "evidence.jsonl"):
+                with Ledger(path) as ledger:
+                    count += len(list(ledger))
+        return count
+
+    before = measured()
+    leave_one_out.main(options)
+    assert measured() == before
+    assert capsys.readouterr().out.partition("<!--")[2] == table
+
+
+def test_what_cannot_be_left_out_is_an_error(tasks, tmp_path: Path) -> None:
+    options = leave_one_out.Options(
+        tasks=tasks, data_dir=tmp_path, out=tmp_path, turns=("resnet56",)
+    )
+    with pytest.raises(SystemExit, match="resnet56 cannot be left out of cnet, resnet20-16"):
+        leave_one_out.main(options)
