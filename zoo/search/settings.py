@@ -9,19 +9,19 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from zoo.errors import ZooError, integer
 from zoo.models import architecture, build_model
 from zoo.planning.latency import latency_table
-from zoo.search.agents import Episode, agent
+from zoo.search.agents import STARTING, Episode, agent
 from zoo.search.env import EnvSettings
 from zoo.search.tasks import device
 from zoo.search.workers import Pool, pool_of
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.groups import ChannelGroups
 
-__all__ = ["SearchConfig", "cost_of", "parse_budget", "pool_for", "trainer_of"]
+__all__ = ["SPELLED", "SearchConfig", "cost_of", "parse_budget", "pool_for", "trainer_of"]
 
 _COUNTS = (
     "episodes",
@@ -30,14 +30,23 @@ _COUNTS = (
     "calibration_images",
     "val_images",
     "candidates",
+    "distill_steps",
     "finalists",
     "final_seeds",
     "finetune_epochs",
     "finetune_images",
 )
 
-_AGENTS_OF = {"std": ("ppo",), "features": ("ppo", "ddpg"), "observation": ("ppo", "ddpg")}
+_AGENTS_OF = {
+    "std": ("ppo",),
+    "features": ("ppo", "ddpg"),
+    "observation": ("ppo", "ddpg"),
+    "start": STARTING,
+}
 """Setting -> the agents that have it, if not all do."""
+
+SPELLED = {"start": "from"}
+"""Setting -> its flag, where that is no name in Python."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,9 @@ class SearchConfig:
     """ppo, ddpg, gnn, random, cma-es, genetic, swarm or annealing"""
     env: Annotated[EnvSettings, OmitArgPrefixes] = field(default_factory=EnvSettings)
     """what the agent sees, does and is rewarded for"""
+    start: Annotated[str | None, arg(name="from")] = None
+    """profile to start from: a policy (equal, global, ...), or a reference (bundled:..., file:...),
+    which is scaled to each factor; an agent's actions are then corrections of it"""
     episodes: int | None = None
     """number of episodes per factor, by default 320, or what the budget allows; in whole rounds of
     eight, or in whole profiles for agents that play every profile on all tasks"""
@@ -92,6 +104,9 @@ class SearchConfig:
     """validation images to measure episodes on, if they are only recalibrated"""
     candidates: int = 12
     """number of best distinct profiles to measure again, on all images and with fresh channels"""
+    distill_steps: int | None = None
+    """distil the better half of the candidates from the dense network for this many steps, to
+    choose the finalists among them; by default finalists are the best candidates"""
     finalists: int = 5
     """how many of these get a short fine-tune"""
     final_seeds: int = 2
@@ -115,7 +130,8 @@ class SearchConfig:
             holder: Any = self if hasattr(self, name) else self.env
             given, usual = getattr(holder, name), getattr(type(holder), name)
             if self.agent not in agents and given != usual:
-                raise ZooError(f"{name} {given} is for {' and '.join(agents)}, not {self.agent}.")
+                named = f"{SPELLED.get(name, name)} {given}"
+                raise ZooError(f"{named} is for {' and '.join(agents)}, not {self.agent}.")
         if self.workers is not None and self.cluster not in (None, "local"):
             raise ZooError("A cluster fixes the number of workers: leave out workers.")
         if not self.cf:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zoo.errors import ZooError, integer
 from zoo.planning.solver import FLOOR
-from zoo.search.env import PruningEnv, keep_ratio
+from zoo.search.env import PruningEnv
 
 try:
     from gymnasium.vector import AutoresetMode, VectorEnv
@@ -69,7 +69,7 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
     ) -> tuple[Array, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Decide on the next group of every environment; `actions` has shape (num_envs, 1)."""
         for env, action in zip(self.envs, np.reshape(actions, -1), strict=True):
-            env.decide(keep_ratio(float(action)))
+            env.act(float(action))
         observations = self._observe()
         rewards, ended = np.zeros(self.num_envs), np.full(self.num_envs, self.envs[0].finished)
         infos: dict[str, Any] = {}
