@@ -28,7 +28,7 @@ from zoo.data.datasets import load_data
 from zoo.errors import ZooError
 from zoo.planning.solver import scale_curve, solve
 from zoo.registry.store import list_profiles
-from zoo.search.agents import agent
+from zoo.search.agents import SCREENED, agent
 from zoo.search.env import EnvSettings, PruningEnv
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import examined
@@ -73,6 +73,8 @@ class Options:
     """of the agents"""
     draws: int = 1
     """draws of channels per profile in the searches; each counts as an evaluation"""
+    screen: int = 1
+    """CMA-ES's proposals for each profile that is measured; a surrogate chooses"""
     fresh: int = 8
     """draws of channels of a score"""
     policy: str = ""
@@ -127,9 +129,10 @@ class Setting:
             FIRST,
         )  # fmt: skip
         played: list[tuple[float, tuple[int, ...]]] = []
+        own = {"screen": options.screen} if name in SCREENED else {}
         agent(name)(
             env, options.evaluations // options.draws, seed=seed,
-            on_episode=lambda episode: played.append((episode["reward"], episode["widths"])),
+            on_episode=lambda episode: played.append((episode["reward"], episode["widths"])), **own,
         )  # fmt: skip
         best = {
             count: max(played[: max(1, count // options.draws)])[1]

@@ -14,7 +14,7 @@ from tyro.conf import OmitArgPrefixes, arg
 from zoo.errors import ZooError, integer
 from zoo.models import architecture, build_model
 from zoo.planning.latency import latency_table
-from zoo.search.agents import STARTING, Episode, agent
+from zoo.search.agents import SCREENED, STARTING, Episode, agent
 from zoo.search.env import EnvSettings
 from zoo.search.tasks import device
 from zoo.search.workers import Pool, pool_of
@@ -25,6 +25,7 @@ __all__ = ["SPELLED", "SearchConfig", "cost_of", "parse_budget", "pool_for", "tr
 
 _COUNTS = (
     "episodes",
+    "screen",
     "workers",
     "episode_images",
     "calibration_images",
@@ -42,6 +43,7 @@ _AGENTS_OF = {
     "features": ("ppo", "ddpg"),
     "observation": ("ppo", "ddpg"),
     "start": STARTING,
+    "screen": SCREENED,
 }
 """Setting -> the agents that have it, if not all do."""
 
@@ -91,6 +93,9 @@ class SearchConfig:
     """seed of the agent"""
     std: float = 0.3
     """initial standard deviation of PPO's actions, on [-1, 1]"""
+    screen: int = 1
+    """proposals of the agent for each profile that is played: a random forest, fitted to those
+    played so far, chooses; for random, cma-es and annealing"""
     workers: int | None = None
     """processes that evaluate; one per core by default"""
     cluster: str | None = None
@@ -168,6 +173,8 @@ def trainer_of(config: SearchConfig) -> Callable[..., list[Episode]]:
         ZooError: for an unknown agent, or one whose library is not installed.
     """
     train = agent(config.agent)
+    if config.agent in SCREENED:
+        return partial(train, screen=config.screen)
     if config.agent != "ppo":
         return train
     from zoo.search.agents.ppo import PPOSettings

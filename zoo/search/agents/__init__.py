@@ -11,7 +11,7 @@ from zoo.errors import ZooError, unknown
 if TYPE_CHECKING:
     from zoo.search.vector_env import PruningVectorEnv
 
-__all__ = ["AGENTS", "STARTING", "Episode", "agent", "check_cold"]
+__all__ = ["AGENTS", "SCREENED", "STARTING", "Episode", "agent", "check_cold"]
 
 Episode = dict[str, Any]
 """The info of a finished episode, as `zoo.search.env.PruningEnv` describes it."""
@@ -30,6 +30,10 @@ AGENTS = {
 STARTING = ("ppo", "ddpg", "cma-es", "genetic", "swarm", "annealing")
 """Agents that can start from a profile: their actions are corrections of it, and begin near zero.
 Random search has no start; GNN-RL's actions are relative to the dense network."""
+
+SCREENED = ("random", "cma-es", "annealing")
+"""Agents that can propose more candidates than are played, for a surrogate to choose from. Those
+of pymoo and the networks that learn propose exactly what they play."""
 
 
 def agent(name: str) -> Callable[..., list[Episode]]:

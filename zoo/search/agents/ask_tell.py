@@ -26,7 +26,8 @@ from zoo.errors import ZooError
 from zoo.planning.solver import FLOOR
 from zoo.search.agents import Episode, check_cold
 from zoo.search.env import keep_ratio
-from zoo.search.vector_env import PruningVectorEnv, play
+from zoo.search.surrogate import ENOUGH, best_of
+from zoo.search.vector_env import PruningVectorEnv, play, roll_out
 
 __all__ = [
     "Method",
@@ -77,21 +78,21 @@ class Box:
 class Method(Protocol):
     """A search method: it is asked for keep ratios, then told their rewards; more is better."""
 
-    def ask(self) -> NDArray:
-        """Candidates, of shape (batch, groups), in the method's `Box`."""
+    def ask(self, count: int = BATCH) -> NDArray:
+        """Candidates, of shape (count, groups), in the method's `Box`; pymoo's choose `count`."""
 
-    def tell(self, rewards: NDArray) -> None:
-        """The rewards of the candidates that were asked for last, in their order."""
+    def tell(self, asked: NDArray, rewards: NDArray) -> None:
+        """The candidates of the last call of `ask` that were measured, and their rewards."""
 
 
 class _Random:
     def __init__(self, box: Box, seed: int) -> None:
         self._groups, self._rng = box.groups, np.random.default_rng(seed)
 
-    def ask(self) -> NDArray:
-        return self._rng.uniform(*RANDOM, (BATCH, self._groups))
+    def ask(self, count: int = BATCH) -> NDArray:
+        return self._rng.uniform(*RANDOM, (count, self._groups))
 
-    def tell(self, rewards: NDArray) -> None:
+    def tell(self, asked: NDArray, rewards: NDArray) -> None:
         pass
 
 
@@ -110,14 +111,14 @@ class _CMA:
         )
         self._at_start = box.warm
 
-    def ask(self) -> NDArray:
-        self._asked = np.array([self._cma.ask() for _ in range(BATCH)])
+    def ask(self, count: int = BATCH) -> NDArray:
+        asked = np.array([self._cma.ask() for _ in range(count)])
         if self._at_start:
-            self._asked[0], self._at_start = 0.0, False
-        return self._asked
+            asked[0], self._at_start = 0.0, False
+        return asked
 
-    def tell(self, rewards: NDArray) -> None:
-        self._cma.tell([(x, -reward) for x, reward in zip(self._asked, rewards, strict=True)])
+    def tell(self, asked: NDArray, rewards: NDArray) -> None:
+        self._cma.tell([(x, -reward) for x, reward in zip(asked, rewards, strict=True)])
 
 
 class _Pymoo:
@@ -133,11 +134,13 @@ class _Pymoo:
         problem = Problem(n_var=box.groups, n_obj=1, xl=box.low, xu=box.high)
         self._algorithm.setup(problem, seed=seed)
 
-    def ask(self) -> NDArray:
+    def ask(self, count: int = BATCH) -> NDArray:
+        del count
         self._asked = self._algorithm.ask()
         return self._asked.get("X")
 
-    def tell(self, rewards: NDArray) -> None:
+    def tell(self, asked: NDArray, rewards: NDArray) -> None:
+        del asked
         self._asked.set("F", -rewards[:, None])
         self._algorithm.tell(infills=self._asked)
 
@@ -170,19 +173,17 @@ class _Annealing:
         self._state, self._reward = self._rng.uniform(*RANDOM, box.groups), -np.inf
         self._batch = 0
 
-    def ask(self) -> NDArray:
+    def ask(self, count: int = BATCH) -> NDArray:
         self._batch += 1
         if self._box.warm and self._batch == 1:
-            self._asked = self._box.near_start(BATCH, self._rng)
-            return self._asked
+            return self._box.near_start(count, self._rng)
         step = 0.25 / self._batch**0.3
-        moves = self._rng.normal(0, step, (BATCH, len(self._state)))
-        self._asked = np.clip(self._state + moves, self._box.low, self._box.high)
-        return self._asked
+        moves = self._rng.normal(0, step, (count, len(self._state)))
+        return np.clip(self._state + moves, self._box.low, self._box.high)
 
-    def tell(self, rewards: NDArray) -> None:
+    def tell(self, asked: NDArray, rewards: NDArray) -> None:
         temperature = 0.05 / self._batch
-        for candidate, reward in zip(self._asked, rewards, strict=True):
+        for candidate, reward in zip(asked, rewards, strict=True):
             if self._rng.random() < np.exp(min(0.0, (reward - self._reward) / temperature)):
                 self._state, self._reward = candidate, reward
 
@@ -196,25 +197,44 @@ class _Search:
     """indices of the queue's entries at this factor"""
     left: int
     """candidates still to be played"""
+    screen: int = 1
+    """proposals for each candidate that is played; a surrogate chooses"""
+    seed: int = 0
+    """of the surrogate"""
+    measured: list[tuple[list[float], float]] = field(default_factory=list)
+    """keep ratios and mean reward of every candidate"""
     best: list[Episode] = field(default_factory=list)
     """episodes of the candidate with the best mean reward, one per entry"""
 
     def play(self, env: PruningVectorEnv) -> list[Episode]:
         """Play the next batch, tell the method its rewards, and return the episodes."""
-        asked = self.method.ask()
+        asked = self._ask(env)
         batch, per = asked[: self.left], len(self.entries)
-        ratios = self._keep_ratios(batch, env.queue[self.entries[0]].start)
+        ratios = self._keep_ratios(env, batch)
         played = play(env, np.repeat(ratios, per, axis=0), self.entries * len(batch))
         candidates = [played[at : at + per] for at in range(0, len(played), per)]
         self.best = max([self.best, *candidates] if self.best else candidates, key=_mean)
         self.left -= len(batch)
+        for episodes in candidates if self.screen > 1 else ():
+            kept = np.divide(episodes[0]["widths"], env.groups.sizes).tolist()
+            self.measured.append((kept, _mean(episodes)))
         if len(batch) == len(asked):
-            self.method.tell(np.array([_mean(episodes) for episodes in candidates]))
+            self.method.tell(asked, np.array([_mean(episodes) for episodes in candidates]))
         return played
 
-    @staticmethod
-    def _keep_ratios(asked: NDArray, start: Sequence[float] | None) -> NDArray:
+    def _ask(self, env: PruningVectorEnv) -> NDArray:
+        """The next batch; of `screen` times as many proposals those that the surrogate likes."""
+        if self.screen == 1 or len(self.measured) < ENOUGH:
+            return self.method.ask()
+        asked = self.method.ask(self.screen * BATCH)
+        rolled = roll_out(env, self._keep_ratios(env, asked), [self.entries[0]] * len(asked))
+        proposed = np.divide([rollout.widths for rollout in rolled], env.groups.sizes)
+        known, rewards = map(np.array, zip(*self.measured, strict=True))
+        return asked[best_of(proposed, known, rewards, BATCH, self.seed)]
+
+    def _keep_ratios(self, env: PruningVectorEnv, asked: NDArray) -> NDArray:
         """What was asked for as keep ratios, shape (batch, groups); from actions with a start."""
+        start = env.queue[self.entries[0]].start
         if start is None:
             return asked
         return np.array([list(map(keep_ratio, row, start)) for row in asked.tolist()])
@@ -232,6 +252,7 @@ def _train(
     seed: int,
     on_episode: Callable[[Episode], None],
     stop: Callable[[], bool] = lambda: False,
+    screen: int = 1,
 ) -> list[Episode]:
     """Search for `episodes` episodes, rounded down to whole candidates, at least one.
 
@@ -243,6 +264,8 @@ def _train(
         seed: of the method.
         on_episode: called with every finished episode, in order.
         stop: called after every batch; true ends the search, as Ctrl-C does.
+        screen: proposals for each candidate that is played. A surrogate that was fitted to the
+            candidates so far chooses among them; `pymoo`'s methods propose no more than they play.
 
     Returns:
         The episodes of the best candidate, one per entry of the queue; fewer if the search is
@@ -255,7 +278,7 @@ def _train(
     for cf in dict.fromkeys(entry.cf for entry in env.queue):
         entries = [number for number, entry in enumerate(env.queue) if entry.cf == cf]
         method = make_method(Box.of(env), seed)
-        searches.append(_Search(method, entries, candidates))
+        searches.append(_Search(method, entries, candidates, screen, seed))
     with suppress(KeyboardInterrupt):
         for search in cycle(searches):
             if not search.left:  # searches take turns with equal batches: all are done
