@@ -33,7 +33,6 @@ from zoo.surgery.masking import masked
 from zoo.training.finetuning import evaluate, finetune
 from zoo.training.optimization import distillation, make_optimizer, warmup_cosine
 from zoo.training.recipes import Recipe
-from zoo.training.teachers import teaching
 
 __all__ = [
     "Distilled",
@@ -170,8 +169,9 @@ class FromScratch(FineTuning):
 class Distilled:
     """A recalibration, then `steps` steps of distillation from the dense network.
 
-    The loss is the recipe's mix of the teacher's term and the cross-entropy; its optimiser and
-    schedule train, with shuffled, augmented batches. A network whose loss is not finite gets 0.
+    The loss is the recipe's mix of the teacher's term and the cross-entropy. All candidates see the
+    same images in the same order, not augmented, so that the teacher computes its logits once. A
+    network whose loss is not finite gets 0.
 
     Attributes:
         steps: of the optimiser.
@@ -185,7 +185,7 @@ class Distilled:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(epochs=1, lr=self.lr, precision="fp32")
+        return Recipe(epochs=1, lr=self.lr, precision="fp32", augment=False)
 
     @property
     def name(self) -> str:
@@ -194,31 +194,27 @@ class Distilled:
         return f"distillation, {self.steps} steps, recipe {digest}, last weights"
 
     def measure(self, candidate: Candidate) -> float:
-        task = candidate.task
         module = recalibrated(candidate, self.calibration_images)
-        with teaching(task.module), seeded(candidate.seed):
-            learnt = self._learn(module, task, candidate.seed)
-        return evaluate(module, task.val).accuracy if learnt else 0.0
+        with seeded(candidate.seed):  # for dropout
+            learnt = self._learn(module, candidate.task)
+        return evaluate(module, candidate.task.val).accuracy if learnt else 0.0
 
-    def _learn(self, module: nn.Module, task: Task, seed: int) -> bool:
+    def _learn(self, module: nn.Module, task: Task) -> bool:
         """Train `module` in place; false if its loss stops being finite."""
-        recipe = self.recipe
+        recipe, size = self.recipe, min(self.recipe.batch_size, len(task.train))
+        images = sample(task.train, self.steps * size)
+        batches = DeviceLoader(images, size, device=device(), drop_last=True)
+        wanted = task.dense_logits(self.steps * size).split(size)
+        passes = chain.from_iterable(zip(batches, wanted, strict=False) for _ in repeat(None))
         optimizer = make_optimizer(module, recipe)
         warm = max(1, round(recipe.warmup * self.steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warm, self.steps))
-        batches = DeviceLoader(
-            task.train, min(recipe.batch_size, len(task.train)), device=device(), augment=True,
-            shuffle=True, drop_last=True, seed=seed,
-        )  # fmt: skip
         module.train()
-        for images, labels in islice(chain.from_iterable(repeat(batches)), self.steps):
-            images = images.to(memory_format=torch.channels_last)
-            with torch.no_grad():
-                wanted = task.module(images)
+        for (pixels, labels), target in islice(passes, self.steps):
             with UnitStrides():
-                logits = module(images)
-            told = functional.cross_entropy(logits, labels)
-            loss = torch.lerp(told, distillation(logits, wanted), recipe.distill)
+                logits = module(pixels.to(memory_format=torch.channels_last))
+            hard = functional.cross_entropy(logits, labels)
+            loss = torch.lerp(hard, distillation(logits, target), recipe.distill)
             if not torch.isfinite(loss):
                 return False
             optimizer.zero_grad(set_to_none=True)
