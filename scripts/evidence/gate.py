@@ -28,7 +28,7 @@ from zoo.planning.policies import policy_solution
 from zoo.planning.rankings import RANKINGS
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import task_scores
-from zoo.search.fidelities import Fidelity, FineTuning, Recalibration
+from zoo.search.fidelities import Distilled, Fidelity, FineTuning, Recalibration
 from zoo.search.gate import ENOUGH, Agreement, agreement
 from zoo.search.ledger import Ledger
 from zoo.search.masked_training import train_under_masks
@@ -91,6 +91,7 @@ def main(config: Gate) -> None:
     columns: dict[str, tuple[Task, Fidelity]] = {
         "recalibration, 1,024 + 2,000 images": (task, Recalibration(1024, 2000)),
         "recalibration, 2,048 + all images": (task, Recalibration()),
+        "recalibration, 100 steps of distillation": (task, Distilled(100)),
         "fine-tune, 1 epoch of a quarter": (task, FineTuning.of(1, config.images // 4, LR)),
         "fine-tune, 1 epoch": (task, FineTuning.of(1, config.images, LR)),
     }

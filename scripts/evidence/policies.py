@@ -90,7 +90,7 @@ def main(options: Options) -> None:
                     policies = searched(options.arch, exam, metric, cf)
                     policies |= policy_widths(options.policies, exam, cost, cf, metric)
                     if learned is not None:
-                        policies |= learned_widths(learned, exam, cost, cf, metric)
+                        policies |= by_learned(learned, exam, cost, cf, metric)
                     found = evidence(
                         policies, exam, evaluator, fidelity, options.seeds, cost, sibling=sibling
                     )
@@ -99,6 +99,19 @@ def main(options: Options) -> None:
                     with rows.open("a") as stream:
                         told = {"metric": metric, "cf": cf, "rows": [encode(row) for row in found]}
                         stream.write(json.dumps({"arch": options.arch, **told}) + "\n")
+
+
+def by_learned(
+    policy: LearnedPolicy, task: Task, cost: CostModel, cf: float, metric: str
+) -> dict[str, Widths]:
+    """The learned policy's widths, with the training images and without any."""
+    found = {}
+    for name, data in (("learned", True), ("learned, no data", False)):
+        try:
+            found[name] = learned_widths(policy, task, cost, cf, metric, data=data)
+        except FactorError as error:
+            say(f"{name}: {error}")
+    return found
 
 
 def searched(arch: str, task: Task, metric: str, cf: float) -> dict[str, Widths]:

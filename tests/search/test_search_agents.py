@@ -12,7 +12,7 @@ import torch
 
 from zoo.errors import ZooError
 from zoo.planning.solver import FLOOR, round_widths, scale_curve, solve
-from zoo.search.agents import AGENTS, agent
+from zoo.search.agents import AGENTS, SCREENED, agent
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
 
@@ -184,6 +184,19 @@ def test_an_interruption_keeps_what_was_learnt(name):
     _, untrained = search(name, 0, known)
     assert len(proposed) == len(untrained) == 2
     assert mean_reward(proposed) > mean_reward(untrained)
+
+
+@pytest.mark.parametrize("name", SCREENED)
+def test_a_surrogate_screens_proposals_after_the_first_profiles(name):
+    known = problem()
+    plain, _ = search(name, 192, known, 1)
+    screened, proposed = search(name, 192, known, 1, screen=4)
+    count = 2 * 32  # each profile is played on two tasks
+    assert screened[:count] == plain[:count]
+    assert len(screened) == len(plain)
+    assert mean_reward(screened[count : 2 * count]) > mean_reward(plain[count : 2 * count])
+    assert mean_reward(proposed) > 0.8 * known.optimum
+    assert search(name, 192, known, 1, screen=4)[0] == screened
 
 
 def test_names_are_checked():

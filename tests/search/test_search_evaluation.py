@@ -16,6 +16,7 @@ from zoo.models import build_model
 from zoo.search import fidelities
 from zoo.search.evaluation import Evaluator
 from zoo.search.fidelities import (
+    Distilled,
     FineTuning,
     FromScratch,
     Recalibration,
@@ -216,9 +217,40 @@ def test_fidelity_names_tell_their_settings_apart():
         FineTuning(recipe, 500).name,
         FineTuning(Recipe(epochs=1, lr=0.01)).name,
         FromScratch(recipe).name,
+        Distilled().name,
+        Distilled(50).name,
+        Distilled(lr=0.1).name,
+        Distilled(calibration_images=512).name,
     ]
     assert len(set(names)) == len(names)
     assert FineTuning(Recipe(epochs=1)).name == FineTuning(recipe).name
+
+
+@pytest.mark.parametrize("name", ["cnet", "resnet"])
+def test_distillation_repeats_itself_and_beats_recalibration(name, request, monkeypatch):
+    monkeypatch.setattr(fidelities, "SGD_STEPS", 5)
+    task = request.getfixturevalue(name)
+    before = {key: tensor.clone() for key, tensor in task.module.state_dict().items()}
+    thin = [Candidate(task, tuple(max(1, s // 8) for s in task.groups.sizes), n) for n in range(3)]
+    ledger = Ledger()
+    evaluator = Evaluator(ledger)
+    cheap = evaluator(thin, Recalibration(256))
+    distilled = evaluator(thin, Distilled(30, calibration_images=256))
+    assert sum(distilled) > sum(cheap)
+    assert len(ledger) == 6
+    torch.manual_seed(7)
+    state = torch.random.get_rng_state()
+    assert Distilled(30, calibration_images=256).measure(thin[1]) == distilled[1]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert not task.module.training
+    after = task.module.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_distillation_that_diverges_keeps_nothing(cnet):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert Distilled(8, lr=1e30, calibration_images=128).measure(halved(cnet, 0)) == 0.0
 
 
 def test_a_sibling_has_the_widths_and_none_of_the_weights(cnet):

@@ -35,6 +35,7 @@ def test_the_command_of_a_profile_is_its_search(tmp_path):
         arch="cnet", tasks=("a@cifar10[:5]", "hf:o/r/b.pt@v1@imagefolder:data[5:]"), out=tmp_path,
         cf=(2.0, 4.5), env=EnvSettings(metric="macs", sigma=0.5), val_images=None, budget="20m",
         finetune_images=None, conditioned=True, cluster="ray://head:10001", seed=0, resume=True,
+        start="bundled:cnet/params-cf4",
     )  # fmt: skip
     program, command, *flags = shlex.split(command_of(config, 160))
     assert (program, command) == ("zoo", "search")
@@ -50,7 +51,8 @@ def test_the_command_of_a_profile_is_its_search(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"episodes": 0}, {"episodes": -8}, {"episode_images": 0}, {"calibration_images": 0},
+        {"episodes": 0}, {"episodes": -8}, {"screen": 0}, {"distill_steps": 0},
+        {"episode_images": 0}, {"calibration_images": 0},
         {"val_images": -60}, {"finalists": 0}, {"final_seeds": 0}, {"workers": 0},
         {"finetune_images": 0}, {"std": 0.0}, {"finetune_lr": -1.0}, {"cf": ()},
         {"budget": "soon"}, {"seed": -1},
@@ -66,13 +68,13 @@ def test_impossible_settings_are_refused_at_once(changes):
     ("agent", "changes"),
     [
         ("cma-es", {"std": 0.2}), ("gnn", {"env": EnvSettings(observation="raw")}),
-        ("random", {"env": EnvSettings(features="live")}),
+        ("random", {"env": EnvSettings(features="live")}), ("genetic", {"screen": 4}),
         ("ppo", {"cluster": "ray://head:10001", "workers": 2}),
     ],
 )  # fmt: skip
 def test_settings_that_would_do_nothing_are_refused(agent, changes):
     SearchConfig("cnet", ("a",), Path("out"), agent=agent)
-    with pytest.raises(ZooError, match=r"is for ppo|leave out workers"):
+    with pytest.raises(ZooError, match=r"is for (ppo|random)|leave out workers"):
         SearchConfig("cnet", ("a",), Path("out"), agent=agent, **changes)
 
 

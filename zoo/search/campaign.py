@@ -17,11 +17,12 @@ from zoo.planning.solver import scale_curve, solve
 from zoo.search.agents import Episode
 from zoo.search.env import PruningEnv
 from zoo.search.evaluation import Evaluator
-from zoo.search.fidelities import Fidelity, FineTuning, Recalibration, live_features
+from zoo.search.fidelities import Distilled, Fidelity, FineTuning, Recalibration, live_features
 from zoo.search.gate import RANKED
 from zoo.search.ledger import FILE, Ledger, read
 from zoo.search.provenance import Found, as_first_found, profile_of
 from zoo.search.settings import SearchConfig, cost_of, parse_budget, pool_for, trainer_of
+from zoo.search.starts import check_start, start_ratios
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.spec.cost import CostModel
@@ -49,9 +50,11 @@ def search_profile(config: SearchConfig) -> tuple[Profile, ...]:
     """Search for profiles of an architecture with an agent, one per factor, and write them.
 
     Episodes are measured after a recalibration, or after one epoch of `episode_images`. The best
-    distinct profiles of every task, and those that the trained agent proposes, are measured again
-    with channel seeds that no episode used. The best few of these get a longer fine-tune on the
-    held-back base networks, again with fresh seeds. The best mean wins.
+    distinct profiles of every task, those that the trained agent proposes, and the one that the
+    search started from, are measured again with channel seeds that no episode used; with
+    `distill_steps`, the better half of them once more after a distillation. The best few of these
+    get a longer fine-tune on the held-back base networks, again with fresh seeds. The best mean
+    wins.
 
     `config.out` holds `ledger.jsonl`, written as the search goes; each profile as
     `<metric>-cf<cf>.json`, as soon as it is chosen; and a report. The same configuration with
@@ -69,8 +72,9 @@ def search_profile(config: SearchConfig) -> tuple[Profile, ...]:
         SearchInterrupted: after Ctrl-C, when everything is written, with the profiles chosen.
         FactorError: for a factor out of reach, naming the reachable range.
         ZooError: for tasks that do not fit, a base network near chance, an unknown agent or an
-            option that it does not have, a missing extra, or an `out` that holds a run (without
-            `resume`) or another search, or that another process is writing.
+            option that it does not have, a profile that cannot be started from, a missing extra, or
+            an `out` that holds a run (without `resume`) or another search, or that another process
+            is writing.
     """
     from zoo.search.report import write_report
 
@@ -105,6 +109,7 @@ class _Search:
     tasks: tuple[Task, ...]
     judges: tuple[Task, ...]
     evaluator: Evaluator
+    start: dict[float, tuple[float, ...]] | None = None
     episodes: list[Episode] = field(default_factory=list)
     interrupted: bool = False
 
@@ -115,6 +120,8 @@ class _Search:
         cost = cost_of(config, groups)
         for cf in config.cf:
             solve(cost, scale_curve([1.0] * len(groups.sizes)), cf, config.env.metric)
+            if config.start is not None:
+                check_start(config.start, config.arch, groups, cf, config.env.metric)
         trainer_of(config)
         load = partial(
             load_tasks, config.arch, data=config.data, data_dir=config.data_dir, size=config.size
@@ -125,6 +132,7 @@ class _Search:
             say(f"task {task.name}: base {task.base_accuracy:.2%} on the validation split")
         if {task.network for task in tasks} & {judge.network for judge in judges}:
             raise ZooError("A held-back base network is a task of the search too: name another.")
+        start = _start(config, tasks, cost)
         _check_run(config, tasks, judges)
         if config.env.metric not in RANKED and config.episode_images is None:
             say(
@@ -134,7 +142,7 @@ class _Search:
         if not judges:
             say("No base network is held back: finalists are compared on the tasks themselves.")
         evaluator = Evaluator(ledger, pool_for(config))
-        return cls(config, groups, cost, tasks, judges or tasks, evaluator)
+        return cls(config, groups, cost, tasks, judges or tasks, evaluator, start)
 
     def run(self) -> Iterator[Found]:
         """Play the episodes of every factor and choose the profile of each."""
@@ -171,7 +179,7 @@ class _Search:
         return Recalibration(config.calibration_images, val_images)
 
     def _candidates(self, cf: float, proposals: Sequence[Episode]) -> list[Widths]:
-        """Distinct widths: of the best episodes at `cf`, then of those that the agent proposes.
+        """Distinct widths: of the best episodes at `cf`, those that the agent proposes, the start.
 
         The tasks take turns, because rewards on different tasks cannot be compared: on some, every
         profile keeps less accuracy.
@@ -185,7 +193,13 @@ class _Search:
             ranked.append(sorted(rewards, key=lambda widths: -rewards[widths]))
         turns = [widths for turn in zip_longest(*ranked) for widths in turn if widths]
         best = list(dict.fromkeys(turns))[: self.config.candidates]
-        return list(dict.fromkeys([*best, *map(self._at_factor, proposals)]))
+        started = [] if self.start is None else [self._started(cf)]
+        return list(dict.fromkeys([*best, *map(self._at_factor, proposals), *started]))
+
+    def _started(self, cf: float) -> Widths:
+        """The widths of the profile that the search at `cf` started from."""
+        assert self.start is not None
+        return solve(self.cost, scale_curve(self.start[cf]), cf, self.config.env.metric).widths
 
     def _at_factor(self, episode: Episode) -> Widths:
         """The episode's widths, scaled to its factor unless the projection did so."""
@@ -215,9 +229,14 @@ class _Search:
     def _choose(self, candidates: Sequence[Widths]) -> tuple[Widths, Fidelity]:
         """The candidate with the best mean over base networks and fresh seeds, and its fidelity."""
         config, (seeds, fidelity) = self.config, self._fresh
-        finalists = self._rank(candidates, self.tasks, seeds, fidelity)[: config.finalists]
+        ranked = self._rank(candidates, self.tasks, seeds, fidelity)
         tuned = FineTuning.of(config.finetune_epochs, config.finetune_images, config.finetune_lr)
         seeds = range(seeds.stop, seeds.stop + config.final_seeds)
+        if config.distill_steps is not None:
+            better = ranked[: max(config.finalists, (len(ranked) + 1) // 2)]
+            unseen = range(seeds.stop, seeds.stop + config.final_seeds)
+            ranked = self._rank(better, self.tasks, unseen, Distilled(config.distill_steps))
+        finalists = ranked[: config.finalists]
         return self._rank(finalists, self.judges, seeds, tuned)[0], tuned
 
     def _rank(
@@ -257,7 +276,7 @@ class _AgentRun:
         search, config = self.search, self.search.config
         make_env = partial(
             PruningEnv, search.tasks, search.groups, self.factors, search.measure, config.env,
-            cost=search.cost, live_features=live_features,
+            cost=search.cost, live_features=live_features, start=search.start,
         )  # fmt: skip
         env = PruningVectorEnv(make_env, TOGETHER)
         proposals = trainer_of(config)(
@@ -314,17 +333,38 @@ class _AgentRun:
         )
 
 
+def _start(
+    config: SearchConfig, tasks: Sequence[Task], cost: CostModel
+) -> dict[float, tuple[float, ...]] | None:
+    """Factor -> the keep ratios that its search starts from; None for a search without a start."""
+    if config.start is None:
+        return None
+    found, metric = {}, config.env.metric
+    for cf in config.cf:
+        found[cf] = start_ratios(config.start, config.arch, tasks, cost, cf, metric)
+        told = " ".join(f"{ratio:.2f}" for ratio in found[cf])
+        say(f"{cf:g}x starts from {config.start}: keep ratios {told}")
+    return found
+
+
 def _check_run(config: SearchConfig, tasks: Sequence[Task], judges: Sequence[Task]) -> None:
     """Write down what the folder's search is of; refuse the folder of another search."""
     own = {
         "arch": config.arch,
         "tasks": [task.network for task in tasks],
         "held_back": [judge.network for judge in judges],
+        **({} if config.start is None else {"from": config.start}),
     }
     path = config.out / "search.json"
-    if path.exists() and read_json(path) != own:
+    known = read_json(path) if path.exists() else own
+    if {**known, "from": None} != {**own, "from": None}:
         raise ZooError(
             f"{config.out} holds a search of another architecture or of other base networks: name "
             f"another --out."
+        )
+    if known != own:
+        raise ZooError(
+            f"{config.out} holds a search that started from {known.get('from', 'no profile')}, not "
+            f"from {config.start or 'none'}: give the same --from, or name another --out."
         )
     write_json(path, own)

@@ -10,7 +10,7 @@ makes one. `zoo.search.vector_env` steps many together.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zoo.criteria.scores import random_scores
-from zoo.errors import ZooError, unknown
+from zoo.errors import ZooError, integer, unknown
 from zoo.planning.solver import FLOOR, Solution, round_widths, scale_curve, solve
 from zoo.search.evaluation import Evaluate
 from zoo.search.observation import VIEWS, describe, observe
@@ -73,6 +73,8 @@ class EnvSettings:
     features: Literal["static", "live"] = "static"
     """static: the dense network's features; live: those of the network as pruned so far, computed
     anew whenever a search is run or resumed"""
+    draws: int = 1
+    """draws of random channels that an episode's accuracy is the mean of; each is an evaluation"""
 
     def __post_init__(self) -> None:
         for kind, value, choices in (
@@ -85,6 +87,7 @@ class EnvSettings:
                 raise unknown(kind, value, choices)
         if self.sigma is not None and not self.sigma > 0:
             raise ZooError(f"sigma must be positive, got {self.sigma}.")
+        integer("draws", self.draws, 1)
 
 
 @dataclass(frozen=True)
@@ -94,15 +97,17 @@ class Entry:
     Attributes:
         task, cf: the task and the asked compression factor.
         equal: the keep ratio of the equal policy at `cf`.
-        channel_seed: seed of the channels that all episodes of the task keep.
-        order: per group, the indices of its channels; the first ones are kept.
+        channel_seeds: seeds of the channels that all episodes of the task keep, one per draw.
+        order: per group, the indices of its channels in the first draw; the first ones are kept.
+        start: keep ratios of the profile that the search starts from, if there is one.
     """
 
     task: Task
     cf: float
     equal: float
-    channel_seed: int
+    channel_seeds: tuple[int, ...]
     order: tuple[NDArray[np.intp], ...]
+    start: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,8 +128,9 @@ class Rollout:
     factor: float
 
     @property
-    def candidate(self) -> Candidate:
-        return Candidate(self.entry.task, self.widths, self.entry.channel_seed)
+    def candidates(self) -> list[Candidate]:
+        """What is measured: the profile with the channels of every draw."""
+        return [Candidate(self.entry.task, self.widths, s) for s in self.entry.channel_seeds]
 
     def outcome(self, accuracy: float, sigma: float | None) -> Outcome:
         """The `Outcome` that the reward is computed from."""
@@ -143,7 +149,11 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     Tasks times factors are a circular queue: `reset(seed=s)` rewinds it to entry s modulo its
     length, `reset()` advances to the next. Each task has one random choice of channels, the same in
-    all its episodes, so that two rewards differ by the profile, not by the luck of the draw.
+    all its episodes, so that two rewards differ by the profile, not by the luck of the draw; with
+    `draws`, it has several, and an episode's accuracy is their mean.
+
+    With a `start`, actions are corrections of that profile: 0 is its keep ratio, -1 is 0.1 and 1 is
+    1, linearly on either side.
 
     Projections: `none` takes the actions as they are. `scale` multiplies all β by a common
     scale after the last action, to meet the factor to the solver's tolerance. `bound` lowers an
@@ -164,6 +174,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         live_features: candidate -> Taylor features of the network pruned to its widths and
             recalibrated, per group one entry per dense channel, 0 where pruned. With `live`
             features it is called before every decision but the first.
+        start: factor -> keep ratios to start from, one per group; those below 0.1 count as 0.1.
 
     Attributes:
         queue: the entries of the circular queue.
@@ -171,7 +182,8 @@ class PruningEnv(gymnasium.Env[Array, Array]):
     Raises:
         FactorError: if no keep ratios of at least 0.1 reach `cf`, naming the reachable range.
         ZooError: for no tasks or factors, tasks of different architectures, a latency that was not
-            measured, or live features without the function for them.
+            measured, live features without the function for them, or a start without one keep
+            ratio for every group.
     """
 
     metadata = {"render_modes": []}  # noqa: RUF012
@@ -186,6 +198,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         *,
         cost: CostModel | None = None,
         live_features: LiveFeatures | None = None,
+        start: Mapping[float, Sequence[float]] | None = None,
     ) -> None:
         check_tasks(tasks)
         self.cost = cost_model(groups) if cost is None else cost
@@ -202,7 +215,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self.factors = tuple(float(factor) for factor in np.atleast_1d(cf))
         if not self.factors:
             raise ZooError("A search needs at least one compression factor.")
-        self.queue = self._make_queue()
+        self.queue = self._make_queue(start)
         self._floor = round_widths(groups.sizes, [FLOOR] * len(groups.sizes))
         self._largest_factor = self._factor(self._floor)
         self._descriptors = describe(self.cost)
@@ -227,7 +240,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
         """Decide the keep ratio of the next group by `action`, of shape (1,)."""
-        self.decide(keep_ratio(float(np.asarray(action).item())))
+        self.act(float(np.asarray(action).item()))
         if not self.finished:
             return self.observe(), 0.0, False, False, {}
         [info] = self.score([self.finish()])
@@ -238,6 +251,11 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         self.entry = self.queue[number % len(self.queue)]
         self._asked: list[float] = []
         self._betas: list[float] = []
+
+    def act(self, action: float) -> None:
+        """Decide on the next group by an action in [-1, 1]."""
+        start = self.entry.start
+        self.decide(keep_ratio(action, None if start is None else start[len(self._asked)]))
 
     def decide(self, beta: float) -> None:
         """Keep the share `beta` of the next group's channels, or less if `bound` requires it."""
@@ -265,12 +283,13 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             ZooError: for an accuracy that is not a number in [0, 1].
         """
         reward, sigma = REWARDS[self.settings.reward], self.settings.sigma
-        accuracies = map(float, self.evaluate([rollout.candidate for rollout in rollouts]))
+        each = self.evaluate([c for rollout in rollouts for c in rollout.candidates])
+        accuracies = np.reshape(each, (len(rollouts), self.settings.draws)).mean(1).tolist()
         return [
             {
                 "task": rollout.entry.task.name,
                 "cf": rollout.entry.cf,
-                "channel_seed": rollout.entry.channel_seed,
+                "channel_seed": rollout.entry.channel_seeds[0],
                 "actions": rollout.actions,
                 "widths": rollout.widths,
                 "keep_ratios": rollout.keep_ratios,
@@ -291,7 +310,7 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         kept[self.entry.order[previous][: widths[previous]]] = True
         features = self.entry.task.features
         if self._live_features and 0 < step < len(sizes):
-            candidate = Candidate(self.entry.task, widths, self.entry.channel_seed)
+            candidate = Candidate(self.entry.task, widths, self.entry.channel_seeds[0])
             features = self._live_features(candidate)
         view = VIEWS[self.settings.observation](features, previous, kept)
         rest = [self._scaled(self._factor(widths)), betas[previous]]
@@ -299,16 +318,28 @@ class PruningEnv(gymnasium.Env[Array, Array]):
             rest.append(self._scaled(self.entry.cf))
         return observe(self._descriptors, step, view, rest)
 
-    def _make_queue(self) -> tuple[Entry, ...]:
+    def _make_queue(self, start: Mapping[float, Sequence[float]] | None) -> tuple[Entry, ...]:
         whole = [1.0] * len(self.groups.sizes)
         equal = {cf: fmean(self._solve(whole, cf).keep_ratios) for cf in self.factors}
+        starts = {cf: None if start is None else self._checked(start, cf) for cf in self.factors}
         queue = []
         for position, task in enumerate(self.tasks):
-            seed = SEARCH_SEEDS[0] + position
-            scores = random_scores(self.groups, seed)
+            first, step = SEARCH_SEEDS[0] + position, len(self.tasks)
+            seeds = tuple(range(first, first + step * self.settings.draws, step))
+            scores = random_scores(self.groups, first)
             order = tuple(np.argsort(-np.array(group), kind="stable") for group in scores)
-            queue += [Entry(task, cf, equal[cf], seed, order) for cf in self.factors]
+            queue += [Entry(task, cf, equal[cf], seeds, order, starts[cf]) for cf in self.factors]
         return tuple(queue)
+
+    def _checked(self, start: Mapping[float, Sequence[float]], cf: float) -> tuple[float, ...]:
+        """The keep ratios to start from at `cf`, at least `FLOOR`."""
+        ratios = tuple(start.get(cf, ()))
+        if len(ratios) != len(self.groups.sizes) or not all(0 < ratio <= 1 for ratio in ratios):
+            raise ZooError(
+                f"A start at {cf:g}x needs {len(self.groups.sizes)} keep ratios in (0, 1], "
+                f"got {list(ratios)}."
+            )
+        return tuple(max(FLOOR, ratio) for ratio in ratios)
 
     def _bounded(self, beta: float) -> float:
         """`beta`, or the largest smaller keep ratio that lets later groups reach the factor."""
@@ -337,15 +368,18 @@ class PruningEnv(gymnasium.Env[Array, Array]):
         return float(np.log(factor) / np.log(self._largest_factor))
 
 
-def keep_ratio(action: float) -> float:
-    """An action in [-1, 1] as a keep ratio in [0.1, 1].
+def keep_ratio(action: float, start: float | None = None) -> float:
+    """An action in [-1, 1] as a keep ratio in [0.1, 1]; with a `start`, 0 is that keep ratio.
 
     Raises:
         ZooError: if it is not a number.
     """
     if np.isnan(action):
         raise ZooError("An action of nan is no keep ratio: the policy has diverged.")
-    return FLOOR + (min(1.0, max(-1.0, action)) + 1) / 2 * (1 - FLOOR)
+    action = min(1.0, max(-1.0, action))
+    if start is None:
+        return FLOOR + (action + 1) / 2 * (1 - FLOOR)
+    return start + abs(action) * ((1.0 if action > 0 else FLOOR) - start)
 
 
 gymnasium.register(ENV_ID, entry_point="zoo.search.env:PruningEnv")

@@ -11,7 +11,7 @@ from zoo.criteria.weight_scores import Scores
 from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError, GraphError
 from zoo.planning.decisions import Decisions
-from zoo.planning.learned import LearnedPolicy, play
+from zoo.planning.learned import LEARNED, LearnedPolicy, learned_policy, play
 from zoo.planning.policies import policy_solution
 from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.search.evaluation import Evaluator
@@ -104,6 +104,9 @@ def policy_widths(
     for name in policies:
         try:
             ranking = RANKINGS.get(name)
+            if name.partition(":")[0] == LEARNED:
+                found[name] = learned_widths(learned_policy(name), task, model, cf, metric)
+                continue
             if ranking is None:
                 found[name] = policy_solution(name, model, cf, metric).widths
                 continue
@@ -117,19 +120,23 @@ def policy_widths(
 
 
 def learned_widths(
-    policy: LearnedPolicy, task: Task, model: CostModel, cf: float, metric: str
-) -> dict[str, Widths]:
-    """The widths that a learned policy gives with the task's training images, and without any."""
+    policy: LearnedPolicy,
+    task: Task,
+    model: CostModel,
+    cf: float,
+    metric: str,
+    *,
+    data: bool = True,
+) -> Widths:
+    """The widths that a learned policy gives, with the task's training images or without.
+
+    Raises:
+        FactorError: when the policy that it corrects cannot reach the factor.
+    """
     ranking = policy.ranking(metric)
-    told = task_scores(ranking.criterion, task)
-    found: dict[str, Widths] = {}
-    for name, scores in (("learned", told), ("learned, no data", None)):
-        try:
-            decisions = Decisions(task.groups, model, cf, metric, scores=scores, ranking=ranking)
-            found[name] = play(policy, decisions).widths
-        except FactorError as error:
-            say(f"{name}: {error}")
-    return found
+    scores = task_scores(ranking.criterion, task) if data else None
+    decisions = Decisions(task.groups, model, cf, metric, scores=scores, ranking=ranking)
+    return play(policy, decisions).widths
 
 
 def task_scores(criterion: str, task: Task) -> Scores:

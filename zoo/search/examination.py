@@ -11,6 +11,7 @@ from zoo.data.datasets import load_data
 from zoo.data.images import ImageSet
 from zoo.errors import ZooError
 from zoo.planning.policies import policy_solution
+from zoo.search.agents import SCREENED, STARTING
 from zoo.search.campaign import search_profile
 from zoo.search.certificate import Certificate, Pair, certify
 from zoo.search.env import EnvSettings
@@ -146,6 +147,8 @@ def _search_rivals(options: Examination, profile: Profile) -> dict[str, Widths]:
             config, agent=name, cf=(profile.cf,), episodes=made.episodes, budget=None,
             conditioned=False, out=config.out / name / profile.name, resume=True,
             known=(*config.known, config.out), std=SearchConfig.std,
+            start=config.start if name in STARTING else None,
+            screen=config.screen if name in SCREENED else 1,
             env=dataclasses.replace(
                 config.env, features=EnvSettings.features, observation=EnvSettings.observation
             ),

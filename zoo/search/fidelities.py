@@ -21,6 +21,7 @@ from zoo.data.datasets import ImageSet
 from zoo.errors import DivergenceError
 from zoo.search.tasks import (
     Candidate,
+    Task,
     cut,
     device,
     layer_features,
@@ -30,9 +31,11 @@ from zoo.search.tasks import (
 from zoo.surgery.initialisation import reinitialise
 from zoo.surgery.masking import masked
 from zoo.training.finetuning import evaluate, finetune
+from zoo.training.optimization import distillation, make_optimizer, warmup_cosine
 from zoo.training.recipes import Recipe
 
 __all__ = [
+    "Distilled",
     "Fidelity",
     "FineTuning",
     "FromScratch",
@@ -160,6 +163,67 @@ class FromScratch(FineTuning):
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
         return module
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A recalibration, then `steps` steps of distillation from the dense network.
+
+    The loss is the recipe's mix of the teacher's term and the cross-entropy. All candidates see the
+    same images in the same order, not augmented, so that the teacher computes its logits once. A
+    network whose loss is not finite gets 0.
+
+    Attributes:
+        steps: of the optimiser.
+        lr: peak learning rate.
+        calibration_images: training images for the recalibration.
+    """
+
+    steps: int = 100
+    lr: float = 0.05
+    calibration_images: int = 1024
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(epochs=1, lr=self.lr, precision="fp32", augment=False)
+
+    @property
+    def name(self) -> str:
+        settings = (TRAINING, self.calibration_images, sorted(encode(self.recipe).items()))
+        digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        return f"distillation, {self.steps} steps, recipe {digest}, last weights"
+
+    def measure(self, candidate: Candidate) -> float:
+        module = recalibrated(candidate, self.calibration_images)
+        with seeded(candidate.seed):  # for dropout
+            learnt = self._learn(module, candidate.task)
+        return evaluate(module, candidate.task.val).accuracy if learnt else 0.0
+
+    def _learn(self, module: nn.Module, task: Task) -> bool:
+        """Train `module` in place; false if its loss stops being finite."""
+        recipe, size = self.recipe, min(self.recipe.batch_size, len(task.train))
+        images = sample(task.train, self.steps * size)
+        batches = DeviceLoader(images, size, device=device(), drop_last=True)
+        wanted = task.dense_logits(self.steps * size).split(size)
+        passes = chain.from_iterable(zip(batches, wanted, strict=False) for _ in repeat(None))
+        optimizer = make_optimizer(module, recipe)
+        warm = max(1, round(recipe.warmup * self.steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_cosine(warm, self.steps))
+        module.train()
+        for (pixels, labels), target in islice(passes, self.steps):
+            with UnitStrides():
+                logits = module(pixels.to(memory_format=torch.channels_last))
+            hard = functional.cross_entropy(logits, labels)
+            loss = torch.lerp(hard, distillation(logits, target), recipe.distill)
+            if not torch.isfinite(loss):
+                return False
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm or torch.inf)
+            optimizer.step()
+            schedule.step()
+        module.eval()
+        return True
 
 
 def live_features(

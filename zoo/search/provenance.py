@@ -11,18 +11,16 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from zoo.errors import DocumentError
 from zoo.models import architecture
+from zoo.search.settings import SPELLED, SearchConfig
 from zoo.search.tasks import Task
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile, Provenance, Reference
-
-if TYPE_CHECKING:
-    from zoo.search.settings import SearchConfig
 
 PACKAGES = (
     "prunezoo",
@@ -66,6 +64,7 @@ class Found:
 def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Profile:
     """The profile of `found`, at the architecture's reference, with its provenance."""
     known, env = architecture(config.arch), config.env
+    start = "" if config.start is None else f", from {_shortened(config.start)}"
     judged = () if found.judges == found.tasks else found.judges
     return Profile(
         architecture=config.arch,
@@ -80,7 +79,7 @@ def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Pro
         kept=dict(zip(groups.names, found.widths, strict=True)),
         provenance=Provenance(
             command=command_of(config, found.episodes),
-            agent=f"{config.agent}, {env.projection} projection, {env.reward} reward",
+            agent=f"{config.agent}{start}, {env.projection} projection, {env.reward} reward",
             seed=config.seed,
             episodes=found.episodes,
             evaluations=found.evaluations,
@@ -133,7 +132,7 @@ def _flags(settings: Any) -> Iterator[str]:
     """The flags that differ from the defaults."""
     for item in dataclasses.fields(settings):
         value = getattr(settings, item.name)
-        flag = f"--{item.name.replace('_', '-')}"
+        flag = f"--{SPELLED.get(item.name, item.name).replace('_', '-')}"
         if dataclasses.is_dataclass(value):
             yield from _flags(value)
         elif value is True:

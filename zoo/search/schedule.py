@@ -70,6 +70,8 @@ class Network:
         random: number of random profiles for each metric and factor.
         metrics, cf: metrics and compression factors of the profiles.
         episodes: of a search.
+        start: the profile that searches start from, as `zoo search --from` takes it; none if left
+            out.
         policies: measured beside the searched profile; those that rank channels too.
         sibling: whether a network of the widths of `equal` is trained from scratch, beside them, on
             as many images as base network and fine-tune together.
@@ -91,6 +93,7 @@ class Network:
     metrics: tuple[str, ...] = ("params", "macs")
     cf: tuple[float, ...] = (2.0, 4.0, 6.0)
     episodes: int = 320
+    start: str | None = None
     policies: tuple[str, ...] = (
         "equal",
         "increasing",

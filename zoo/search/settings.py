@@ -9,35 +9,46 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from zoo.errors import ZooError, integer
 from zoo.models import architecture, build_model
 from zoo.planning.latency import latency_table
-from zoo.search.agents import Episode, agent
+from zoo.search.agents import SCREENED, STARTING, Episode, agent
 from zoo.search.env import EnvSettings
 from zoo.search.tasks import device
 from zoo.search.workers import Pool, pool_of
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.groups import ChannelGroups
 
-__all__ = ["SearchConfig", "cost_of", "parse_budget", "pool_for", "trainer_of"]
+__all__ = ["SPELLED", "SearchConfig", "cost_of", "parse_budget", "pool_for", "trainer_of"]
 
 _COUNTS = (
     "episodes",
+    "screen",
     "workers",
     "episode_images",
     "calibration_images",
     "val_images",
     "candidates",
+    "distill_steps",
     "finalists",
     "final_seeds",
     "finetune_epochs",
     "finetune_images",
 )
 
-_AGENTS_OF = {"std": ("ppo",), "features": ("ppo", "ddpg"), "observation": ("ppo", "ddpg")}
+_AGENTS_OF = {
+    "std": ("ppo",),
+    "features": ("ppo", "ddpg"),
+    "observation": ("ppo", "ddpg"),
+    "start": STARTING,
+    "screen": SCREENED,
+}
 """Setting -> the agents that have it, if not all do."""
+
+SPELLED = {"start": "from"}
+"""Setting -> its flag, where that is no name in Python."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,9 @@ class SearchConfig:
     """ppo, ddpg, gnn, random, cma-es, genetic, swarm or annealing"""
     env: Annotated[EnvSettings, OmitArgPrefixes] = field(default_factory=EnvSettings)
     """what the agent sees, does and is rewarded for"""
+    start: Annotated[str | None, arg(name="from")] = None
+    """profile to start from: a policy (equal, global, ...), or a reference (bundled:..., file:...),
+    which is scaled to each factor; an agent's actions are then corrections of it"""
     episodes: int | None = None
     """number of episodes per factor, by default 320, or what the budget allows; in whole rounds of
     eight, or in whole profiles for agents that play every profile on all tasks"""
@@ -79,6 +93,9 @@ class SearchConfig:
     """seed of the agent"""
     std: float = 0.3
     """initial standard deviation of PPO's actions, on [-1, 1]"""
+    screen: int = 1
+    """proposals of the agent for each profile that is played: a random forest, fitted to those
+    played so far, chooses; for random, cma-es and annealing"""
     workers: int | None = None
     """processes that evaluate; one per core by default"""
     cluster: str | None = None
@@ -92,6 +109,9 @@ class SearchConfig:
     """validation images to measure episodes on, if they are only recalibrated"""
     candidates: int = 12
     """number of best distinct profiles to measure again, on all images and with fresh channels"""
+    distill_steps: int | None = None
+    """distil the better half of the candidates from the dense network for this many steps, to
+    choose the finalists among them; by default finalists are the best candidates"""
     finalists: int = 5
     """how many of these get a short fine-tune"""
     final_seeds: int = 2
@@ -115,7 +135,8 @@ class SearchConfig:
             holder: Any = self if hasattr(self, name) else self.env
             given, usual = getattr(holder, name), getattr(type(holder), name)
             if self.agent not in agents and given != usual:
-                raise ZooError(f"{name} {given} is for {' and '.join(agents)}, not {self.agent}.")
+                named = f"{SPELLED.get(name, name)} {given}"
+                raise ZooError(f"{named} is for {' and '.join(agents)}, not {self.agent}.")
         if self.workers is not None and self.cluster not in (None, "local"):
             raise ZooError("A cluster fixes the number of workers: leave out workers.")
         if not self.cf:
@@ -152,6 +173,8 @@ def trainer_of(config: SearchConfig) -> Callable[..., list[Episode]]:
         ZooError: for an unknown agent, or one whose library is not installed.
     """
     train = agent(config.agent)
+    if config.agent in SCREENED:
+        return partial(train, screen=config.screen)
     if config.agent != "ppo":
         return train
     from zoo.search.agents.ppo import PPOSettings

@@ -157,6 +157,7 @@ def _search(job: Job, workshop: Workshop) -> None:
             cf=(job.cf,),
             env=EnvSettings(metric=job.metric),  # type: ignore[arg-type]
             episodes=network.episodes,
+            start=network.start,
             resume=True,
             data_dir=workshop.data_dir,
             size=network.size,

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from zoo.criteria.scores import random_scores, taylor_features
 from zoo.data.batches import DeviceLoader
@@ -84,6 +84,18 @@ class Task:
         parts = self.train, self.val
         state = [(part.digest(), part.mean, part.std, part.flip) for part in parts]
         return hashlib.sha256(repr(state).encode()).hexdigest()
+
+    def dense_logits(self, count: int) -> Tensor:
+        """The base network's logits (N, classes) for `sample(train, count)`; computed once."""
+        if count not in self._logits:
+            batches = DeviceLoader(sample(self.train, count), 512, device=device())
+            with torch.no_grad():
+                self._logits[count] = torch.cat([self.module(images) for images, _ in batches])
+        return self._logits[count]
+
+    @cached_property
+    def _logits(self) -> dict[int, Tensor]:
+        return {}
 
 
 @dataclass(frozen=True)

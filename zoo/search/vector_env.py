@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zoo.errors import ZooError, integer
 from zoo.planning.solver import FLOOR
-from zoo.search.env import PruningEnv, keep_ratio
+from zoo.search.env import PruningEnv, Rollout
 
 try:
     from gymnasium.vector import AutoresetMode, VectorEnv
@@ -19,7 +19,7 @@ try:
 except ImportError:
     raise ZooError("The search needs gymnasium: pip install 'prunezoo[search]'.") from None
 
-__all__ = ["PruningVectorEnv", "play"]
+__all__ = ["PruningVectorEnv", "play", "roll_out"]
 
 Array = NDArray[np.float32]
 
@@ -69,7 +69,7 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
     ) -> tuple[Array, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
         """Decide on the next group of every environment; `actions` has shape (num_envs, 1)."""
         for env, action in zip(self.envs, np.reshape(actions, -1), strict=True):
-            env.decide(keep_ratio(float(action)))
+            env.act(float(action))
         observations = self._observe()
         rewards, ended = np.zeros(self.num_envs), np.full(self.num_envs, self.envs[0].finished)
         infos: dict[str, Any] = {}
@@ -97,6 +97,24 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
         return np.stack([env.observe() for env in self.envs])
 
 
+def roll_out(env: PruningVectorEnv, betas: NDArray, entries: Sequence[int]) -> list[Rollout]:
+    """The finished episodes of given keep ratios, not evaluated; nothing is observed.
+
+    The running episodes of `env` are not disturbed. Arguments and errors are those of `play`.
+    """
+    betas = np.asarray(betas, dtype=float)
+    expected = (len(entries), len(env.groups.sizes))
+    if betas.shape != expected or np.isnan(betas).any():
+        raise ZooError(f"betas must be numbers of shape {expected}, got shape {betas.shape}.")
+    scratch, rollouts = copy(env.envs[0]), []
+    for row, entry in zip(np.clip(betas, FLOOR, 1.0).tolist(), entries, strict=True):
+        scratch.begin(entry)
+        for beta in row:
+            scratch.decide(beta)
+        rollouts.append(scratch.finish())
+    return rollouts
+
+
 def play(env: PruningVectorEnv, betas: NDArray, entries: Sequence[int]) -> list[dict[str, Any]]:
     """The finished episodes of given keep ratios, evaluated together; nothing is observed.
 
@@ -110,14 +128,4 @@ def play(env: PruningVectorEnv, betas: NDArray, entries: Sequence[int]) -> list[
     Raises:
         ZooError: if `betas` has another shape, or holds NaN.
     """
-    betas = np.asarray(betas, dtype=float)
-    expected = (len(entries), len(env.groups.sizes))
-    if betas.shape != expected or np.isnan(betas).any():
-        raise ZooError(f"betas must be numbers of shape {expected}, got shape {betas.shape}.")
-    scratch, rollouts = copy(env.envs[0]), []
-    for row, entry in zip(np.clip(betas, FLOOR, 1.0).tolist(), entries, strict=True):
-        scratch.begin(entry)
-        for beta in row:
-            scratch.decide(beta)
-        rollouts.append(scratch.finish())
-    return scratch.score(rollouts)
+    return env.envs[0].score(roll_out(env, betas, entries))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zoo.errors import unknown
+from zoo.errors import ZooError, unknown
 
-__all__ = ["AGENTS", "Episode", "agent"]
+if TYPE_CHECKING:
+    from zoo.search.vector_env import PruningVectorEnv
+
+__all__ = ["AGENTS", "SCREENED", "STARTING", "Episode", "agent", "check_cold"]
 
 Episode = dict[str, Any]
 """The info of a finished episode, as `zoo.search.env.PruningEnv` describes it."""
@@ -23,6 +26,14 @@ AGENTS = {
     "swarm": "zoo.search.agents.ask_tell:train_swarm",
     "annealing": "zoo.search.agents.ask_tell:train_annealing",
 }
+
+STARTING = ("ppo", "ddpg", "cma-es", "genetic", "swarm", "annealing")
+"""Agents that can start from a profile: their actions are corrections of it, and begin near zero.
+Random search has no start; GNN-RL's actions are relative to the dense network."""
+
+SCREENED = ("random", "cma-es", "annealing")
+"""Agents that can propose more candidates than are played, for a surrogate to choose from. Those
+of pymoo and the networks that learn propose exactly what they play."""
 
 
 def agent(name: str) -> Callable[..., list[Episode]]:
@@ -40,3 +51,13 @@ def agent(name: str) -> Callable[..., list[Episode]]:
         raise unknown("agent", name, AGENTS)
     module, function = AGENTS[name].split(":")
     return getattr(import_module(module), function)
+
+
+def check_cold(name: str, env: PruningVectorEnv) -> None:
+    """Refuse a queue with a start, for the agent `name` that cannot use it.
+
+    Raises:
+        ZooError: naming the agents that can.
+    """
+    if any(entry.start is not None for entry in env.queue):
+        raise ZooError(f"{name} cannot start from a profile; these can: {', '.join(STARTING)}.")

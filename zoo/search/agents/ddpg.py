@@ -37,7 +37,8 @@ class DDPGSettings:
     """How DDPG explores and learns."""
 
     warmup: int = 80
-    """number of first episodes with random actions, in whole rounds; noise is added to these too"""
+    """number of first episodes with random actions, in whole rounds; noise is added to these too.
+    A search that starts from a profile has none"""
     updates: int = 50
     """updates after every round"""
     batch_size: int = 128
@@ -76,7 +77,8 @@ def train_ddpg(
     Returns:
         One episode of the deterministic policy per entry of the queue.
     """
-    steps, rounds = len(env.groups.sizes), math.ceil(settings.warmup / env.num_envs)
+    warmup = settings.warmup if env.queue[0].start is None else 0
+    steps, rounds = len(env.groups.sizes), math.ceil(warmup / env.num_envs)
 
     def make_model(lockstep: Lockstep) -> DDPG:
         return DDPG(

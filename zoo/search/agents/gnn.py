@@ -32,7 +32,7 @@ from torch.distributions import Normal
 
 from zoo.common.seeding import seeded
 from zoo.planning.solver import FLOOR, round_widths
-from zoo.search.agents import Episode
+from zoo.search.agents import Episode, check_cold
 from zoo.search.agents.graphs import NODE_FEATURES, OPERATION_FEATURES, Architecture, Graphs
 from zoo.search.vector_env import PruningVectorEnv, play
 
@@ -162,7 +162,11 @@ def train_gnn(
 
     Returns:
         One episode of the deterministic policy per entry of the queue.
+
+    Raises:
+        ZooError: for a queue with a start.
     """
+    check_cold("gnn", env)
     with seeded(seed):
         groups = len(env.groups.sizes)
         agent = _Agent(env, settings, actor or Actor(groups), critic or Critic())
