@@ -81,7 +81,8 @@ def bench_deploy(config: Deploy) -> None:
             known.append(case | measured(config, arch, metric))
             write(config.out, known[-1])
             print(f"{arch} by {metric}: measured", flush=True)
-    print(markdown([case for case in known if "rows" in case]))
+    if cases := [case for case in known if "rows" in case]:
+        print(markdown(cases))
     if config.latency:
         print_latency(config, known)
 

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 import zoo
+from zoo.deployment.layer_times import RuntimeClock
 from zoo.models import architecture
 from zoo.tracing.calls import image_channels
 
 __all__ = ["latency_rows", "latency_table"]
 
 HEAD = [
-    "network", "asked", "predicted", "measured", "measured, 10th percentiles", "ms", "MACs",
+    "network", "asked", "predicted", "measured", "measured, undisturbed", "ms", "MACs",
     "share of the MACs ratio",
 ]  # fmt: skip
 
@@ -28,9 +29,11 @@ def latency_rows(
     runtime: zoo.Runtime,
     options: zoo.BenchmarkOptions,
 ) -> list[dict[str, Any]]:
-    """A row per factor, of latency and of MACs; all networks of a run take turns with the dense.
+    """A row per factor, of latency and of MACs; all networks take turns with the dense one.
 
-    `align` is left to the runtime. A factor that the policy cannot reach has an `error`.
+    `measured` is of medians. `undisturbed` is of the fastest calls and, with one thread, of the
+    time that it computed, which other programs on the machine change less. `align` is left to the
+    runtime. A factor that the policy cannot reach has an `error`.
     """
     dense = zoo.create_model(arch, architecture(arch).num_classes)
     size = architecture(arch).image_size
@@ -57,11 +60,14 @@ def latency_rows(
     )
     whole, *pruned = zoo.compare(networks, example_input=example, options=options)
     told = {row.network: row for row in pruned}
+    images = torch.zeros(runtime.batch, *example.shape[1:])
+    times = RuntimeClock(runtime).networks(list(networks.values()), images)
+    alone = dict(zip(networks, times, strict=True))
     for row in rows:
         if (found := told.get(row["name"])) is not None:
             old, new = whole.measurements[0].latency, found.measurements[0].latency
             row["measured"] = old.median_ms / new.median_ms
-            row["undisturbed"] = old.p10_ms / new.p10_ms
+            row["undisturbed"] = alone["dense"] / alone[row["name"]]
             row["ms"], row["dense_ms"] = str(new), str(old)
             row["macs"] = whole.macs / found.macs
             row["pad"] = found.measurements[0].pad
@@ -82,7 +88,8 @@ def latency_table(arch: str, rows: Sequence[dict[str, Any]]) -> list[str]:
             cells.append(f"{row['predicted']:.2f}x" if latency else "")
             off = f" ({row['measured'] / row['asked'] - 1:+.0%})" if latency else ""
             cells.append(f"{row['measured']:.2f}x{off}")
-            cells += [f"{row['undisturbed']:.2f}x", row["ms"], f"{row['macs']:.2f}x"]
+            own = f" ({row['undisturbed'] / row['asked'] - 1:+.0%})" if latency else ""
+            cells += [f"{row['undisturbed']:.2f}x{own}", row["ms"], f"{row['macs']:.2f}x"]
             cells.append(f"{row['measured'] / row['macs']:.0%}")
         lines.append(f"| {' | '.join([*cells, *[''] * (len(HEAD) - len(cells))])} |")
     return lines

@@ -238,6 +238,22 @@ def test_the_file_of_a_layer_computes_what_the_layer_does():
         torch.testing.assert_close(torch.from_numpy(got), expected)
 
 
+def test_relu6_counts_where_it_follows_the_batch_norm():
+    blocks = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU6(inplace=True),
+        nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 16, 3), nn.ReLU6(), nn.Flatten(), nn.LazyLinear(5),
+    )  # fmt: skip
+    blocks(IMAGES)
+    calls = layer_calls(blocks.eval(), channel_groups(blocks, IMAGES), IMAGES)
+    assert [(call.normalised, call.capped) for call in calls] == [
+        (True, True), (True, False), (False, False), (False, False),
+    ]  # fmt: skip
+    session = onnxruntime.InferenceSession(layer_times._model(calls[0], 1, "float32"))
+    (got,) = session.run(None, {"images_0": IMAGES.numpy() + 1e6})
+    assert got.max() == 6
+
+
 def test_a_real_measurement_is_positive_and_leaves_the_network_alone():
     module = Wide().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}

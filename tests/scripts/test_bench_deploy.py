@@ -153,7 +153,7 @@ def test_latency_asked_of_the_runtime_stands_beside_the_measured_one(
     bench_deploy.bench_deploy(config)
     assert calls == ["latency", "latency", "macs", "macs"]
     out = capsys.readouterr().out
-    lines = [cells(line) for line in out.splitlines() if line.startswith("|")][2:]
+    lines = [cells(line) for line in out.splitlines() if line.startswith("|")]
     head, _, dense, *body = lines
     assert dense[0] == "cnet"
     rows = [dict(zip(head, line, strict=True)) for line in body]

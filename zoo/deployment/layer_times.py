@@ -1,11 +1,13 @@
 """Times of single layers, and of whole networks, in ONNX Runtime: the clock of a `Runtime`.
 
-A layer is a file of its own: the convolution with a bias and a ReLU, as batch norm and ReLU are
-fused into it in an exported file. On the CPU its time is what ONNX Runtime's profiler says of its
-operators, without those that change the layout of a tensor: in a whole network these are at its
-ends alone. Other providers work asynchronously; there one layer's time is what each of several
-equal and independent ones adds to a call. All times are those of the fastest calls, which nothing
-else on the machine disturbed.
+A layer is a file of its own: the convolution with a bias and a ReLU or ReLU6, because batch norm
+and these are fused into it in an exported file. On the CPU its time is what ONNX Runtime's profiler
+says of its operators, without those that change the layout of a tensor: in a whole network these
+are at its ends alone. Other providers work asynchronously; there one layer's time is what each of
+several equal and independent ones adds to a call.
+
+What else runs on the machine only makes calls slower, so the fastest quarter of them counts. A call
+on one thread of the CPU is also timed by what the thread computed, which others hardly disturb.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ import torch
 from torch import nn
 
 from zoo.deployment.files import write_files
-from zoo.deployment.measurement import time_calls
 from zoo.deployment.options import Runtime
 from zoo.deployment.padding import BLOCK
 from zoo.deployment.parity import cpu_copy, items
@@ -50,7 +51,7 @@ REORDERING = ("ReorderInput", "ReorderOutput", "Transpose")
 WARMUP, REPEATS, SECONDS = 2, 30, 0.05
 """Calls of a layer: at most so many, and after five no longer than that."""
 
-NETWORK_REPEATS, NETWORK_SECONDS = 30, 40.0
+NETWORK_REPEATS, NETWORK_SECONDS = 30, 20.0
 """Calls of whole networks."""
 
 STEPS = (32, 16, 8, 4)
@@ -87,6 +88,8 @@ class RuntimeClock:
                 "Latency in fp16 is measured on a GPU: on CPUs ONNX Runtime computes fp16 files in "
                 "fp32. Ask for precision='fp32'."
             )
+        self._one_thread = self.provider == CPU and runtime.threads == 1
+        self._now = time.thread_time if self._one_thread else time.perf_counter
         self._wall(_probe(1, 1, 1), 1)  # a provider that is not there shows at once
 
     @cached_property
@@ -123,7 +126,7 @@ class RuntimeClock:
         return [self._layer(call) for call in calls]
 
     def networks(self, networks: Sequence[nn.Module], inputs: Inputs) -> list[float]:
-        """Milliseconds of one call of each network's file, which take turns: 10th percentiles."""
+        """Milliseconds of one call of each network's file, which take turns."""
         inputs = mapped(lambda t: t.to("cpu", copy=True), inputs)
         inputs = mapped(lambda t: t.float() if t.is_floating_point() else t, inputs)
         arrays = [tensor.numpy() for tensor in tensors_of(inputs)]
@@ -136,10 +139,8 @@ class RuntimeClock:
                 file = in_precision(program, self.runtime.precision, False, inputs)
                 write_files(file, path.parent, path)
                 runs.append(self._runner(path, feeds))
-            taken = time_calls(
-                runs, warmup=WARMUP, repeats=NETWORK_REPEATS, seconds=NETWORK_SECONDS
-            )
-        return [latency.p10_ms for latency in taken]
+            taken = _by_turns(runs, self._now, NETWORK_REPEATS, NETWORK_SECONDS)
+        return [_fastest(own) for own in taken]
 
     # --- one layer --------------------------------------------------------------------------------
 
@@ -156,19 +157,24 @@ class RuntimeClock:
             session = open_session(
                 path, [CPU], self.runtime.threads, False, profile=Path(scratch, "profile")
             )
-            _repeat(lambda: session.run(None, feeds))
+            (calls,) = _by_turns([lambda: session.run(None, feeds)], self._now)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        times: dict[str, list[float]] = defaultdict(list)
+        own: dict[str, list[float]] = defaultdict(list)
+        layout: dict[str, list[float]] = defaultdict(list)
         for event in events:
-            ran = event.get("cat") == "Node" and event["name"].endswith("_kernel_time")
-            if ran and event["args"]["op_name"] not in REORDERING:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                times = layout if event["args"]["op_name"] in REORDERING else own
                 times[event["name"]].append(event["dur"] / 1000)  # from microseconds
-        return sum(_undisturbed(own[WARMUP:]) for own in times.values())
+        layer, beside = (sum(map(_fastest, times.values())) for times in (own, layout))
+        if self._one_thread:
+            return min(layer, max(0.0, _fastest(calls) - beside))  # neither is too short
+        return layer
 
     def _wall(self, call: LayerCall, copies: int) -> float:
         """Milliseconds of a call of a file with several such layers."""
         with tempfile.TemporaryDirectory() as scratch:
-            return _undisturbed(_repeat(self._runner(*self._written(call, copies, Path(scratch)))))
+            run = self._runner(*self._written(call, copies, Path(scratch)))
+            return _fastest(_by_turns([run], self._now)[0])
 
     def _written(self, call: LayerCall, copies: int, folder: Path) -> tuple[Path, dict[str, Any]]:
         """The file of the layers, and its inputs."""
@@ -216,21 +222,27 @@ def _probe(outputs: int, inputs: int, batch: int) -> LayerCall:
     return LayerCall("", (outputs, inputs, 3, 3), (batch, inputs, 16, 16), options, normalised=True)
 
 
-def _repeat(run: Callable[[], object]) -> list[float]:
-    """Milliseconds of every call, after those of the warm-up."""
-    for _ in range(WARMUP):
-        run()
-    times: list[float] = []
+def _by_turns(
+    runs: Sequence[Callable[[], object]],
+    now: Callable[[], float],
+    repeats: int = REPEATS,
+    seconds: float = SECONDS,
+) -> list[list[float]]:
+    """Milliseconds of every call of each function; at least five after the warm-up."""
+    times: list[list[float]] = [[] for _ in runs]
     started = time.perf_counter()
-    while len(times) < 5 or (len(times) < REPEATS and time.perf_counter() - started < SECONDS):
-        before = time.perf_counter()
-        run()
-        times.append((time.perf_counter() - before) * 1e3)
-    return times
+    for turn in range(WARMUP + repeats):
+        if turn >= WARMUP + 5 and time.perf_counter() - started > seconds:
+            break
+        for run, taken in zip(runs, times, strict=True):
+            before = now()
+            run()
+            taken.append((now() - before) * 1e3)
+    return [taken[WARMUP:] for taken in times]
 
 
-def _undisturbed(times: Iterable[float]) -> float:
-    """The mean of the fastest quarter: what else runs on the machine only makes calls slower."""
+def _fastest(times: Iterable[float]) -> float:
+    """The mean of the fastest quarter."""
     ordered = sorted(times)
     return float(np.mean(ordered[: max(2, len(ordered) // 4)]))
 
@@ -250,7 +262,9 @@ def _model(call: LayerCall, copies: int, kind: Any) -> bytes:
     from onnx import helper, numpy_helper
 
     element = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
-    nodes, weights, inputs, outputs = [], [], [], []
+    bounds = (("zero", 0), ("six", 6)) if call.capped else ()
+    weights = [numpy_helper.from_array(np.array(bound, kind), name) for name, bound in bounds]
+    nodes, inputs, outputs = [], [], []
     for number in range(copies):
         images, weight, bias, sums, result = (
             f"{name}_{number}" for name in ("images", "weight", "bias", "sums", "result")
@@ -263,7 +277,9 @@ def _model(call: LayerCall, copies: int, kind: Any) -> bytes:
         else:
             options = _options(call)
             nodes.append(helper.make_node("Conv", [images, weight, bias], [last], **options))
-        if call.normalised:
+        if call.capped:
+            nodes.append(helper.make_node("Clip", [sums, "zero", "six"], [result]))
+        elif call.normalised:
             nodes.append(helper.make_node("Relu", [sums], [result]))
         inputs.append(helper.make_tensor_value_info(images, element, _images(call)))
         outputs.append(helper.make_tensor_value_info(result, element, None))

@@ -23,9 +23,15 @@ __all__ = ["LayerCall", "layer_calls"]
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer: its weight's name and shape, and the shape of its input.
+    """One call of a layer.
 
-    `options` are a convolution's stride, padding and dilation; a dense layer has none.
+    Attributes:
+        weight: its name.
+        shape: of the weight.
+        images: the shape of the input.
+        options: a convolution's stride, padding and dilation; a dense layer has none.
+        normalised: a batch norm follows.
+        capped: and then a ReLU6, which runtimes do not compute like a ReLU.
     """
 
     weight: str
@@ -34,6 +40,7 @@ class LayerCall:
     options: tuple[Any, ...] = ()
     groups: int = 1
     normalised: bool = False
+    capped: bool = False
 
     @property
     def depthwise(self) -> bool:
@@ -75,6 +82,7 @@ def layer_calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> lis
     """The calls of the layers in one forward pass, in order."""
     calls: list[LayerCall] = []
     outputs: dict[int, tuple[int, Tensor]] = {}  # the tensors are kept, so that no id is reused
+    last: tuple[int, Tensor] | None = None  # the latest output of a batch norm
 
     def record(weight: str, layer: Any, given: tuple[Tensor], output: Tensor) -> None:
         made = LayerCall(weight, tuple(layer.weight.shape), tuple(given[0].shape))
@@ -89,6 +97,18 @@ def layer_calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> lis
             index = outputs[id(given[0])][0]
             calls[index] = replace(calls[index], normalised=True)
 
+    def keep(norm: Any, given: tuple[Tensor], output: Tensor) -> None:
+        nonlocal last
+        last = None
+        if id(given[0]) in outputs:
+            last = outputs[id(given[0])][0], output
+            if isinstance(getattr(norm, "act", None), nn.ReLU6):  # as in timm's batch norms
+                cap(norm, (output,))
+
+    def cap(_: nn.Module, given: tuple[Tensor]) -> None:
+        if last is not None and last[1] is given[0]:
+            calls[last[0]] = replace(calls[last[0]], capped=True)
+
     hooks = []
     for name, layer in module.named_modules():
         weight = f"{name}.weight".removeprefix(".")
@@ -96,7 +116,9 @@ def layer_calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> lis
         if timed and weight in groups.positions:
             hooks.append(layer.register_forward_hook(partial(record, weight)))
         elif isinstance(layer, _BatchNorm):
-            hooks.append(layer.register_forward_pre_hook(mark))
+            hooks += [layer.register_forward_pre_hook(mark), layer.register_forward_hook(keep)]
+        elif isinstance(layer, nn.ReLU6):
+            hooks.append(layer.register_forward_pre_hook(cap))
     try:
         with evaluating(module), torch.inference_mode():
             call(module, inputs)
