@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from zoo.common.documents import encode
 from zoo.deployment.files import write_files
 from zoo.deployment.options import Runtime
 from zoo.deployment.padding import BLOCK
@@ -98,15 +100,14 @@ class RuntimeClock:
 
         It is a multiple of the one that exported files are padded to.
         """
-        where = {key: value for key, value in vars(self._conditions(1)).items() if value}
-        of = {"convolution": FULL, "tried": STEPS, **where, "image_size": 0}
+        of = {"tried": TRIED, "steps": STEPS, **encode(self._conditions(1), terse=True)}
         (found,) = remembered(of, lambda: [float(self._measured_step())])
         return math.lcm(int(found), BLOCK)
 
     def conditions(self, groups: ChannelGroups) -> Conditions:
         """What the times of a network with these groups depend on."""
         own = self._conditions(self.step)
-        return Conditions(**vars(own) | {"image_size": groups.image_size, "inputs": groups.inputs})
+        return replace(own, image_size=groups.image_size, inputs=groups.inputs)
 
     def _conditions(self, step: int) -> Conditions:
         return Conditions(

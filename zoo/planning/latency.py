@@ -176,7 +176,7 @@ def _calibrated(
         replace(layer, ms=tuple(tuple(slope * ms for ms in row) for row in layer.ms))
         for layer in table.layers
     )
-    return replace(table, layers=scaled, rest=dense - slope * layers)
+    return replace(table, layers=scaled, rest=max(0.0, dense - slope * layers))
 
 
 def _narrower(module: nn.Module, groups: ChannelGroups, widths: Sequence[int]) -> nn.Module:
