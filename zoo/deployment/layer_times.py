@@ -168,7 +168,7 @@ class RuntimeClock:
                 times[event["name"]].append(event["dur"] / 1000)  # from microseconds
         layer, beside = (sum(map(_fastest, times.values())) for times in (own, layout))
         if self._one_thread:
-            return min(layer, max(0.0, _fastest(calls) - beside))  # neither is too short
+            return min(layer, _fastest(calls) * layer / (layer + beside))
         return layer
 
     def _wall(self, call: LayerCall, copies: int) -> float:
