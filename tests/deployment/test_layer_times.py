@@ -220,6 +220,21 @@ def test_a_layer_is_timed_without_the_changes_of_its_layout():
         assert clock._wall(call, 3) > 0
 
 
+def test_a_profile_that_others_disturbed_is_corrected_by_what_the_thread_computed():
+    def ran(name: str, ms: float) -> dict[str, object]:
+        event = {"cat": "Node", "name": f"{name}_kernel_time", "dur": 1000 * ms}
+        return event | {"args": {"op_name": name}}
+
+    quiet = [ran("ReorderInput", 2), ran("Conv", 6), ran("ReorderOutput", 4)] * 7
+    assert layer_times._layer_time(quiet, None) == pytest.approx(6)
+    assert layer_times._layer_time(quiet, [13.0] * 5) == pytest.approx(6)
+    busy = [event | {"dur": 3 * event["dur"]} for event in quiet]
+    assert layer_times._layer_time(busy, None) == pytest.approx(18)
+    assert layer_times._layer_time(busy, [12.0] * 5) == pytest.approx(6)
+    other = [{"cat": "Session", "name": "model_run", "dur": 9}]
+    assert layer_times._layer_time([*quiet, *other], None) == pytest.approx(6)
+
+
 def test_the_file_of_a_layer_computes_what_the_layer_does():
     module = Wide().eval()
     calls = layer_calls(module, channel_groups(module, IMAGES), IMAGES)

@@ -160,16 +160,7 @@ class RuntimeClock:
             )
             (calls,) = _by_turns([lambda: session.run(None, feeds)], self._now)
             events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        own: dict[str, list[float]] = defaultdict(list)
-        layout: dict[str, list[float]] = defaultdict(list)
-        for event in events:
-            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                times = layout if event["args"]["op_name"] in REORDERING else own
-                times[event["name"]].append(event["dur"] / 1000)  # from microseconds
-        layer, beside = (sum(map(_fastest, times.values())) for times in (own, layout))
-        if self._one_thread:
-            return min(layer, _fastest(calls) * layer / (layer + beside))
-        return layer
+        return _layer_time(events, calls if self._one_thread else None)
 
     def _wall(self, call: LayerCall, copies: int) -> float:
         """Milliseconds of a call of a file with several such layers."""
@@ -221,6 +212,24 @@ def _steps(times: dict[int, float], step: int) -> bool:
 def _probe(outputs: int, inputs: int, batch: int) -> LayerCall:
     options = ((1, 1), (1, 1), (1, 1))
     return LayerCall("", (outputs, inputs, 3, 3), (batch, inputs, 16, 16), options, normalised=True)
+
+
+def _layer_time(events: Iterable[Any], computed: Sequence[float] | None) -> float:
+    """Milliseconds of a layer's own operators in a profile.
+
+    `computed` are what one thread computed in every call. Of these, the layer has the share that it
+    has in the profile, whose times others on the machine can prolong.
+    """
+    own: dict[str, list[float]] = defaultdict(list)
+    layout: dict[str, list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            times = layout if event["args"]["op_name"] in REORDERING else own
+            times[event["name"]].append(event["dur"] / 1000)  # from microseconds
+    layer, beside = (sum(_fastest(taken[WARMUP:]) for taken in by.values()) for by in (own, layout))
+    if computed is None or not layer:
+        return layer
+    return min(layer, _fastest(computed) * layer / (layer + beside))
 
 
 def _by_turns(
