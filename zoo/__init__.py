@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from zoo.data.images import ImageSet
     from zoo.deployment.exporting import ExportResult, export
     from zoo.deployment.measurement import BenchmarkRow, ComparisonRow, benchmark, compare
-    from zoo.deployment.options import BenchmarkOptions, ExportOptions
+    from zoo.deployment.options import BenchmarkOptions, ExportOptions, Runtime
     from zoo.deployment.runtime import InferenceSession
     from zoo.errors import (
         CheckpointError,
@@ -66,6 +66,7 @@ __all__ = [
     "ProfileEntry",
     "PruningRecord",
     "Recipe",
+    "Runtime",
     "Schedule",
     "SearchConfig",
     "Splits",
@@ -96,7 +97,7 @@ _HOMES = {
     "zoo.data.images": ("ImageSet",),
     "zoo.deployment.exporting": ("ExportResult", "export"),
     "zoo.deployment.measurement": ("BenchmarkRow", "ComparisonRow", "benchmark", "compare"),
-    "zoo.deployment.options": ("BenchmarkOptions", "ExportOptions"),
+    "zoo.deployment.options": ("BenchmarkOptions", "ExportOptions", "Runtime"),
     "zoo.deployment.runtime": ("InferenceSession",),
     "zoo.errors": (
         "CheckpointError",

@@ -14,9 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from zoo.common.quiet import ONE_AT_A_TIME
 from zoo.common.sizes import Size
+from zoo.deployment.options import Runtime
 from zoo.errors import GraphError, ZooError, unknown
 from zoo.models import architecture, build_model
 from zoo.planning.best import BEST
+from zoo.planning.latency import Clock
 from zoo.planning.request import Request, planned, request
 from zoo.registry import hub
 from zoo.spec.groups import ChannelGroups
@@ -90,11 +92,12 @@ def load(
     init: Init = "pretrained",
     rewind: Weights | None = None,
     seed: int = 0,
-    align: int = 1,
+    align: int | None = None,
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     refit: bool = False,
     data: Dataset[Any] | DataLoader[Any] | None = None,
+    runtime: Runtime | None = None,
     image_size: Size | None = None,
     num_classes: int | None = None,
     ema: bool = True,
@@ -112,8 +115,8 @@ def load(
         profile: `best`, the bundled searched profile or what the evidence puts before it;
             `searched`, that profile or an error; a policy's name, a reference, or a `Profile`.
             `module.pruning.plan.profile` says what `best` took.
-        metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once on this
-            machine's CPU, at batch 1, and cached.
+        metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once and cached:
+            in PyTorch on this machine's CPU, at batch 1, or as `runtime` says.
         criterion: how channels are scored: `random`, `l1`, `l2`, `fpgm`, `bn_scale`, `synflow`;
             or, with `data`, `taylor`, `taylor_weight`, `fisher`, `obd`, `snip`, `apoz`,
             `reinforce` (learnt by trial, in minutes).
@@ -122,12 +125,15 @@ def load(
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
         seed: of the random choice of channels, the `random` policy, `init="random"` and a new
             classifier.
-        align: every width is a multiple of it, or not cut. `align`, `floor` and `keep` are for a
-            policy, or a profile with `refit`.
+        align: every width is a multiple of it, or not cut; by default 1, or what `runtime` is
+            measured to compute without waste. `align`, `floor` and `keep` are for a policy, or a
+            profile with `refit`.
         floor: smallest keep ratio of any channel group that `keep` does not pin.
         keep: module name or prefix -> keep ratio that its channel groups are pinned to.
         refit: rescale the profile's keep ratios by one common factor to meet `cf` for this network.
         data: labelled images for criteria that need them.
+        runtime: where the exported file will run: ONNX Runtime's provider, precision and batch.
+            Layers are timed there, on this machine, for the metric `latency`.
         image_size: pixels per side, or (height, width), at which MACs are counted and latency is
             measured; by default the checkpoint's or the architecture's.
         num_classes: outputs of a new classifier with random weights, if the checkpoint has none, or
@@ -142,6 +148,7 @@ def load(
     Raises:
         FactorError: if no profile exists for the factor, the given profile is for another factor,
             or the policy cannot reach the factor.
+        ExportError: if the provider of `runtime` cannot be used here.
         CheckpointError: if the checkpoint is unsafe, broken or of another architecture, or has no
             classifier and `num_classes` is not given.
     """
@@ -162,11 +169,12 @@ def load(
         profile, arch, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align,
         floor=floor, keep=keep, refit=refit, data=data is not None,
     )  # fmt: skip
+    clock = _clock(runtime)
     dense = load_dense(
         arch, weights, image_size=image_size, num_classes=num_classes, seed=seed, ema=ema
     )
     groups = groups_of(arch, dense.module, dense.image_size, dense.in_channels)
-    made = planned(dense.module, groups, asked, data)
+    made = planned(dense.module, groups, asked, data, clock)
     module, classes = dense.module, dense.num_classes
     early: Source | None = None
     if rewind is not None:
@@ -206,10 +214,11 @@ def plan(
     metric: str = "params",
     criterion: str = "random",
     seed: int = 0,
-    align: int = 1,
+    align: int | None = None,
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     data: Dataset[Any] | DataLoader[Any] | None = None,
+    runtime: Runtime | None = None,
     rewrite: bool = False,
 ) -> Plan:
     """The plan that `prune` would execute with the same arguments; nothing is pruned."""
@@ -217,7 +226,7 @@ def plan(
         profile, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align, floor=floor,
         keep=keep, data=data is not None,
     )  # fmt: skip
-    return _live(module, example_input, asked, data, rewrite).plan
+    return _live(module, example_input, asked, data, rewrite, _clock(runtime)).plan
 
 
 @_no_inference_mode
@@ -230,10 +239,11 @@ def prune(
     metric: str = "params",
     criterion: str = "random",
     seed: int = 0,
-    align: int = 1,
+    align: int | None = None,
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     data: Dataset[Any] | DataLoader[Any] | None = None,
+    runtime: Runtime | None = None,
     rewrite: bool = False,
     verify: bool = True,
 ) -> nn.Module:
@@ -248,8 +258,8 @@ def prune(
         cf: compression factor, dense / pruned; optional if `profile` is a `Profile` or a reference.
         profile: `best`, a policy's name, a reference, or a `Profile`.
         metric: as in `load`, but `latency` is measured on the device of `module`, at batch size 1
-            (64 on CUDA).
-        criterion, seed, align, floor, keep, data: as in `load`.
+            (64 on CUDA), if there is no `runtime`.
+        criterion, seed, align, floor, keep, data, runtime: as in `load`.
         rewrite: prune the traced program in place of the module, so that constants in `forward`,
             as in `x.view(-1, 2048)`, follow the widths. The result keeps the parameters' names but
             none of the module's code. In training mode only batch norm and dropout change.
@@ -265,7 +275,7 @@ def prune(
         profile, cf=cf, metric=metric, criterion=criterion, seed=seed, align=align, floor=floor,
         keep=keep, data=data is not None,
     )  # fmt: skip
-    live = _live(module, example_input, asked, data, rewrite)
+    live = _live(module, example_input, asked, data, rewrite, _clock(runtime))
     if verify:
         verified(live.module, live.groups, live.plan, live.inputs, live.program)
     source = Source("module")
@@ -318,6 +328,7 @@ def _live(
     asked: Request,
     data: Dataset[Any] | DataLoader[Any] | None,
     rewrite: bool,
+    clock: Clock | None,
 ) -> _Live:
     with ONE_AT_A_TIME:  # its modes are switched meanwhile, and threads may share it
         classes = checked_classes(module, example_input)
@@ -335,7 +346,17 @@ def _live(
             f"{type(module).__name__} has no channel group that can be pruned."
             f"{f' Not pruned: {kept}.' if kept else ''}"
         )
-    return _Live(network, inputs, groups, program, planned(module, groups, asked, data), classes)
+    made = planned(module, groups, asked, data, clock)
+    return _Live(network, inputs, groups, program, made, classes)
+
+
+def _clock(runtime: Runtime | None) -> Clock | None:
+    """The clock that measures latency in `runtime`; None for PyTorch's."""
+    if runtime is None:
+        return None
+    from zoo.deployment.layer_times import RuntimeClock
+
+    return RuntimeClock(runtime)
 
 
 def _without_inference_mode(tensor: Tensor) -> Tensor:

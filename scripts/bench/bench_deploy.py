@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deployed_latency import latency_rows, latency_table
 
 import zoo
 from zoo.deployment.measurement import BenchmarkRow, Latency, Measurement, machine
@@ -51,6 +52,10 @@ class Deploy:
     """widths of networks with align 1 are padded to multiples of this, as in an export"""
     profile: str = "equal"
     """policy that prunes"""
+    latency: bool = True
+    """also ask for the factors in latency, as `runtime` runs the exported file, and measure it"""
+    runtime: zoo.Runtime = field(default_factory=lambda: zoo.Runtime(batch=8))
+    """provider, precision, batch and threads of that"""
     options: zoo.BenchmarkOptions = field(default_factory=zoo.BenchmarkOptions)
 
 
@@ -74,10 +79,43 @@ def bench_deploy(config: Deploy) -> None:
         case = json.loads(json.dumps(case))
         if not any(case == {key: row.get(key) for key in case} for row in known):
             known.append(case | measured(config, arch, metric))
-            with config.out.open("a", encoding="utf-8") as file:
-                file.write("\n" + json.dumps(known[-1]))  # \n first: the last may be cut short
+            write(config.out, known[-1])
             print(f"{arch} by {metric}: measured", flush=True)
-    print(markdown(known))
+    if cases := [case for case in known if "rows" in case]:
+        print(markdown(cases))
+    if config.latency:
+        print_latency(config, known)
+
+
+def print_latency(config: Deploy, known: list[dict[str, Any]]) -> None:
+    """Measure the latency cases that are missing, and print those of this configuration."""
+    threads = config.runtime.threads or torch.get_num_threads()
+    runtime = dataclasses.replace(config.runtime, threads=threads)
+    print(f"\nLatency: {machine(threads)}; profile {config.profile}; {runtime}.")
+    for arch in config.architectures:
+        case = {
+            "latency_of": arch,
+            "factors": config.factors,
+            "profile": config.profile,
+            "machine": machine(threads),
+            "runtime": dataclasses.asdict(runtime),
+        }
+        case = json.loads(json.dumps(case))
+        found = next((row for row in known if case == {key: row.get(key) for key in case}), None)
+        if found is None:
+            found = case | {
+                "latency": latency_rows(
+                    arch, config.factors, config.profile, runtime, config.options
+                )
+            }
+            write(config.out, found)
+        print("\n".join(["", *latency_table(arch, found["latency"])]), flush=True)
+
+
+def write(path: Path, case: dict[str, Any]) -> None:
+    """Add a line to the file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(case))  # \n first: the last may be cut short
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -181,7 +181,7 @@ def test_latency_is_planned_described_saved_and_read_again(policy, tmp_path):
     zoo.save(pruned, tmp_path / "saved")
     readme = (tmp_path / "saved" / "README.md").read_text()
     assert f"| latency in ms | {pruned.pruning.plan.dense.latency:.3g} | " in readme
-    assert f"timed on {plan.latency.device}, 1 thread(s)" in readme
+    assert f"timed on {plan.latency.device}, 1 thread(s), torch {torch.__version__}." in readme
     assert zoo.load_pruned(tmp_path / "saved").pruning == pruned.pruning
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bench_deploy
@@ -17,6 +18,7 @@ OPTIONS = zoo.BenchmarkOptions(batch_sizes=(2,), repeats=1, warmup=0, memory=Fal
 
 def deploy(out: Path, **changes: Any) -> bench_deploy.Deploy:
     given = {"architectures": ("cnet",), "metrics": ("macs",), "aligns": (1,), "options": OPTIONS}
+    given |= {"latency": False}
     return bench_deploy.Deploy(out=out, **given | changes)
 
 
@@ -90,7 +92,7 @@ def test_a_case_is_a_table_with_a_line_per_network(
         time, verdict, share = pruned[batch].split(", ")
         before, after = (float(text.partition(" ")[0]) for text in (dense[batch], time))
         assert ("slower" in verdict) == (after > before * 1.005)
-        assert float(share.rstrip("%")) == pytest.approx(100 * before / after / 2, abs=2)
+        assert float(share.rstrip("%")) == pytest.approx(100 * before / after / 2, abs=2, rel=0.01)
     _, _, *kinds = [cells(line) for line in whole.splitlines() if line.startswith("|")]
     assert [line[:2] for line in kinds] == [["as they come", "4"], ["pad 8", "4"], ["align 8", "4"]]
     for kind, _, slower, share in kinds:
@@ -122,3 +124,43 @@ def test_tables_of_other_conditions_are_apart_and_say_theirs() -> None:
     own = heads[1].split()
     assert page.count(f"| none, {own[3].strip(';')} {own[5].strip(',')} |") == 2
     assert page.count("| none, ") == 2
+
+
+def test_latency_asked_of_the_runtime_stands_beside_the_measured_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three kinds of rows: a factor of latency, one of MACs, one that cannot be reached."""
+    plan = SimpleNamespace(got=2.0)
+    calls: list[str] = []
+
+    def load(arch: str, cf: float, _: Any, **options: Any) -> Any:
+        calls.append(options["metric"])
+        assert options["runtime"] == zoo.Runtime(batch=2, threads=1)
+        if cf > 2:
+            raise zoo.FactorError("Out of reach. Not pruned: much")
+        model = zoo.create_model(arch, 10)
+        model.pruning = SimpleNamespace(plan=plan)
+        return model
+
+    monkeypatch.setattr(zoo, "load", load)
+    monkeypatch.setattr("zoo.deployment.measurement.record_of", lambda _: None)
+    monkeypatch.setattr("zoo.deployment.exporting.record_of", lambda _: None)
+    monkeypatch.setattr("zoo.deployment.padding.record_of", lambda _: None)
+    config = deploy(
+        tmp_path / "t.jsonl", architectures=("cnet",), metrics=(), factors=(2, 4), latency=True,
+        runtime=zoo.Runtime(batch=2, threads=1),
+    )  # fmt: skip
+    bench_deploy.bench_deploy(config)
+    assert calls == ["latency", "latency", "macs", "macs"]
+    out = capsys.readouterr().out
+    lines = [cells(line) for line in out.splitlines() if line.startswith("|")]
+    head, _, dense, *body = lines
+    assert dense[0] == "cnet"
+    rows = [dict(zip(head, line, strict=True)) for line in body]
+    assert [row["network"] for row in rows] == ["2x latency", "4x latency", "2x macs", "4x macs"]
+    assert [row["predicted"] for row in rows] == ["2.00x", "Out of reach.", "", "Out of reach."]
+    assert rows[0]["MACs"] == "1.00x"
+    assert float(rows[0]["measured"].partition("x")[0]) > 0
+    bench_deploy.bench_deploy(config)
+    assert len(calls) == 4
+    assert capsys.readouterr().out == out

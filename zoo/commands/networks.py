@@ -120,7 +120,16 @@ class PruneCommand:
     global-lamp, global-bn; or, with --data, knapsack, global, global-fisher, global-per-cost,
     global-fisher-per-cost"""
     metric: Metric = "params"
-    """cost that the factor refers to; latency is measured once, on this machine's CPU at batch 1"""
+    """cost that the factor refers to; latency is measured once on this machine, in PyTorch on the
+    CPU at batch 1, or in ONNX Runtime with --provider"""
+    provider: str | None = None
+    """ONNX Runtime's provider that the exported file will run on: cpu, cuda, tensorrt"""
+    precision: str | None = None
+    """precision of the exported file, with --provider: fp32 (the default), or fp16 on a GPU"""
+    batch: int | None = None
+    """images per call of the exported file, with --provider; by default 1"""
+    threads: int | None = None
+    """threads of ONNX Runtime on the CPU, with --provider; by default one per core"""
     criterion: str = "random"
     """which channels are kept: random, l1, l2, fpgm, bn_scale, synflow; or, with --data, taylor,
     taylor_weight, fisher, obd, snip, apoz, reinforce"""
@@ -130,8 +139,9 @@ class PruneCommand:
     """checkpoint of the same dense network, untrained or early in training, for --init rewound"""
     refit: bool = False
     """rescale the profile so that it meets the factor on this network"""
-    align: int = 1
-    """kept widths are multiples of this, or the full width; for a policy, or --refit"""
+    align: int | None = None
+    """kept widths are multiples of this, or the full width; for a policy, or --refit; by default 1,
+    or with --provider what that is measured to compute without waste"""
     floor: float = 0.0
     """smallest keep ratio of any channel group; for a policy, or --refit"""
     keep: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -156,7 +166,7 @@ def prune(command: PruneCommand) -> None:
     from zoo.planning.best import BEST, reason
     from zoo.storage.dense import load_dense
 
-    images = None
+    runtime, images = _runtime(command), None
     if command.data is not None:
         dense = load_dense(
             command.arch, command.weights, num_classes=command.classes, ema=command.ema
@@ -178,6 +188,7 @@ def prune(command: PruneCommand) -> None:
         keep=command.keep,
         refit=command.refit,
         data=images,
+        runtime=runtime,
         image_size=command.size,
         num_classes=command.classes,
         ema=command.ema,
@@ -188,6 +199,15 @@ def prune(command: PruneCommand) -> None:
     if command.profile == BEST:
         print(reason(record.plan.profile, record.plan.metric))
     print(f"Wrote {command.out}")
+
+
+def _runtime(command: PruneCommand) -> zoo.Runtime | None:
+    """What the network will run on, by the flags; None without --provider."""
+    names = ("provider", "precision", "batch", "threads")
+    given = {name: getattr(command, name) for name in names if getattr(command, name) is not None}
+    if given and "provider" not in given:
+        raise ZooError(f"--{next(iter(given))} needs --provider: cpu, cuda or tensorrt.")
+    return zoo.Runtime(**given) if given else None
 
 
 @dataclass(frozen=True, kw_only=True)

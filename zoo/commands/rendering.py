@@ -139,7 +139,7 @@ def pruning_summary(record: PruningRecord) -> str:
     if on is not None and old and new:
         lines.append(
             f"predicted latency: {old:.3g} -> {new:.3g} ms ({old / new:.2f}x), batch {on.batch}, "
-            f"{on.dtype}, {on.threads} thread(s) of {on.device}"
+            f"{on.dtype}, on {on.where}"
         )
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zoo.errors import ZooError, integer
 
-__all__ = ["BenchmarkOptions", "ExportOptions"]
+__all__ = ["BenchmarkOptions", "ExportOptions", "Runtime"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,3 +76,27 @@ class BenchmarkOptions:
     """measure the peak memory of each network too, in a process of its own"""
     seed: int = 0
     """of the images, which are noise"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where an exported file will run, for plans whose latency is that of the file."""
+
+    provider: str = "cpu"
+    """of ONNX Runtime: cpu, cuda, tensorrt, or the name it has there"""
+    precision: str = "fp32"
+    """of the file: fp32, or fp16 on a GPU"""
+    batch: int = 1
+    """images per call"""
+    threads: int | None = None
+    """of ONNX Runtime on the CPU; by default one per core"""
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "fp16"):
+            raise ZooError(
+                f"Latency is measured in fp32 or fp16, not in {self.precision!r}: the time of an "
+                f"int8 file depends on how its values are quantised."
+            )
+        object.__setattr__(self, "batch", integer("batch", self.batch, 1))
+        if self.threads is not None:
+            object.__setattr__(self, "threads", integer("threads", self.threads, 1))

@@ -18,12 +18,15 @@ from zoo.common.quiet import quiet
 from zoo.data.datasets import cache_folder
 from zoo.errors import ExportError, first_line, unknown
 
-__all__ = ["CPU", "CUDA", "GPUS", "TENSORRT", "onnxruntime_module", "open_session"]
+__all__ = ["CPU", "CUDA", "GPUS", "SHORT", "TENSORRT", "onnxruntime_module", "open_session"]
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 TENSORRT = "TensorrtExecutionProvider"
 GPUS = (TENSORRT, CUDA)
 """In order of preference."""
+
+SHORT = {"cpu": CPU, "cuda": CUDA, "tensorrt": TENSORRT}
+"""Short names."""
 
 _NEEDS = {
     CUDA: "an NVIDIA GPU, its driver, and: pip install 'onnxruntime-gpu[cuda,cudnn]'",
@@ -34,12 +37,18 @@ _OTHERWISE = "the ONNX Runtime package built for it: https://onnxruntime.ai/docs
 
 
 def open_session(
-    path: Path, providers: Sequence[str] | None, threads: int | None, cuda_graph: bool
+    path: Path,
+    providers: Sequence[str] | None,
+    threads: int | None,
+    cuda_graph: bool,
+    *,
+    profile: Path | None = None,
 ) -> Any:
     """An onnxruntime.InferenceSession on all of `providers`, or by default on the best that loads.
 
     CUDA is added behind TensorRT, for the operators that TensorRT lacks. CUDA graphs are for the
-    CUDA provider alone: TensorRT's do not distinguish image shapes.
+    CUDA provider alone: TensorRT's do not distinguish image shapes. With `profile`, the operators'
+    times are written to a file whose path begins like that.
 
     Raises:
         ExportError: if the file cannot be loaded, or a provider that was asked for cannot be used.
@@ -55,12 +64,12 @@ def open_session(
     failed, reason = "", ""
     for wanted in _choices(providers, cuda_graph, CUDA in likely):
         try:
-            return _opened(path, wanted, threads, cuda_graph)
+            return _opened(path, wanted, threads, cuda_graph, profile)
         except Exception as error:  # its errors share no other base class
             failed = next((name for name in wanted if name not in likely), wanted[0])
             reason = first_line(error)
     try:
-        session = _opened(path, [CPU], threads, False)
+        session = _opened(path, [CPU], threads, False, profile)
     except Exception as error:
         raise ExportError(_unloadable(path, error)) from error
     if providers or cuda_graph:
@@ -104,7 +113,13 @@ def _unloadable(path: Path, error: Exception) -> str:
     return f"ONNX Runtime cannot load {path}: {reason}{advice}"
 
 
-def _opened(path: Path, providers: Sequence[str], threads: int | None, cuda_graph: bool) -> Any:
+def _opened(
+    path: Path,
+    providers: Sequence[str],
+    threads: int | None,
+    cuda_graph: bool,
+    profile: Path | None,
+) -> Any:
     """A session on all of `providers`.
 
     Raises:
@@ -116,7 +131,7 @@ def _opened(path: Path, providers: Sequence[str], threads: int | None, cuda_grap
     with contextlib.nullcontext() if list(providers) == [CPU] else _accelerating():
         session = ort.InferenceSession(
             path,
-            _options(threads),
+            _options(threads, profile),
             providers=[(name, _provider_options(name, path, cuda_graph)) for name in providers],
             enable_fallback=0,
         )
@@ -171,13 +186,16 @@ def _digest(path: Path, weights: Iterable[Any]) -> str:
     return state.hexdigest()[:24]
 
 
-def _options(threads: int | None) -> Any:
+def _options(threads: int | None, profile: Path | None) -> Any:
     options = onnxruntime_module().SessionOptions()
     options.log_severity_level = 4  # errors are raised, and need not be logged too
     # threads of an idle session would keep spinning, and slow down other sessions
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     return options
 
 

@@ -1,42 +1,45 @@
-"""The latency of a network on the current device: its layers, each timed at several widths.
+"""The latency of a network: its layers, each timed at several widths by a clock.
 
-A convolution is timed with the batch norm on its outputs and a ReLU, or alone if it has no batch
-norm; a dense layer is timed alone. The whole network is timed too, dense and at half of every
-width. All layer times are multiplied by one factor, and one constant is added, so that their sum
-agrees with both. Every time is a median and is measured once: the user's cache folder, if it can be
-written, keeps it under a key of all that it depends on.
+The clock is PyTorch's on the network's device, or one that is handed down, as that of ONNX Runtime
+in `zoo.deployment.layer_times`. PyTorch's times a convolution with the batch norm on its outputs
+and a ReLU, or alone if it has no batch norm; a dense layer is timed alone. The whole network is
+timed too, dense and at a part of every width. All layer times are multiplied by one factor, and one
+constant is added, so that their sum agrees with that. PyTorch's times are medians. Every time is
+measured once: the user's cache folder, if it can be written, keeps it under a key of all that it
+depends on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from operator import mul
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from zoo.common.documents import decode, encode, read_json, write_json
 from zoo.data.datasets import cache_folder
-from zoo.errors import DocumentError, ZooError, first_line
+from zoo.errors import DocumentError, ZooError
+from zoo.planning.layer_calls import LayerCall, layer_calls
+from zoo.planning.solver import Limits, round_widths
 from zoo.spec.cost import Conditions, Extent, LatencyTable, LayerTimes, cost_model, extents
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plans import make_plan
 from zoo.surgery.surgery import apply, evaluating
-from zoo.tracing.calls import Inputs, call, described, example_for, tensors_of
+from zoo.tracing.calls import Inputs, call, example_for
 
-__all__ = ["device_name", "latency_table", "milliseconds"]
+__all__ = ["Clock", "device_name", "latency_table", "milliseconds", "remembered"]
 
 GRID = (0.125, 0.25, 0.5, 0.75, 1.0)
 """The shares of a layer's outputs, and of its inputs, at which it is timed."""
@@ -47,31 +50,80 @@ BATCH = {"cpu": 1, "cuda": 64}
 WARMUP, REPEATS = 3, 11
 
 
-def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
-    """The layer times of `module`, in milliseconds, on its device and in eval mode.
+class Clock(Protocol):
+    """What times layers and networks; `shares` are the keep ratios at which whole networks are."""
+
+    shares: tuple[float, ...]
+
+    @property
+    def step(self) -> int:
+        """Layers whose widths are between two multiples of it take as long as the wider one."""
+
+    def conditions(self, groups: ChannelGroups) -> Conditions:
+        """What its times depend on."""
+
+    def layers(self, calls: Sequence[LayerCall]) -> list[float]:
+        """Milliseconds of each call."""
+
+    def networks(self, networks: Sequence[nn.Module], inputs: Inputs) -> list[float]:
+        """Milliseconds of one forward pass of each network, measured by turns."""
+
+
+class _TorchClock:
+    """PyTorch on the device of a tensor."""
+
+    shares: tuple[float, ...] = (0.5,)
+    step = 1
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+
+    def conditions(self, groups: ChannelGroups) -> Conditions:
+        return Conditions(
+            device=device_name(self.like.device),
+            torch=torch.__version__,
+            threads=torch.get_num_threads(),
+            dtype=str(self.like.dtype).removeprefix("torch."),
+            batch=BATCH.get(self.like.device.type, 1),
+            image_size=groups.image_size,
+            inputs=groups.inputs,
+        )
+
+    def layers(self, calls: Sequence[LayerCall]) -> list[float]:
+        return _measured(calls, self.like)
+
+    def networks(self, networks: Sequence[nn.Module], inputs: Inputs) -> list[float]:
+        with contextlib.ExitStack() as modes:
+            for network in networks:
+                modes.enter_context(evaluating(network))
+            runs = [partial(call, network, inputs) for network in networks]
+            return milliseconds(runs, self.like.device, 5 * REPEATS)
+
+
+def latency_table(
+    module: nn.Module, groups: ChannelGroups, clock: Clock | None = None
+) -> LatencyTable:
+    """The layer times of `module`, in milliseconds, in eval mode.
 
     Layers are the convolutions and dense layers that `groups` counts MACs of. A layer never counts
     as slower than a wider one: its time is the minimum of its own and theirs.
+
+    Args:
+        module: whose layers are timed.
+        groups: its channel groups.
+        clock: what measures; by default PyTorch, on the network's device.
 
     Raises:
         ZooError: if the network has no such layer, or does not run on inputs like those that
             `groups` were made with.
     """
-    first = next(module.parameters())
-    conditions = Conditions(
-        device=device_name(first.device),
-        torch=torch.__version__,
-        threads=torch.get_num_threads(),
-        dtype=str(first.dtype).removeprefix("torch."),
-        batch=BATCH.get(first.device.type, 1),
-        image_size=groups.image_size,
-        inputs=groups.inputs,
-    )
+    clock = clock or _TorchClock(next(module.parameters()))
+    conditions = clock.conditions(groups)
     # a layer's input size is part of its call, so networks share the times of equal layers
-    own = ("image_size", "inputs")
-    where = {key: value for key, value in asdict(conditions).items() if key not in own}
+    where = encode(conditions, terse=True)
+    where = {key: value for key, value in where.items() if key not in ("image_size", "inputs")}
     ones = example_for(module, groups.image_size, groups.inputs, torch.ones, conditions.batch)
-    calls = _calls(module, groups, ones)
+    calls = layer_calls(module, groups, ones)
     if not calls:
         raise ZooError(
             f"Latency is measured on convolutions and dense layers, of which "
@@ -79,51 +131,65 @@ def latency_table(module: nn.Module, groups: ChannelGroups) -> LatencyTable:
         )
     lengths, layers = extents(groups), []
     for made in calls:
-        outputs = _grid(lengths[made.weight][0], made.shape[0], made.unit)
-        inputs = _grid(lengths[made.weight][1], made.shape[1], 1)
+        step = 1 if made.groups > 1 and not made.depthwise else conditions.step
+        outputs = _grid(lengths[made.weight][0], made.shape[0], math.lcm(made.unit, step))
+        inputs = _grid(lengths[made.weight][1], made.shape[1], step)
         cells = [made.resized(o, i) for o in outputs for i in inputs]
         layer = {key: value for key, value in asdict(made).items() if key != "weight"}
-        times = _remembered(
+        times = remembered(
             {"layer": layer, "outputs": outputs, "inputs": inputs, **where},
-            partial(_measured, cells, first),
+            partial(clock.layers, cells),
         )
-        layers.append(LayerTimes(made.weight, outputs, inputs, _rising(times, len(inputs))))
+        layers.append(LayerTimes(made.weight, outputs, inputs, _rising(times, len(inputs)), step))
 
     table = LatencyTable(conditions, tuple(layers), 0.0)
-    return _calibrated(table, module, groups, ones)
+    return _calibrated(table, module, groups, ones, clock)
 
 
 def _calibrated(
-    table: LatencyTable, module: nn.Module, groups: ChannelGroups, inputs: Inputs
+    table: LatencyTable, module: nn.Module, groups: ChannelGroups, inputs: Inputs, clock: Clock
 ) -> LatencyTable:
-    """`table` scaled to give the whole network's measured times, dense and at half its widths."""
-    halves = {group.name: max(1, group.size // 2) for group in groups.groups}
+    """`table` scaled to give whole networks' measured times, dense and at the clock's shares.
+
+    The dense time is met exactly, the relative errors of the others have the least squares.
+    """
+    limits = Limits(align=table.conditions.step)
+    widths = [
+        round_widths(groups.sizes, [share] * len(groups.sizes), limits) for share in clock.shares
+    ]
 
     def measure() -> list[float]:
-        scores = [[0.0] * size for size in groups.sizes]
-        plan = make_plan(
-            groups, halves, scores, profile="", metric="params", asked=1, criterion="", seed=0
-        )
-        small = apply(module, groups, plan)
-        with evaluating(module):
-            networks = [partial(call, module, inputs), partial(call, small.eval(), inputs)]
-            return milliseconds(networks, tensors_of(inputs)[0].device, 5 * REPEATS)
+        return clock.networks([module, *(_narrower(module, groups, own) for own in widths)], inputs)
 
     network = hashlib.sha256((repr(module) + repr(groups.shapes)).encode()).hexdigest()
     where = encode(table.conditions, terse=True)
-    dense, half = _remembered({"network": network, **where}, measure)
+    dense, *smaller = remembered({"network": network, "widths": widths, **where}, measure)
     model = cost_model(groups, table)
-    layers = [model.total(w, "latency") for w in (groups.sizes, tuple(halves.values()))]
-    slope = (dense - half) / (layers[0] - layers[1]) if layers[0] > layers[1] else 0.0
-    slope = min(max(slope, 0.0), dense / layers[0])
+    layers = model.total(groups.sizes, "latency")
+    totals = [model.total(own, "latency") for own in widths]
+    saved = [(layers - total) / ms for total, ms in zip(totals, smaller, strict=True)]
+    gained = [(dense - ms) / ms for ms in smaller]
+    squares = sum(own**2 for own in saved)
+    slope = sum(map(mul, saved, gained)) / squares if squares else 0.0
+    slope = min(max(slope, 0.0), dense / layers)
     scaled = tuple(
         replace(layer, ms=tuple(tuple(slope * ms for ms in row) for row in layer.ms))
         for layer in table.layers
     )
-    return replace(table, layers=scaled, rest=dense - slope * layers[0])
+    return replace(table, layers=scaled, rest=max(0.0, dense - slope * layers))
 
 
-def _measured(calls: Sequence[_Call], like: Tensor) -> list[float]:
+def _narrower(module: nn.Module, groups: ChannelGroups, widths: Sequence[int]) -> nn.Module:
+    """`module` with the first channels of every group."""
+    scores = [[0.0] * size for size in groups.sizes]
+    own = dict(zip(groups.names, widths, strict=True))
+    plan = make_plan(
+        groups, own, scores, profile="", metric="params", asked=1, criterion="", seed=0
+    )
+    return apply(module, groups, plan)
+
+
+def _measured(calls: Sequence[LayerCall], like: Tensor) -> list[float]:
     """Milliseconds of each call, one at a time: all tensors together could fill the memory."""
     return [milliseconds([call.runner(like)], like.device)[0] for call in calls]
 
@@ -144,102 +210,15 @@ def milliseconds(
     return [statistics.median(taken[WARMUP:]) for taken in times]
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One call of a layer: its weight's name and shape, and the shape of its input.
-
-    `options` are a convolution's stride, padding and dilation; a dense layer has none.
-    """
-
-    weight: str
-    shape: tuple[int, ...]
-    images: tuple[int, ...]
-    options: tuple[Any, ...] = ()
-    groups: int = 1
-    normalised: bool = False
-
-    @property
-    def depthwise(self) -> bool:
-        """Whether removing an input removes a group, rather than an input of every group."""
-        return self.groups > 1 and self.shape[1] == 1
-
-    @property
-    def unit(self) -> int:
-        """Any number of outputs must be a multiple of this."""
-        return self.shape[0] // self.groups if self.depthwise else self.groups
-
-    def resized(self, outputs: int, inputs: int) -> _Call:
-        """The same call with other lengths of its weight's first two dimensions."""
-        shape = (outputs, inputs, *self.shape[2:])
-        if len(shape) == 2:
-            return replace(self, shape=shape, images=(*self.images[:-1], inputs))
-        groups = outputs // self.unit if self.depthwise else self.groups
-        images = (self.images[0], inputs * groups, *self.images[2:])
-        return replace(self, shape=shape, images=images, groups=groups)
-
-    def runner(self, like: Tensor) -> Callable[[], Tensor]:
-        """A function that makes the call, with tensors like `like`."""
-        images, weight = like.new_ones(self.images), like.new_ones(self.shape)
-        if len(self.shape) == 2:
-            return lambda: F.linear(images, weight)
-        stride, padding, dilation = self.options
-        name = f"conv{len(self.shape) - 2}d"
-
-        def convolve() -> Tensor:
-            return getattr(F, name)(images, weight, None, stride, padding, dilation, self.groups)
-
-        if not self.normalised:
-            return convolve
-        one = like.new_ones(self.shape[0])
-        return lambda: F.relu(F.batch_norm(convolve(), one, one, one, one))
-
-
-def _calls(module: nn.Module, groups: ChannelGroups, inputs: Inputs) -> list[_Call]:
-    """The calls of the layers in one forward pass, in order."""
-    calls: list[_Call] = []
-    outputs: dict[int, tuple[int, Tensor]] = {}  # the tensors are kept, so that no id is reused
-
-    def record(weight: str, layer: Any, given: tuple[Tensor], output: Tensor) -> None:
-        made = _Call(weight, tuple(layer.weight.shape), tuple(given[0].shape))
-        if isinstance(layer, _ConvNd):
-            options = (layer.stride, layer.padding, layer.dilation)
-            made = replace(made, options=options, groups=layer.groups)
-        outputs[id(output)] = len(calls), output
-        calls.append(made)
-
-    def mark(_: nn.Module, given: tuple[Tensor]) -> None:
-        if id(given[0]) in outputs:
-            index = outputs[id(given[0])][0]
-            calls[index] = replace(calls[index], normalised=True)
-
-    hooks = []
-    for name, layer in module.named_modules():
-        weight = f"{name}.weight".removeprefix(".")
-        timed = isinstance(layer, (_ConvNd, nn.Linear)) and not isinstance(layer, _ConvTransposeNd)
-        if timed and weight in groups.positions:
-            hooks.append(layer.register_forward_hook(partial(record, weight)))
-        elif isinstance(layer, _BatchNorm):
-            hooks.append(layer.register_forward_pre_hook(mark))
-    try:
-        with evaluating(module), torch.inference_mode():
-            call(module, inputs)
-    except Exception as error:  # whatever the network raises
-        reason = first_line(error)
-        raise ZooError(
-            f"Latency is measured on inputs of shape {described(inputs)}, which "
-            f"{type(module).__name__} does not run on: {reason}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return calls
-
-
 def _grid(extent: Extent, length: int, unit: int) -> tuple[int, ...]:
-    """The lengths of a dimension to time: only its own if no group owns part of it."""
+    """The lengths of a dimension to time, multiples of `unit` up to its own.
+
+    Only its own if no group owns part of it.
+    """
     if not extent.per:
         return (length,)
-    return tuple(sorted({max(1, round(share * length / unit)) * unit for share in GRID}))
+    shares = (max(1, round(share * length / unit)) * unit for share in GRID[:-1])
+    return tuple(sorted({*(own for own in shares if own < length), length}))
 
 
 def _rising(times: Sequence[float], columns: int) -> tuple[tuple[float, ...], ...]:
@@ -253,7 +232,7 @@ def _rising(times: Sequence[float], columns: int) -> tuple[tuple[float, ...], ..
     return tuple(map(tuple, rows))
 
 
-def _remembered(of: dict[str, Any], measure: Callable[[], list[float]]) -> tuple[float, ...]:
+def remembered(of: dict[str, Any], measure: Callable[[], list[float]]) -> tuple[float, ...]:
     """The cached result of `measure` for the key `of`; measured if no intact file has it."""
     key = json.dumps(of, sort_keys=True)
     path = cache_folder() / "latency" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
@@ -261,7 +240,7 @@ def _remembered(of: dict[str, Any], measure: Callable[[], list[float]]) -> tuple
         return decode(_Remembered, read_json(path), str(path)).ms
     except DocumentError:
         times = measure()
-        with suppress(OSError):
+        with contextlib.suppress(OSError):
             write_json(path, _Remembered(of, tuple(times)))
         return tuple(times)
 

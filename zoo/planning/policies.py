@@ -90,8 +90,12 @@ def greedy(model: CostModel, cf: float, metric: str, seed: int, limits: Limits =
     floor = round_widths(model.sizes, [FLOOR] * len(whole), limits)
     largest = above = below = round_widths(model.sizes, whole, limits)
 
+    def smaller(group: int, most: int) -> int:
+        return max(floor[group], most - most % limits.align)
+
     def gain(group: int) -> float:
-        saved = model.marginal(below, group)
+        width = below[group]
+        saved = model.marginal(below, group, width - smaller(group, width - 1))
         return getattr(saved, metric) / max(1, getattr(saved, other))
 
     gains = {g: gain(g) for g, width in enumerate(below) if width > floor[g]}
@@ -99,8 +103,7 @@ def greedy(model: CostModel, cf: float, metric: str, seed: int, limits: Limits =
         fastest = max(gains.values())
         fast = [group for group, value in gains.items() if value >= 0.9 * fastest]
         chosen = max(fast, key=lambda group: (below[group] / model.sizes[group], -group))
-        fewer = below[chosen] - max(1, model.sizes[chosen] // 128)
-        width = max(floor[chosen], fewer - fewer % limits.align)
+        width = smaller(chosen, below[chosen] - max(1, model.sizes[chosen] // 128))
         above, below = below, (*below[:chosen], width, *below[chosen + 1 :])
         for group in model.neighbours[chosen] & gains.keys():
             gains[group] = gain(group)

@@ -108,7 +108,9 @@ def ranking_solution(
     for group, own in enumerate(scores):
         price = 1.0
         if ranking.per_cost:
-            price = max(getattr(model.marginal(model.sizes, group), metric), 1e-12)
+            units = min(limits.align, model.sizes[group])
+            saved = getattr(model.marginal(model.sizes, group, units), metric)
+            price = max(saved / units, 1e-12)
         ranked.append([score / price for score in ranking.normalise(own)])
     return solve(model, _rank_curve(ranked), cf, metric, limits)
 

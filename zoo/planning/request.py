@@ -19,7 +19,7 @@ from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.models import architecture
 from zoo.planning.best import BEST, best_policies, best_profile
 from zoo.planning.decisions import Decisions
-from zoo.planning.latency import latency_table
+from zoo.planning.latency import Clock, latency_table
 from zoo.planning.learned import LEARNED, learned_policy, play
 from zoo.planning.policies import POLICIES, policy_solution
 from zoo.planning.rankings import RANKINGS, ranking_solution
@@ -35,7 +35,10 @@ __all__ = ["Request", "plan_of", "planned", "request"]
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: `name` of the profile or policy, and the profile if it is one."""
+    """A checked request: `name` of the profile or policy, and the profile if it is one.
+
+    `align` is None for the step of the runtime that the network is for, and 1 without one.
+    """
 
     name: str
     profile: Profile | None
@@ -43,7 +46,7 @@ class Request:
     metric: str
     criterion: str
     seed: int
-    align: int
+    align: int | None
     floor: float
     keep: Mapping[str, float]
     refit: bool
@@ -57,7 +60,7 @@ def request(
     metric: str = "params",
     criterion: str = "random",
     seed: int = 0,
-    align: int = 1,
+    align: int | None = None,
     floor: float = 0.0,
     keep: Mapping[str, float] | None = None,
     refit: bool = False,
@@ -76,7 +79,7 @@ def request(
         raise unknown("metric", metric, METRICS)
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
-    seed, align = integer("seed", seed), integer("align", align, 1)
+    seed, align = integer("seed", seed), None if align is None else integer("align", align, 1)
     if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
         raise ZooError(f"floor={floor!r}: the least keep ratio of a group must be in [0, 1].")
     if cf is not None:
@@ -89,7 +92,7 @@ def request(
             cf, metric = resolved.cf, resolved.metric
         if not refit:
             _check_verbatim(name, resolved, arch, cf, metric)
-            if align != 1 or floor or keep:
+            if align not in (None, 1) or floor or keep:
                 raise ZooError(
                     f"The profile {name} is applied verbatim; align=, floor= and keep= need a "
                     f"policy{', or refit=True' if arch else ''}."
@@ -161,10 +164,12 @@ def planned(
     groups: ChannelGroups,
     request: Request,
     data: Dataset[Any] | DataLoader[Any] | None,
+    clock: Clock | None = None,
 ) -> Plan:
     """The plan for `request` on these groups of `module`: first widths, then channels.
 
-    Latency is measured on the device of `module`, or read from the cache.
+    Latency is measured by `clock`, which by default is PyTorch's on the device of `module`, or read
+    from the cache. Where the request leaves `align` open, widths are multiples of the clock's step.
 
     Raises:
         ZooError: when the policy or the criterion needs data and there is none.
@@ -172,16 +177,18 @@ def planned(
         GraphError: when the profile's groups, or those in `keep`, are not the network's.
     """
     if request.name == BEST:
-        return _best(module, groups, request, data)
+        return _best(module, groups, request, data, clock)
     ranking = RANKINGS.get(request.name) if request.profile is None else None
     if ranking is not None and CRITERIA[ranking.criterion].needs_data and data is None:
         raise ZooError(
             f"The policy {request.name!r} ranks channels by {ranking.criterion!r}, which needs "
             f"data: pass data=, a Dataset or DataLoader."
         )
-    latency = latency_table(module, groups) if request.metric == "latency" else None
+    latency = latency_table(module, groups, clock) if request.metric == "latency" else None
     model = cost_model(groups, latency)
-    limits, whole = _limits(groups, request)
+    chosen = request.profile is None or request.refit  # and not applied verbatim
+    step = clock.step if clock is not None and request.align is None and chosen else 1
+    limits, whole = _limits(groups, request, request.align or step)
     groups = replace(groups, unprunable={**groups.unprunable, **whole})
     device = next(module.parameters()).device
     batches = None if data is None else labelled_batches(data, device, request.seed)
@@ -203,13 +210,14 @@ def _best(
     groups: ChannelGroups,
     request: Request,
     data: Dataset[Any] | DataLoader[Any] | None,
+    clock: Clock | None,
 ) -> Plan:
     """The plan of the first of the best policies that reaches the factor."""
     *first, last = best_policies(request.metric, data=data is not None)
     for name in first:
         with suppress(FactorError):
-            return planned(module, groups, replace(request, name=name), data)
-    return planned(module, groups, replace(request, name=last), data)
+            return planned(module, groups, replace(request, name=name), data, clock)
+    return planned(module, groups, replace(request, name=last), data, clock)
 
 
 def _stays_whole(unprunable: Mapping[str, str], most: int = 5) -> str:
@@ -290,7 +298,7 @@ def plan_of(
     )
 
 
-def _limits(groups: ChannelGroups, request: Request) -> tuple[Limits, dict[str, str]]:
+def _limits(groups: ChannelGroups, request: Request, align: int) -> tuple[Limits, dict[str, str]]:
     """The limits on widths, and the groups that they leave whole, with the reason."""
     pinned: dict[int, int] = {}
     by: dict[int, str] = {}
@@ -308,8 +316,8 @@ def _limits(groups: ChannelGroups, request: Request) -> tuple[Limits, dict[str, 
                 )
             by[index] = name
     whole = {
-        group.name: f"has {group.size} channels, no more than align={request.align}"
+        group.name: f"has {group.size} channels, no more than align={align}"
         for index, group in enumerate(groups.groups)
-        if request.align > 1 and group.size <= request.align and index not in pinned
+        if align > 1 and group.size <= align and index not in pinned
     }
-    return Limits(request.align, pinned, request.floor), whole
+    return Limits(align, pinned, request.floor), whole

@@ -45,7 +45,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a latency depends on beside the network: device, software, threads, inputs."""
+    """What a latency depends on beside the network: device, software, threads, inputs.
+
+    Attributes:
+        runtime, provider: ONNX Runtime with its version, and what it ran on; "" for PyTorch.
+        step: widths between two multiples of it take as long as the larger one.
+    """
 
     device: str
     torch: str
@@ -54,6 +59,15 @@ class Conditions:
     batch: int
     image_size: int
     inputs: tuple[InputShape, ...] = ()
+    runtime: str = ""
+    provider: str = ""
+    step: int = 1
+
+    @property
+    def where(self) -> str:
+        """Hardware, threads and software, as text."""
+        software = f"{self.runtime} with {self.provider}" if self.runtime else f"torch {self.torch}"
+        return f"{self.device}, {self.threads} thread(s), {software}"
 
 
 @dataclass(frozen=True)
@@ -61,18 +75,19 @@ class LayerTimes:
     """Times of the layer with `weight`: `ms[o][i]` milliseconds at `outputs[o]` by `inputs[i]`.
 
     `outputs` and `inputs` are ascending lengths of the weight's first two dimensions; times never
-    fall along them.
+    fall along them. Lengths between two multiples of `step` take as long as the larger one.
     """
 
     weight: str
     outputs: tuple[int, ...]
     inputs: tuple[int, ...]
     ms: tuple[tuple[float, ...], ...]
+    step: int = 1
 
     def __call__(self, outputs: int, inputs: int) -> float:
         """Milliseconds, interpolated bilinearly in the grid; outside of it, those of its edge."""
-        row, across = _place(self.outputs, outputs)
-        column, along = _place(self.inputs, inputs)
+        row, across = _place(self.outputs, -(-outputs // self.step) * self.step)
+        column, along = _place(self.inputs, -(-inputs // self.step) * self.step)
         low, high = (
             times[column] + along * (times[column + 1] - times[column]) if along else times[column]
             for times in (self.ms[row], self.ms[row + 1 if across else row])
@@ -181,10 +196,10 @@ class CostModel:
         pruned = self.total(widths, metric)
         return float(getattr(self.dense, metric)) / pruned
 
-    def marginal(self, widths: Sequence[int], group: int) -> Cost:
-        """What removing one unit of `group` saves at `widths`."""
+    def marginal(self, widths: Sequence[int], group: int, units: int = 1) -> Cost:
+        """What removing a unit of `group`, or several, saves at `widths`."""
         fewer = list(widths)
-        fewer[group] -= 1
+        fewer[group] -= units
         params = macs = 0
         for term in self._terms_of[group]:
             before = after = 1

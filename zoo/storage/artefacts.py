@@ -251,8 +251,7 @@ def _readme(record: PruningRecord) -> str:
         notes.insert(
             1,
             f"Latency of {on.batch} image(s) of {plan.input_size}, {on.dtype}, "
-            f"predicted from layers timed on {on.device}, {on.threads} thread(s), "
-            f"torch {on.torch}.",
+            f"predicted from layers timed on {on.where}.",
         )
     argument = "" if name else ", skeleton=dense_network"
     return f"""# {name or "A network"}, channel-pruned
