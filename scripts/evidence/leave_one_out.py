@@ -29,7 +29,9 @@ from zoo.search.tasks import say
 from zoo.search.transfer import TransferSettings
 from zoo.spec.profile import Evidence
 
-RIVALS = ("equal", "increasing", "residual-dense", "global", "global-per-cost", "knapsack")
+RIVALS = (
+    "equal", "increasing", "residual-dense", "global", "global-fisher-per-cost", "knapsack",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

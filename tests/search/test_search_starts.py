@@ -287,7 +287,7 @@ def test_a_search_starts_from_a_learned_policy_and_from_the_best(tmp_path):
     config = tiny_search(tmp_path)
     tasks, cost = load(config), cost_model(reference_groups("cnet"))
     assert start_ratios("best", "cnet", tasks, cost, 2.0, "params") == start_ratios(
-        "global-per-cost", "cnet", tasks, cost, 2.0, "params"
+        "global-fisher-per-cost", "cnet", tasks, cost, 2.0, "params"
     )
     silent = {
         f"{layer}.{kind}": np.zeros(shape, np.float32)

@@ -73,7 +73,7 @@ likewise, DepGraph, network slimming (Liu et al., 2017), LAMP; knapsack pruning 
 2020)."""
 
 
-BEST_RANKING = {"params": "global-per-cost", "macs": "global", "latency": "global"}
+BEST_RANKING = {"params": "global-fisher-per-cost", "macs": "global", "latency": "global"}
 """Metric -> the ranking that the evidence puts first (docs/evidence.md)."""
 
 
