@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import zoo
 from zoo.cli import main
-from zoo.errors import FactorError
+from zoo.errors import FactorError, GraphError
 from zoo.models import build_model
 from zoo.planning.best import best_policies, reason
 from zoo.planning.policies import POLICIES
@@ -27,6 +28,15 @@ def dense() -> nn.Module:
 def images() -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     return TensorDataset(torch.rand(32, 3, 32, 32, generator=generator), torch.arange(32) % 10)
+
+
+def trained(dense: nn.Module) -> nn.Module:
+    """A copy with other batch-norm scales, as training gives."""
+    own = copy.deepcopy(dense)
+    for layer in own.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            nn.init.uniform_(layer.weight, 0.5, 1.5)
+    return own
 
 
 def test_a_searched_profile_is_taken_where_there_is_one(dense: nn.Module) -> None:
@@ -46,10 +56,18 @@ def test_images_put_the_ranking_first(dense: nn.Module, images: TensorDataset) -
 
 
 def test_what_nobody_searched_for_is_pruned_by_a_policy(dense: nn.Module) -> None:
-    plan = zoo.load("resnet20-16", 3, dense).pruning.plan
-    assert plan.profile == "increasing"
-    assert plan.got == pytest.approx(3, rel=0.01)
-    assert zoo.plan(dense, torch.zeros(1, 3, 32, 32), cf=3) == plan
+    x, own = torch.zeros(1, 3, 32, 32), trained(dense)
+    for metric, first in (("params", "global-lamp"), ("macs", "global-bn")):
+        plan = zoo.load("resnet20-16", 3, own, metric=metric).pruning.plan
+        assert plan.profile == first
+        assert plan.got == pytest.approx(3, rel=0.01)
+        assert zoo.plan(own, x, cf=3, metric=metric) == plan
+
+
+def test_an_untrained_network_has_no_scales_to_rank(dense: nn.Module) -> None:
+    with pytest.raises(GraphError, match="score the same by 'bn_scale'"):
+        zoo.load("resnet20-16", 3, dense, metric="macs", profile="global-bn")
+    assert zoo.load("resnet20-16", 3, dense, metric="macs").pruning.plan.profile == "increasing"
 
 
 def test_a_policy_that_cannot_reach_the_factor_gives_way(dense: nn.Module) -> None:
@@ -75,7 +93,7 @@ def test_one_line_says_what_was_taken_and_what_else_there_is(
 ) -> None:
     checkpoint = tmp_path / "dense.pt"
     torch.save(dense.state_dict(), checkpoint)
-    for cf, name in (("4", "bundled:resnet20-16/params-cf4"), ("3", "'increasing'")):
+    for cf, name in (("4", "bundled:resnet20-16/params-cf4"), ("3", "'global-lamp'")):
         asked = ["prune", "resnet20-16", "--cf", cf, "--weights", str(checkpoint)]
         assert main([*asked, "--out", str(tmp_path / cf)]) == 0
         (line,) = [own for own in capsys.readouterr().out.splitlines() if own.startswith("best")]

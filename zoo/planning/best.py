@@ -15,8 +15,12 @@ __all__ = ["BEST", "best_policies", "best_profile", "reason"]
 
 BEST = "best"
 
-WITHOUT_DATA = ("increasing", "equal")
-"""The policies without images: the second where the first cannot reach the factor."""
+WITHOUT_DATA = {
+    "params": ("global-lamp", "increasing", "equal"),
+    "macs": ("global-bn", "increasing", "equal"),
+    "latency": ("global-bn", "increasing", "equal"),
+}
+"""Metric -> the policies without images, each for where those before it do not work."""
 
 
 def best_profile(
@@ -38,7 +42,7 @@ def best_policies(metric: str, *, data: bool) -> tuple[str, ...]:
         metric: what the factor counts.
         data: whether there are labelled images to score channels with.
     """
-    return (BEST_RANKING[metric],) if data else WITHOUT_DATA
+    return (*((BEST_RANKING[metric],) if data else ()), *WITHOUT_DATA[metric])
 
 
 def reason(name: str, metric: str) -> str:
@@ -53,6 +57,6 @@ def reason(name: str, metric: str) -> str:
         exams = len({row.exam for row in get_profile(name).evidence})
         evidence = f"measured on {exams} networks that it did not see" if exams else "not measured"
         return f"best took {name}: found by a search on other data, {evidence}; {better}."
-    if name in WITHOUT_DATA:
-        return f"best took {name!r}: nothing was searched for this network and factor; {better}."
-    return f"best took {name!r}, which ranks the channels of these weights (docs/evidence.md)."
+    if name == BEST_RANKING[metric]:
+        return f"best took {name!r}, which ranks the channels of these weights (docs/evidence.md)."
+    return f"best took {name!r}: nothing was searched for this network and factor; {better}."

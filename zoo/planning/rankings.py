@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from zoo.criteria.weight_scores import Scores
-from zoo.errors import ZooError
+from zoo.errors import GraphError
 from zoo.planning.knapsack import knapsack_solution
 from zoo.planning.solver import FREE, Curve, Limits, Solution, solve
 from zoo.spec.cost import CostModel
@@ -95,12 +95,13 @@ def ranking_solution(
 
     Raises:
         FactorError: when the ranking cannot reach the factor.
-        ZooError: when all scores are 0.
+        GraphError: when the channels of every group score the same.
     """
-    if not any(map(any, scores)):
-        raise ZooError(
-            f"All channels score 0 by {ranking.criterion!r}, so they cannot be ranked: the weights "
-            f"are zero, or no gradient reaches them."
+    alike = not any(map(any, scores)) or not ranking.per_cost
+    if alike and all(min(own) == max(own) for own in scores):
+        raise GraphError(
+            f"The channels of every group score the same by {ranking.criterion!r}, so they cannot "
+            f"be ranked: the network is untrained, or no gradient reaches its weights."
         )
     if ranking.knapsack:
         return knapsack_solution(scores, model, cf, metric, limits).solution

@@ -212,10 +212,10 @@ def _best(
     data: Dataset[Any] | DataLoader[Any] | None,
     clock: Clock | None,
 ) -> Plan:
-    """The plan of the first of the best policies that reaches the factor."""
+    """The plan of the first of the best policies that works here and reaches the factor."""
     *first, last = best_policies(request.metric, data=data is not None)
     for name in first:
-        with suppress(FactorError):
+        with suppress(FactorError, GraphError):
             return planned(module, groups, replace(request, name=name), data, clock)
     return planned(module, groups, replace(request, name=last), data, clock)
 
