@@ -23,7 +23,7 @@ from tyro.conf import OmitArgPrefixes
 
 from zoo.common.documents import encode
 from zoo.search.evaluation import Evaluator
-from zoo.search.fidelities import Fidelity, FineTuning, Recalibration
+from zoo.search.fidelities import Distilled, Fidelity, Recalibration
 from zoo.search.ledger import Ledger
 from zoo.search.tasks import Task, load_tasks, say
 from zoo.search.transfer import Played, TransferSettings, cases, learn
@@ -40,11 +40,12 @@ class Options:
     size: int = 32
     """pixels per side"""
     calibration_images: int = 1024
-    """training images for the recalibration"""
+    """training images for the recalibration, without distillation"""
     val_images: int = 2000
-    """validation images of every episode"""
-    tune_images: int = 0
-    """fine-tune one epoch on this many training images in place of the recalibration"""
+    """validation images of every episode, without distillation"""
+    distill_steps: int = 50
+    """steps of distillation after the recalibration; 0 for none: by MACs a recalibration alone does
+    not rank profiles near a good one (docs/evidence.md)"""
     settings: Annotated[TransferSettings, OmitArgPrefixes] = dataclasses.field(
         default_factory=TransferSettings
     )
@@ -57,8 +58,8 @@ def main(options: Options) -> None:
     known = cases(tasks, options.settings)
     say(f"{len(known)} cases of {len(tasks)} base networks")
     fidelity: Fidelity = Recalibration(options.calibration_images, options.val_images)
-    if options.tune_images:
-        fidelity = FineTuning.of(1, options.tune_images, 0.05)
+    if options.distill_steps:
+        fidelity = Distilled(options.distill_steps)
     played: list[Played] = []
     log = options.out / "episodes.jsonl"
     log.unlink(missing_ok=True)

@@ -54,6 +54,8 @@ class Options:
     """training images of every fine-tune"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of the channels kept and of the training"""
+    distill_steps: int = 50
+    """of every episode of the training, as in learn_policy.py"""
     settings: Annotated[TransferSettings, OmitArgPrefixes] = field(default_factory=TransferSettings)
 
 
@@ -77,7 +79,7 @@ def _training(arch: str, out: Path, options: Options) -> learn_policy.Options:
     others = tuple(text for text in options.tasks if text.partition("=")[0] != arch)
     return learn_policy.Options(
         tasks=others, data_dir=options.data_dir, out=out, size=options.size,
-        settings=options.settings,
+        distill_steps=options.distill_steps, settings=options.settings,
     )  # fmt: skip
 
 
