@@ -91,7 +91,10 @@ def main(config: Gate) -> None:
     columns: dict[str, tuple[Task, Fidelity]] = {
         "recalibration, 1,024 + 2,000 images": (task, Recalibration(1024, 2000)),
         "recalibration, 2,048 + all images": (task, Recalibration()),
-        "recalibration, 100 steps of distillation": (task, Distilled(100)),
+        **{
+            f"recalibration, {steps} steps of distillation": (task, Distilled(steps))
+            for steps in (25, 50, 100)
+        },
         "fine-tune, 1 epoch of a quarter": (task, FineTuning.of(1, config.images // 4, LR)),
         "fine-tune, 1 epoch": (task, FineTuning.of(1, config.images, LR)),
     }

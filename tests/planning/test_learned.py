@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import zoo
+import zoo.planning.learned as learned
 from zoo.errors import DocumentError, ZooError
 from zoo.planning.decisions import FEATURES, Decisions
 from zoo.planning.learned import LearnedPolicy, Training, learned_policy, play
@@ -247,3 +248,13 @@ def test_limits_hold() -> None:
     assert found.widths[0] == 64
     assert all(width % 16 == 0 for width in found.widths)
     assert all(w >= 0.2 * size for w, size in zip(found.widths, groups.sizes, strict=True))
+
+
+def test_without_a_bundled_policy_the_folder_has_to_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learned, "bundled_folder", lambda: tmp_path / "policy")
+    with pytest.raises(ZooError, match="as learned:FOLDER"):
+        zoo.prune(Two(), torch.zeros(1, 3, 8, 8), cf=2, profile="learned")
+    policy_of().write(tmp_path / "policy")
+    assert zoo.plan(Two(), torch.zeros(1, 3, 8, 8), cf=2, profile="learned").profile == "learned"

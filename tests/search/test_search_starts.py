@@ -263,10 +263,10 @@ def test_profiles_of_other_factors_are_scaled(config):
         ("globl", r"'globl'. Did you mean 'global'\? Known: .*equal.*knapsack.*bundled:"),
         (
             "bundled:resnet20-16/params-cf4",
-            r"for resnet20-16, not cnet. Known: learned, equal.*bundled:cnet",
+            r"for resnet20-16, not cnet. Known: equal.*bundled:cnet",
         ),
         ("bundled:cnet/params-cf5", r"Unknown profile .*Known: bundled:cnet"),
-        ("global-bn", r"gives .*no profile at 2x params. Known: learned, equal"),
+        ("global-bn", r"gives .*no profile at 2x params. Known: equal"),
         ("file:nowhere.json", "does not exist"),
     ],
 )

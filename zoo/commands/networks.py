@@ -116,8 +116,8 @@ class PruneCommand:
     """folder to write the pruned network to"""
     profile: str = "best"
     """best; searched; a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO); or a
-    policy: learned, equal, increasing, decreasing, residual-dense, random, greedy, global-l2,
-    global-lamp, global-bn; or, with --data, knapsack, global, global-fisher, global-per-cost,
+    policy: equal, increasing, decreasing, residual-dense, random, greedy, global-l2, global-lamp,
+    global-bn, learned:FOLDER; or, with --data, knapsack, global, global-fisher, global-per-cost,
     global-fisher-per-cost"""
     metric: Metric = "params"
     """cost that the factor refers to; latency is measured once on this machine, in PyTorch on the

@@ -127,6 +127,8 @@ def learned_policy(name: str = LEARNED) -> LearnedPolicy:
         DocumentError: for one of another version, or a broken one.
     """
     _, _, folder = name.partition(":")
+    if not folder and not bundled_folder().is_dir():
+        raise ZooError("No learned policy is bundled: name the folder of yours as learned:FOLDER.")
     return LearnedPolicy.read(Path(folder).expanduser() if folder else bundled_folder())
 
 

@@ -134,8 +134,8 @@ def _resolved(
         name, found = profile, get_profile(profile)
     else:
         sources = ("bundled:...", "published:...", "file:...", "hf:...")
-        known = [BEST, *(["searched"] if arch else []), LEARNED]
-        choices = [*known, *POLICIES, *RANKINGS, *sources]
+        known = [BEST, *(["searched"] if arch else [])]
+        choices = [*known, *POLICIES, *RANKINGS, f"{LEARNED}:...", *sources]
         raise unknown("profile", profile, choices)
     untagged = arch.partition(".")[0] if arch.startswith("timm:") else arch
     if arch and found.architecture not in (untagged, architecture(arch).profiles_from):

@@ -83,4 +83,4 @@ def start_ratios(
 
 def _choices(arch: str) -> str:
     own = [entry.reference for entry in list_profiles(arch=arch)]
-    return f"Known: {', '.join([LEARNED, *POLICIES, *RANKINGS, *own])}, file:<path>."
+    return f"Known: {', '.join([*POLICIES, *RANKINGS, f'{LEARNED}:<folder>', *own])}, file:<path>."
