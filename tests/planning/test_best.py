@@ -104,6 +104,16 @@ def test_one_line_says_what_was_taken_and_what_else_there_is(
     assert "best" not in capsys.readouterr().out
 
 
+def test_the_logger_says_it_once(dense: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "zoo"):
+        zoo.load("resnet20-16", 4, dense)
+        zoo.prune(trained(dense), torch.zeros(1, 3, 32, 32), cf=3, metric="macs")
+        zoo.load("resnet20-16", 4, dense, profile="equal")
+    first, second = [record.getMessage() for record in caplog.records if record.name == "zoo"]
+    assert first.startswith("best took bundled:resnet20-16/params-cf4")
+    assert second.startswith("best took 'global-bn'")
+
+
 def test_every_policy_that_it_names_exists() -> None:
     for metric in BEST_RANKING:
         for data in (True, False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -17,7 +18,7 @@ from zoo.criteria.scores import CRITERIA, channel_scores, labelled_batches
 from zoo.criteria.weight_scores import Scores
 from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.models import architecture
-from zoo.planning.best import BEST, best_policies, best_profile
+from zoo.planning.best import BEST, best_policies, best_profile, reason
 from zoo.planning.decisions import Decisions
 from zoo.planning.latency import Clock, latency_table
 from zoo.planning.learned import LEARNED, learned_policy, play
@@ -37,7 +38,8 @@ __all__ = ["Request", "plan_of", "planned", "request"]
 class Request:
     """A checked request: `name` of the profile or policy, and the profile if it is one.
 
-    `align` is None for the step of the runtime that the network is for, and 1 without one.
+    `align` is None for the step of the runtime that the network is for, and 1 without one. `best`
+    says that `best` was asked for, and `name` is what it stands for.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Request:
     floor: float
     keep: Mapping[str, float]
     refit: bool
+    best: bool = False
 
 
 def request(
@@ -100,7 +103,10 @@ def request(
     if cf is None:
         raise FactorError(f"{name!r} needs a compression factor: pass cf=.")
     pins = dict(keep or {})
-    return Request(name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit)
+    return Request(
+        name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit,
+        best=profile == BEST,
+    )  # fmt: skip
 
 
 def _resolved(
@@ -201,8 +207,10 @@ def planned(
     except FactorError as error:
         bound = " keep= or floor= bound the widths." if request.keep or request.floor else ""
         raise FactorError(f"{error}{bound}{_stays_whole(groups.unprunable)}") from None
-    scores = scores_by(request.criterion)
-    return plan_of(request, groups, widths, scores, latency)
+    plan = plan_of(request, groups, widths, scores_by(request.criterion), latency)
+    if request.best:
+        logging.getLogger("zoo").info(reason(plan.profile, plan.metric))
+    return plan
 
 
 def _best(
