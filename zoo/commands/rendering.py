@@ -49,7 +49,7 @@ def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> 
         factors = f"{entry.cf:g}x", f"{entry.got:.2f}x"
         table.add_row(entry.reference, entry.architecture, entry.metric, *factors)
     console = _console()
-    console.print(table if entries else "No such profile; --profile equal works at any factor.")
+    console.print(table if entries else "No such profile; a policy prunes by any factor.")
     for other in dict.fromkeys(entry.architecture for entry in entries):
         if arch and arch != other:
             console.print(_provisional(arch, other), highlight=False)
@@ -65,7 +65,7 @@ def print_tables(tables: Iterable[Table]) -> None:
 def print_policies(architectures: Sequence[str]) -> None:
     """Print the `architectures` without a searched profile, and how to prune them."""
     _console().print(
-        f"\nNot searched; prune by a policy at any factor (--profile equal): "
+        f"\nNot searched; the best policy prunes them at any factor: "
         f"{', '.join(architectures)}, and any other torchvision:NAME or timm:NAME.",
         highlight=False,
     )
