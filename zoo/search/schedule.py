@@ -99,8 +99,9 @@ class Network:
         "increasing",
         "greedy",
         "global",
-        "global-per-cost",
-        "global-fisher",
+        "global-fisher-per-cost",
+        "global-bn",
+        "global-lamp",
         "knapsack",
     )
     sibling: bool = False
