@@ -112,7 +112,8 @@ def load(
         cf: compression factor, dense / pruned; a `Profile` or a reference has one of its own.
         weights: a checkpoint's path, a state dict, a module, `bundled:<architecture>/<name>`, or
             `hf:<org>/<repo>[/<file>][@<rev>]`. There is no default.
-        profile: `best`, the bundled searched profile or what the evidence puts before it;
+        profile: `best`, the bundled searched profile (rescaled where `align`, `floor` or `keep` are
+            given) or what the evidence puts before it;
             `searched`, that profile or an error; a policy's name, a reference, or a `Profile`.
             `module.pruning.plan.profile` says what `best` took.
         metric: what `cf` counts: `params`, `macs` or `latency`, which is measured once and cached:

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 
 import zoo
 from zoo.cli import main
-from zoo.errors import FactorError, GraphError
+from zoo.errors import FactorError, GraphError, ZooError
 from zoo.models import build_model
 from zoo.planning.best import best_policies, reason
 from zoo.planning.policies import POLICIES
@@ -53,6 +53,20 @@ def test_images_put_the_ranking_first(dense: nn.Module, images: TensorDataset) -
         plan = zoo.load("resnet20-16", 4, dense, metric=metric, data=images).pruning.plan
         assert plan.profile == BEST_RANKING[metric]
         assert plan.got == pytest.approx(4, rel=0.01)
+
+
+def test_limits_rescale_the_searched_profile(dense: nn.Module) -> None:
+    asked = {"align": 8, "keep": {"layer1.0.conv1": 1.0}}
+    plan = zoo.load("resnet20-16", 4, dense, **asked).pruning.plan
+    assert (
+        plan
+        == zoo.load("resnet20-16", 4, dense, profile="searched", refit=True, **asked).pruning.plan
+    )
+    assert plan.profile == "bundled:resnet20-16/params-cf4"
+    assert plan.keep_ratios["layer1.0.conv1"] == 1
+    assert plan.got == pytest.approx(4, rel=0.05)
+    with pytest.raises(ZooError, match="applied verbatim"):
+        zoo.load("resnet20-16", 4, dense, profile="searched", align=8)
 
 
 def test_what_nobody_searched_for_is_pruned_by_a_policy(dense: nn.Module) -> None:

@@ -93,9 +93,11 @@ def request(
             if metric not in ("params", resolved.metric):  # params is what nobody asked for
                 _check_verbatim(name, resolved, arch, resolved.cf, metric)
             cf, metric = resolved.cf, resolved.metric
+        limited = align not in (None, 1) or bool(floor) or bool(keep)
+        refit = refit or (profile == BEST and limited)
         if not refit:
             _check_verbatim(name, resolved, arch, cf, metric)
-            if align not in (None, 1) or floor or keep:
+            if limited:
                 raise ZooError(
                     f"The profile {name} is applied verbatim; align=, floor= and keep= need a "
                     f"policy{', or refit=True' if arch else ''}."
