@@ -43,7 +43,7 @@ class Options:
     """training images for the recalibration, without distillation"""
     val_images: int = 2000
     """validation images of every episode, without distillation"""
-    distill_steps: int = 50
+    distill_steps: int = 100
     """steps of distillation after the recalibration; 0 for none: by MACs a recalibration alone does
     not rank profiles near a good one (docs/evidence.md)"""
     settings: Annotated[TransferSettings, OmitArgPrefixes] = dataclasses.field(

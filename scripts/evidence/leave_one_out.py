@@ -54,7 +54,7 @@ class Options:
     """training images of every fine-tune"""
     seeds: tuple[int, ...] = (0, 1, 2)
     """of the channels kept and of the training"""
-    distill_steps: int = 50
+    distill_steps: int = 100
     """of every episode of the training, as in learn_policy.py"""
     settings: Annotated[TransferSettings, OmitArgPrefixes] = field(default_factory=TransferSettings)
 
