@@ -75,7 +75,7 @@ bench() {
 		cat "$KEPT"/*.whl.* | xz --decompress | tar x -C "$SITE"
 		echo "joined ${whole%%.whl.*}"
 	fi
-	timeout 330 "$PYTHON" scripts/bench deploy --out "$1/deploy.jsonl" $DEPLOY 2>&1 |
+	timeout 330 "$PYTHON" scripts/bench deploy --no-latency --out "$1/deploy.jsonl" $DEPLOY 2>&1 |
 		tee "$1/deploy.txt"
 }
 

@@ -223,7 +223,7 @@ def test_a_factor_that_no_profile_has_names_those_there_are() -> None:
     assert find_profile("resnet20-16", 10)[0] == "bundled:resnet20-16/params-cf10"
     with pytest.raises(FactorError, match=r"at 4x params: it has 4x macs, 2\.5x params, 10x par"):
         find_profile("resnet20-16", 4)
-    with pytest.raises(FactorError, match=r"cnet has none\. profile='equal'.*any factor"):
+    with pytest.raises(FactorError, match=r"cnet has none\. profile='best'.*any factor"):
         find_profile("cnet", 4)
 
 

@@ -109,6 +109,8 @@ def test_what_has_no_numbers_cannot_be_verified() -> None:
     with pytest.warns(UserWarning, match="could not be verified"):
         pruned = zoo.prune(net().to("meta"), IMAGES.to("meta"), cf=2)
     assert next(pruned.parameters()).is_meta
+    with pytest.raises(GraphError, match="'global-l2' ranks channels by their weights"):
+        zoo.prune(net().to("meta"), IMAGES.to("meta"), cf=2, profile="global-l2")
 
 
 def kept_by_itself(n: nn.Module, x: Tensor) -> Tensor:

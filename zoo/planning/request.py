@@ -192,6 +192,11 @@ def planned(
             f"The policy {request.name!r} ranks channels by {ranking.criterion!r}, which needs "
             f"data: pass data=, a Dataset or DataLoader."
         )
+    if ranking is not None and any(parameter.is_meta for parameter in module.parameters()):
+        raise GraphError(
+            f"The policy {request.name!r} ranks channels by their weights, of which a network on "
+            f"the meta device has none."
+        )
     latency = latency_table(module, groups, clock) if request.metric == "latency" else None
     model = cost_model(groups, latency)
     chosen = request.profile is None or request.refit  # and not applied verbatim
