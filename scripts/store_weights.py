@@ -3,6 +3,7 @@
     BASES=scripts/campaign-results/base
     python scripts/store_weights.py --data-dir DIR --weights \
         "resnet20-16/cifar10=$BASES/resnet20-16/16/cifar10-0/base.safetensors" \
+        "resnet20/cifar10=$BASES/resnet20/16/cifar10-0/base.safetensors" \
         "cnet/cifar10=$BASES/cnet/16/cifar10-0/base.safetensors"
 
 They are rounded to half precision; the accuracy in the index is that of the rounded weights on the

@@ -27,7 +27,7 @@ def test_bundled_weights_are_a_trained_network_of_their_architecture(
     assert record.source.reference == entry.reference
     assert record.source.sha256 == entry.sha256
     assert (record.num_classes, record.size) == (entry.num_classes, entry.image_size)
-    assert record.plan.profile.startswith("bundled:")  # a profile was searched for each of them
+    assert record.plan.got > 2.5  # a profile is for the reference, whose images may be larger
     dense = zoo.create_model(entry.architecture, entry.num_classes, pretrained=entry.reference)
     x = torch.rand(64, 3, entry.image_size, entry.image_size)
     logits = dense.eval()(x)
