@@ -119,8 +119,8 @@ def test_no_layer_goes_below_the_floor_and_the_others_pay(policy):
 def test_a_profile_is_verbatim_unless_it_is_refit():
     dense = build_model("resnet20-16", 10)
     with pytest.raises(ZooError, match="applied verbatim"):
-        zoo.load("resnet20-16", 4, dense, align=8)
-    refit = zoo.load("resnet20-16", 4, dense, align=8, refit=True)
+        zoo.load("resnet20-16", 4, dense, profile="searched", align=8)
+    refit = zoo.load("resnet20-16", 4, dense, profile="searched", align=8, refit=True)
     widths = refit.pruning.plan.widths
     assert all(width % 8 == 0 for width in widths.values())
     assert refit.pruning.plan.got == pytest.approx(4, rel=0.01)
