@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from learnt import base_networks
 
 from zoo.search.campaign import SearchConfig, search_profile
 from zoo.search.tasks import Task, load_tasks
 from zoo.spec.profile import Profile
 
-__all__ = ["load", "search", "tiny_search"]
+__all__ = ["load", "quick", "search", "tiny_search"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """Few steps of recalibration, in the modules that import it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zoo.search.fidelities.SGD_STEPS", 5)
+        yield
 
 
 def tiny_search(folder: Path) -> SearchConfig:

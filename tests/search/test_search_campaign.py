@@ -8,12 +8,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny_search import load, search, tiny_search
+from tiny_search import load, quick, search, tiny_search  # noqa: F401
 
 from zoo.data.datasets import load_data
 from zoo.errors import DocumentError, FactorError, ZooError
@@ -33,13 +32,6 @@ from zoo.training.recipes import Recipe
 
 pytest.importorskip("stable_baselines3")
 pytest.importorskip("sklearn")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zoo.search.fidelities.SGD_STEPS", 5)
-        yield
 
 
 @pytest.fixture(scope="module")

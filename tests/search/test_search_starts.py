@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import statistics
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_search import load, search, tiny_search
+from tiny_search import load, quick, search, tiny_search  # noqa: F401
 
 from zoo.errors import ZooError
 from zoo.planning.decisions import FEATURES
@@ -175,13 +174,6 @@ def test_a_start_has_one_keep_ratio_for_every_group():
 
 
 # --- whole searches -------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("zoo.search.fidelities.SGD_STEPS", 5)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from zoo.planning.policies import equal
 from zoo.planning.rankings import BEST_RANKING, RANKINGS, Ranking, ranking_solution
 from zoo.planning.solver import FREE, Limits, Solution, round_widths, scale_curve, solve
 from zoo.spec.cost import CostModel
-from zoo.spec.groups import ChannelGroups, Group
+from zoo.spec.groups import ChannelGroups
 
 __all__ = ["FEATURES", "Decisions"]
 
@@ -74,7 +74,9 @@ class Decisions:
         self.scores, self.ranking = scores, ranking or RANKINGS[BEST_RANKING[metric]]
         self.corrections: list[float] = []
         self.known = self._known()
-        self._static = np.array([_described(groups, group, model) for group in groups.groups])
+        self._static = np.array(
+            [_described(groups, index, model) for index in range(len(groups.groups))]
+        )
         self._told = _summaries(scores) if scores else np.zeros((len(groups.groups), 5))
         self._target = model.total(model.sizes, metric) / cf
 
@@ -146,10 +148,9 @@ class Decisions:
         return round_widths(self.model.sizes, ratios, self.limits)
 
 
-def _described(groups: ChannelGroups, group: Group, model: CostModel) -> list[float]:
+def _described(groups: ChannelGroups, index: int, model: CostModel) -> list[float]:
     """What holds of a group whatever is pruned: the first 13 `FEATURES`."""
-    index = groups.names.index(group.name)
-    count, largest = len(model.sizes), max(model.sizes)
+    group, count, largest = groups.groups[index], len(model.sizes), max(model.sizes)
     weights = {slot.tensor for slot in group.slots if slot.tensor in groups.positions}
     writers = [name for name in group.filters if name in weights]
     readers = sorted(weights.difference(writers))

@@ -215,8 +215,9 @@ def planned(
         bound = " keep= or floor= bound the widths." if request.keep or request.floor else ""
         raise FactorError(f"{error}{bound}{_stays_whole(groups.unprunable)}") from None
     plan = plan_of(request, groups, widths, scores_by(request.criterion), latency)
-    if request.best:
-        logging.getLogger("zoo").info(reason(plan.profile, plan.metric))
+    log = logging.getLogger("zoo")
+    if request.best and log.isEnabledFor(logging.INFO):
+        log.info(reason(plan.profile, plan.metric))
     return plan
 
 

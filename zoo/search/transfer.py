@@ -207,18 +207,15 @@ def learn(
     Raises:
         ZooError: when Stable-Baselines3 is not installed.
     """
-    from zoo.search.agents.sb3 import transfer_ppo
+    from zoo.search.agents.ppo import PPOSettings, train_corrections
 
     env = TransferEnv(cases, evaluate, settings.seed, on_episode)
-    actor = transfer_ppo(
-        env,
-        settings.episodes,
-        steps=settings.round_steps,
-        epochs=settings.epochs,
-        lr=settings.lr,
-        std=settings.std,
-        hidden=settings.hidden,
-        seed=settings.seed,
+    own = PPOSettings(
+        epochs=settings.epochs, lr=settings.lr, std=settings.std, hidden=settings.hidden,
+        target_kl=0.05,
+    )  # fmt: skip
+    actor = train_corrections(
+        env, settings.episodes, steps=settings.round_steps, seed=settings.seed, settings=own
     )
     tensors = {
         f"{number}.{kind}": tensor.detach().numpy().astype(np.float32).copy()

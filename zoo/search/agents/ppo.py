@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-import torch
+import gymnasium
+from numpy.typing import NDArray
+from torch import nn
 
 from zoo.search.agents import Episode
-from zoo.search.agents.sb3 import PPO, Lockstep, train
+from zoo.search.agents.sb3 import PPO, Lockstep, VecEnv, train, train_alone
 from zoo.search.vector_env import PruningVectorEnv
 
-__all__ = ["PPOSettings", "train_ppo"]
+__all__ = ["PPOSettings", "train_corrections", "train_ppo"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class PPOSettings:
     """initial standard deviation of the actions, on [-1, 1]"""
     hidden: int = 64
     """units of each of the two tanh layers, of policy and value network alike"""
+    target_kl: float | None = None
+    """KL divergence from the last round's policy at which a round's passes end; None for no end"""
 
 
 def train_ppo(
@@ -62,25 +67,66 @@ def train_ppo(
     steps = len(env.groups.sizes)
 
     def make_model(lockstep: Lockstep) -> PPO:
-        return PPO(
-            "MlpPolicy",
-            lockstep,
-            learning_rate=settings.lr,
-            n_steps=steps,
-            batch_size=steps * env.num_envs,
-            n_epochs=settings.epochs,
-            gamma=1.0,
-            gae_lambda=1.0,
-            clip_range=settings.clip,
-            ent_coef=settings.entropy,
-            max_grad_norm=settings.max_grad_norm,
-            policy_kwargs={
-                "net_arch": {"pi": [settings.hidden] * 2, "vf": [settings.hidden] * 2},
-                "activation_fn": torch.nn.Tanh,
-                "log_std_init": math.log(settings.std),
-            },
-            seed=seed,
-            device="cpu",
-        )
+        return _ppo(lockstep, steps, settings, seed)
 
     return train(make_model, env, episodes, on_episode, stop)
+
+
+def train_corrections(
+    env: gymnasium.Env[NDArray, NDArray],
+    episodes: int,
+    *,
+    steps: int,
+    seed: int,
+    settings: PPOSettings,
+) -> list[nn.Linear]:
+    """Train on one environment, whose episodes may differ in length; the first mean action is zero.
+
+    Args:
+        env: the environment; one reward per episode.
+        episodes: how many to play; the round that has begun is finished.
+        steps: decisions between two updates.
+        seed: of the policy and its actions; the caller's random state is kept.
+        settings: settings of PPO.
+
+    Returns:
+        The linear layers of the policy, with a tanh between each two.
+    """
+    layers: list[nn.Linear] = []
+
+    def make_model(alone: VecEnv) -> PPO:
+        model = _ppo(alone, steps, settings, seed)
+        policy: Any = model.policy
+        nn.init.zeros_(policy.action_net.weight)
+        nn.init.zeros_(policy.action_net.bias)
+        every = (*policy.mlp_extractor.policy_net, policy.action_net)
+        layers.extend(layer for layer in every if isinstance(layer, nn.Linear))
+        return model
+
+    train_alone(make_model, env, episodes)
+    return layers
+
+
+def _ppo(env: VecEnv, steps: int, settings: PPOSettings, seed: int) -> PPO:
+    """The agent; a round, which is one batch, has `steps` decisions in every environment."""
+    return PPO(
+        "MlpPolicy",
+        env,
+        learning_rate=settings.lr,
+        n_steps=steps,
+        batch_size=steps * env.num_envs,
+        n_epochs=settings.epochs,
+        gamma=1.0,
+        gae_lambda=1.0,
+        clip_range=settings.clip,
+        ent_coef=settings.entropy,
+        max_grad_norm=settings.max_grad_norm,
+        target_kl=settings.target_kl,
+        policy_kwargs={
+            "net_arch": {"pi": [settings.hidden] * 2, "vf": [settings.hidden] * 2},
+            "activation_fn": nn.Tanh,
+            "log_std_init": math.log(settings.std),
+        },
+        seed=seed,
+        device="cpu",
+    )

@@ -12,7 +12,6 @@ import gymnasium
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from zoo.errors import ZooError
 from zoo.search.agents import Episode
@@ -37,8 +36,9 @@ __all__ = [
     "Lockstep",
     "NStepReplayBuffer",
     "ReplayBufferSamples",
+    "VecEnv",
     "train",
-    "transfer_ppo",
+    "train_alone",
 ]
 
 
@@ -130,60 +130,20 @@ class _EveryRound(BaseCallback):
         return not self._stop()
 
 
-def transfer_ppo(
+def train_alone(
+    make_model: Callable[[VecEnv], BaseAlgorithm],
     env: gymnasium.Env[NDArray, NDArray],
     episodes: int,
-    *,
-    steps: int,
-    epochs: int,
-    lr: float,
-    std: float,
-    hidden: int,
-    seed: int,
-) -> list[nn.Linear]:
-    """Train PPO on one environment whose episodes may differ in length.
+) -> None:
+    """Train on one environment, whose episodes may differ in length.
 
-    The mean action is zero at first. The caller's random state is kept.
-
-    Args:
-        env: the environment; one reward per episode.
-        episodes: how many to play; the round that has begun is finished.
-        steps: decisions between two updates.
-        epochs, lr, std, hidden: of PPO, as in `zoo.search.agents.ppo.PPOSettings`.
-        seed: of the policy and its actions.
-
-    Returns:
-        The linear layers of the policy, with a tanh between each two.
+    The round in which the last episode is played is finished. The caller's random state is kept.
     """
     with _random_state_kept():
-        model = PPO(
-            "MlpPolicy",
-            DummyVecEnv([lambda: env]),
-            learning_rate=lr,
-            n_steps=steps,
-            batch_size=steps,
-            n_epochs=epochs,
-            gamma=1.0,
-            gae_lambda=1.0,
-            target_kl=0.05,
-            policy_kwargs={
-                "net_arch": {"pi": [hidden] * 2, "vf": [hidden] * 2},
-                "activation_fn": nn.Tanh,
-                "log_std_init": math.log(std),
-            },
-            seed=seed,
-            device="cpu",
-        )
-        policy: Any = model.policy
-        nn.init.zeros_(policy.action_net.weight)
-        nn.init.zeros_(policy.action_net.bias)
+        model = make_model(DummyVecEnv([lambda: env]))
         model.set_logger(Logger(folder=None, output_formats=[]))
         with suppress(KeyboardInterrupt):
             model.learn(10**12, callback=_WholeRounds(episodes))
-        hidden_layers = [
-            layer for layer in policy.mlp_extractor.policy_net if isinstance(layer, nn.Linear)
-        ]
-        return [*hidden_layers, policy.action_net]
 
 
 class _WholeRounds(BaseCallback):
