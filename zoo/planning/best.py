@@ -6,9 +6,8 @@ profile, or where there is none a policy.
 
 from __future__ import annotations
 
-from zoo.errors import FactorError
 from zoo.planning.rankings import BEST_RANKING
-from zoo.registry.store import find_profile, get_profile
+from zoo.registry.store import get_profile, searched_profile
 from zoo.spec.profile import Profile
 
 __all__ = ["BEST", "best_policies", "best_profile", "reason"]
@@ -29,10 +28,7 @@ def best_profile(
     """(reference, profile) of the bundled profile; None without one, or where images rank first."""
     if not arch or cf is None or data:
         return None
-    try:
-        return find_profile(arch, cf, metric)
-    except FactorError:
-        return None
+    return searched_profile(arch, cf, metric)
 
 
 def best_policies(metric: str, *, data: bool) -> tuple[str, ...]:

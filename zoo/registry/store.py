@@ -25,6 +25,7 @@ __all__ = [
     "list_architectures",
     "list_profiles",
     "registry_folder",
+    "searched_profile",
     "store_groups",
     "stored_groups",
     "write_index",
@@ -117,11 +118,10 @@ def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Pro
         FactorError: when there is none; the message names those that exist and an alternative.
         ZooError: for an unknown architecture.
     """
-    entries = list_profiles(arch=arch)
-    for entry in entries:
-        if (entry.metric, entry.cf) == (metric, float(cf)):
-            return entry.reference, get_profile(entry.reference)
-    own = [f"{e.cf:g}x {e.metric}" for e in entries]
+    found = searched_profile(arch, cf, metric)
+    if found is not None:
+        return found
+    own = [f"{e.cf:g}x {e.metric}" for e in list_profiles(arch=arch)]
     listing = f"it has {', '.join(own)}" if own else f"{arch} has none"
     published = [entry.reference for entry in list_profiles(arch=arch, source="published")]
     others = f" Others published {', '.join(published)}." if published else ""
@@ -129,6 +129,18 @@ def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Pro
         f"No searched profile of {arch} at {cf:g}x {metric}: {listing}.{others} "
         f"profile='best' (or a policy, such as 'equal') works at any factor."
     )
+
+
+def searched_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Profile] | None:
+    """What `find_profile` finds; None where there is none.
+
+    Raises:
+        ZooError: for an unknown architecture.
+    """
+    for entry in list_profiles(arch=arch):
+        if (entry.metric, entry.cf) == (metric, float(cf)):
+            return entry.reference, get_profile(entry.reference)
+    return None
 
 
 def get_profile(ref: str) -> Profile:
