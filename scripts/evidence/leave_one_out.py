@@ -48,7 +48,7 @@ class Options:
     """architectures to leave out; by default each in turn"""
     cf: tuple[float, ...] = (2.0, 3.0, 4.0)
     """factors to measure at"""
-    epochs: int = 3
+    finetune_epochs: int = 3
     """of every fine-tune"""
     images: int = 10_000
     """training images of every fine-tune"""
@@ -87,7 +87,7 @@ def _exam(arch: str, out: Path, options: Options) -> policies.Options:
     own = tuple(text.partition("=")[2] for text in options.tasks if text.startswith(f"{arch}="))
     return policies.Options(
         arch=arch, exams=own, data_dir=options.data_dir, out=out, size=options.size,
-        cf=options.cf, epochs=options.epochs, images=options.images, seeds=options.seeds,
+        cf=options.cf, epochs=options.finetune_epochs, images=options.images, seeds=options.seeds,
         policies=RIVALS, learned=out,
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 
 def test_what_was_left_out_was_not_trained_on(tasks, tmp_path: Path, capsys) -> None:
     options = leave_one_out.Options(
-        tasks=tasks, data_dir=tmp_path, out=tmp_path / "out", size=8, cf=(2.0,), epochs=1,
+        tasks=tasks, data_dir=tmp_path, out=tmp_path / "out", size=8, cf=(2.0,), finetune_epochs=1,
         images=200, seeds=(0,), distill_steps=2,
         settings=TransferSettings(episodes=8, round_steps=32, draws=1, factors=(2.0,)),
     )  # fmt: skip
