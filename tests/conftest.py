@@ -1,4 +1,4 @@
-"""What tests share: a private cache folder, one torch thread, images, a network, GPU skipping."""
+"""What tests share: a private cache, one torch thread, a Hub, images, a network, GPU skipping."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import randomised
+from loopback_hub import LoopbackHub
 from PIL import Image
 from torch import nn
 
@@ -45,6 +46,14 @@ def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZOO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub on loopback to which the Hub's client of this process talks, with an empty cache."""
+    with LoopbackHub(tmp_path / "hf") as hub:
+        hub.attach(monkeypatch)
+        yield hub
 
 
 @pytest.fixture

@@ -305,9 +305,9 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
         ZooError: for a missing, incomplete or malformed folder.
     """
     if isinstance(folder, str) and folder.startswith("hf:"):
-        repository, _, revision = hub.parse_hub_reference(folder.removeprefix("hf:"))
-        files = [hub.download(repository, name, revision) for name in (RECORD, MODEL)]
-        return read_model(files[0].parent, skeleton=skeleton)
+        record, pinned = hub.download(hub.HubReference.parse(folder).file(RECORD))
+        hub.download(pinned.file(MODEL))
+        return read_model(record.parent, skeleton=skeleton)
     return read_model(Path(folder).expanduser(), skeleton=skeleton)
 
 

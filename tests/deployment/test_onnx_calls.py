@@ -59,7 +59,7 @@ def test_outputs_have_the_names_they_stand_under(structure: str, tmp_path: Path)
     pruned = zoo.prune(two_heads(structure), torch.rand(2, 3, 8, 8), cf=2)
     images = torch.rand(5, 3, 8, 8)
     result = zoo.export(pruned, tmp_path / "a.onnx", inputs=images)
-    assert names(tmp_path / "a.onnx") == (["images"], STRUCTURE_NAMES[structure])
+    assert names(tmp_path / "a.onnx") == (["pixel_values"], STRUCTURE_NAMES[structure])
     assert (result.top1_agreement, result.r2) == (1.0, pytest.approx(1.0))
     for got, expected in zip(run(tmp_path / "a.onnx", images), leaves(pruned(images)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

@@ -1,118 +1,157 @@
-"""References to the Hub, and what a user reads when the Hub does not answer."""
+"""Reading from the Hub: references, the real client against a real server, and all that fails."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import huggingface_hub
 import pytest
+from loopback_hub import LoopbackHub
 
 from zoo.errors import ZooError
-from zoo.registry.hub import download, list_files, parse_hub_reference
+from zoo.registry.hub import HubReference, download, files_of
+
+SMALL, LARGE = b'{"small": true}', bytes(range(256)) * 60_000
+
+
+@pytest.fixture
+def files(hub: LoopbackHub) -> dict[str, bytes]:
+    """What the repository org/repo holds: a small file, and one that the Hub stores elsewhere."""
+    files = {"a.json": SMALL, "deep/model.safetensors": LARGE}
+    hub.add_repo("org/repo", files)
+    return files
 
 
 @pytest.mark.parametrize(
-    ("reference", "parts"),
+    ("text", "parts"),
     [
-        ("org/repo", ("org/repo", None, None)),
-        ("org/repo@v1.0", ("org/repo", None, "v1.0")),
-        ("org/a.b-c_d/model.safetensors", ("org/a.b-c_d", "model.safetensors", None)),
-        ("org/repo/deep/er/m.pt@abc123", ("org/repo", "deep/er/m.pt", "abc123")),
-        ("org/repo/m.pt@refs/pr/3", ("org/repo", "m.pt", "refs/pr/3")),
+        ("org/repo", ("org/repo", None, None, False)),
+        ("hf:org/repo@v1.0", ("org/repo", None, "v1.0", False)),
+        ("org/a.b-c_d/model.safetensors", ("org/a.b-c_d", "model.safetensors", None, False)),
+        ("hf:org/repo/deep/er/m.pt@abc123", ("org/repo", "deep/er/m.pt", "abc123", False)),
+        ("org/repo/m.pt@refs/pr/3", ("org/repo", "m.pt", "refs/pr/3", False)),
+        ("hf:datasets/org/repo/a.json@v1", ("org/repo", "a.json", "v1", True)),
     ],
 )
-def test_parts_of_a_reference(reference, parts):
-    assert parse_hub_reference(reference) == parts
+def test_a_reference_has_parts_and_is_spelled_from_them(text, parts):
+    reference = HubReference.parse(text)
+    assert reference == HubReference(*parts)
+    assert str(reference) == "hf:" + text.removeprefix("hf:")
 
 
 @pytest.mark.parametrize(
-    "reference", ["", "repo", "org/", "/repo", "org/repo/", "org/repo@", "org/repo/m pt", "a/b@c@d"]
-)
-def test_a_malformed_reference_is_refused_with_the_right_form(reference):
-    with pytest.raises(ZooError, match=r"org/repo\[/path/to/file\]\[@revision\]"):
-        parse_hub_reference(reference)
+    "text",
+    ["", "repo", "org/", "/repo", "org/repo/", "org/repo@", "org/repo/m pt", "a/b@c@d",
+     "org/repo/../../x", "org/repo/./x"],
+)  # fmt: skip
+def test_a_malformed_reference_is_refused_with_the_right_form(text):
+    with pytest.raises(ZooError, match=r"hf:\[datasets/\]org/repo\[/path/to/file\]\[@revision\]"):
+        HubReference.parse(text)
 
 
-def test_an_unreachable_hub_is_one_clear_error(tmp_path):
-    code = """
-import time, zoo.errors
-from zoo.registry import hub
-time.sleep = lambda seconds: None  # the Hub client waits between its attempts
-for ask in (lambda: hub.download("org/repo", "m.pt"), lambda: hub.list_files("org/repo")):
-    try:
-        ask()
-    except zoo.errors.ZooError as error:
-        print(error)
-"""
-    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    first, second = done.stdout.strip().splitlines()
-    assert "'m.pt' of the repository 'org/repo'" in first
-    assert "cannot be reached" in first
-    assert "the file list of the repository 'org/repo'" in second
+@pytest.mark.parametrize("name", ["a.json", "deep/model.safetensors"])
+def test_a_file_is_downloaded_once_and_its_reference_pinned(hub, files, name):
+    head = hub.commits("org/repo")[0].id
+    path, pinned = download(HubReference("org/repo", name))
+    assert path.read_bytes() == files[name]
+    assert str(pinned) == f"hf:org/repo/{name}@{head}"
+    asked = len(hub.requests)
+    assert download(pinned) == (path, pinned)
+    assert len(hub.requests) == asked  # a commit never changes
+    hub.push("org/repo", {name: b"newer"})
+    assert download(pinned)[0].read_bytes() == files[name]
+    assert download(HubReference("org/repo", name))[0].read_bytes() == b"newer"
 
 
-@pytest.mark.parametrize(
-    ("status", "header", "hint"),
-    [
-        (401, "RepoNotFound", "no such repository"),
-        (404, "RevisionNotFound", "no such revision"),
-        (404, "EntryNotFound", "no such file"),
-        (403, "GatedRepo", "must be requested"),
-    ],
-)
-def test_the_hubs_refusals_are_told_apart(monkeypatch, tmp_path, status, header, hint):
-    import http.server
-    import threading
-
-    class Refuse(http.server.BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", header)
-            self.end_headers()
-
-        do_GET = do_HEAD
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refuse)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    real, address = huggingface_hub.hf_hub_download, f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(
-        huggingface_hub,
-        "hf_hub_download",
-        lambda *names, **rest: real(*names, **rest, endpoint=address, cache_dir=tmp_path),
-    )
-    try:
-        with pytest.raises(ZooError, match=hint) as caught:
-            download("org/repo", "model.safetensors", "v9")
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert "'org/repo' at revision 'v9'" in str(caught.value)
+def test_the_files_of_a_repository_are_those_of_one_commit(hub, files):
+    names, pinned = files_of(HubReference("org/repo", "a.json"))
+    assert set(names) == {*files, ".gitattributes"}
+    assert pinned == HubReference("org/repo", None, hub.commits("org/repo")[0].id)
 
 
-def test_files_are_listed_sorted_and_downloads_are_paths(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "list_repo_files",
-        lambda _self, repo, revision: ["b", repo, revision],
-    )
-    monkeypatch.setattr(
-        huggingface_hub,
-        "hf_hub_download",
-        lambda _repo, name, revision: f"{tmp_path}/{revision}/{name}",
-    )
-    assert list_files("a/r", "v1") == ["a/r", "b", "v1"]
-    assert download("a/r", "m.pt", "v1") == Path(tmp_path, "v1", "m.pt")
+@pytest.mark.parametrize("offline", [True, False], ids=["offline", "the Hub is gone"])
+@pytest.mark.usefixtures("files")
+def test_what_was_cached_is_found_without_the_hub(hub, monkeypatch, offline):
+    reference = HubReference("org/repo", "a.json")
+    path, pinned = download(reference)
+    if offline:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    else:
+        hub.stop()
+    assert download(reference) == (path, pinned)
+    assert files_of(reference) == (("a.json",), HubReference("org/repo", None, pinned.revision))
+    with pytest.raises(ZooError, match=r"cannot be reached, and it is not in the local cache"):
+        download(reference.file("deep/model.safetensors"))
+    with pytest.raises(ZooError, match=r"file list of the model repository 'org/other'"):
+        files_of(HubReference("org/other"))
+
+
+@pytest.mark.parametrize("name", ["a.json", "deep/model.safetensors"])
+@pytest.mark.usefixtures("files")
+def test_a_dropped_connection_leaves_what_was_cached(hub, name):
+    path, pinned = download(HubReference("org/repo", name))
+    hub.fault("drop", path=name, times=None)
+    assert download(HubReference("org/repo", name)) == (path, pinned)
+
+
+@pytest.mark.parametrize("kind", ["truncate", "corrupt"])
+@pytest.mark.parametrize("name", ["a.json", "deep/model.safetensors"])
+def test_a_body_that_arrives_damaged_once_is_asked_for_again(hub, files, name, kind):
+    hub.fault(kind, method="GET", path=r"model|a\.json|[0-9a-f]{64}")
+    assert download(HubReference("org/repo", name))[0].read_bytes() == files[name]
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "etag"])
+@pytest.mark.parametrize("name", ["a.json", "deep/model.safetensors"])
+def test_a_body_that_is_not_what_was_announced_is_refused_and_not_kept(hub, files, name, kind):
+    hub.fault(kind, path=r"resolve|[0-9a-f]{64}", times=None)
+    for _ in range(2):
+        with pytest.raises(ZooError, match="arrived damaged twice"):
+            download(HubReference("org/repo", name))
+    kept = [path for path in (hub.home / "hub").rglob("*") if path.is_file()]
+    assert not [path for path in kept if "blobs" in path.parts or "snapshots" in path.parts]
+    hub.heal()
+    assert download(HubReference("org/repo", name))[0].read_bytes() == files[name]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.usefixtures("files")
+def test_a_hub_that_is_out_of_order_is_one_clear_error(hub, status):
+    hub.fault("status", status=status, times=None)
+    with pytest.raises(ZooError, match=r"Cannot get 'a.json' of the model repository 'org/repo'"):
+        download(HubReference("org/repo", "a.json"))
+    assert not list((hub.home / "hub").rglob("*.incomplete"))
+
+
+@pytest.mark.usefixtures("files")
+def test_the_hubs_refusals_are_told_apart(hub):
+    hub.add_repo("org/gated", {"a.json": SMALL}, gated=True)
+    for reference, hint in (
+        (HubReference("org/none", "a.json"), "no such repository, or a private one"),
+        (HubReference("org/repo", "a.json", "v9"), "'org/repo' at revision 'v9'.*no such revision"),
+        (HubReference("org/repo", "b.json"), "no such file in the repository"),
+        (HubReference("org/gated", "a.json"), "must be requested"),
+    ):
+        with pytest.raises(ZooError, match=hint):
+            download(reference)
+
+
+def test_a_private_repository_needs_the_token_which_nobody_else_gets(hub, monkeypatch):
+    hub.tokens = {"hf_right"}
+    hub.add_repo("org/private", {"m.safetensors": LARGE}, private=True)
+    with pytest.raises(ZooError, match="a private one"):
+        download(HubReference("org/private", "m.safetensors"))
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    assert download(HubReference("org/private", "m.safetensors"))[0].read_bytes() == LARGE
+    hub.fault("redirect", method="GET", path="resolve")
+    hub.push("org/private", {"m.safetensors": LARGE[1:]})
+    download(HubReference("org/private", "m.safetensors"))
+    told = {request.host for request in hub.requests if request.authorization}
+    assert told == {hub.endpoint.removeprefix("http://")}
+    assert len({request.host for request in hub.requests}) > 1
 
 
 def test_importing_the_module_does_not_import_the_hub_client():
-    code = "import sys, zoo.registry.hub; assert 'huggingface_hub' not in sys.modules"
+    code = "import sys, zoo.registry.hub_commits; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,8 +7,10 @@ import json
 import shutil
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
+from loopback_hub import LoopbackHub
 
 import zoo
 import zoo.registry.store as registry
@@ -286,37 +288,45 @@ def test_a_broken_index_is_refused(own: Path) -> None:
             zoo.list_profiles()
 
 
-def test_a_hub_repository_is_listed_by_its_index(
-    own: Path, monkeypatch: pytest.MonkeyPatch
+AT_HUB = "hf:datasets/someone/profiles"
+
+
+@pytest.fixture
+def at_hub(hub: LoopbackHub) -> str:
+    """The bundled registry as the data set `AT_HUB`; the id of its commit."""
+    files = {p.relative_to(FOLDER).as_posix(): p.read_bytes() for p in FOLDER.rglob("*.json")}
+    return hub.add_repo("someone/profiles", files, repo_type="dataset")
+
+
+def test_the_profiles_of_a_hub_repository_are_listed_and_fetched_at_one_commit(
+    hub: LoopbackHub, at_hub: str
 ) -> None:
-    asked = []
-
-    def download(repository: str, name: str, revision: str | None) -> Path:
-        asked.append((repository, name, revision))
-        return own / ("index.json" if name == "index.json" else "resnet20-16/params-cf10.json")
-
-    monkeypatch.setattr(registry.hub, "download", download)
-    assert len(zoo.list_profiles(source="hf:someone/profiles@v2")) == 4
-    assert zoo.get_profile("hf:someone/profiles/a/b.json@v2") == a_profile(10.0)
-    assert zoo.get_profile("hf:someone/profiles") == a_profile(10.0)
-    assert asked == [
-        ("someone/profiles", "index.json", "v2"),
-        ("someone/profiles", "a/b.json", "v2"),
-        ("someone/profiles", "profile.json", None),
+    entries = zoo.list_profiles(source=AT_HUB)
+    hub.push("someone/profiles", {"cnet/params-cf2.json": b"{}"}, repo_type="dataset")
+    assert [e.reference for e in entries] == [
+        f"{AT_HUB}/{e.reference.removeprefix('bundled:')}.json@{at_hub}" for e in BUNDLED
     ]
+    for entry, bundled in zip(entries, BUNDLED, strict=True):
+        assert zoo.get_profile(entry.reference) == zoo.get_profile(bundled.reference)
+    with pytest.raises(ZooError, match=rf"Unknown profile '{AT_HUB}'.*cnet/params-cf4\.json"):
+        zoo.get_profile(AT_HUB)
 
 
-def test_what_a_hub_repository_lists_is_fetched_from_it(
-    own: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_hub_repository_gives_the_profile_of_the_network_at_hand(
+    hub: LoopbackHub, at_hub: str
 ) -> None:
-    def download(repository: str, name: str, revision: str | None) -> Path:
-        assert (repository, revision) == ("someone/profiles", "v2")
-        return own / name
-
-    monkeypatch.setattr(registry.hub, "download", download)
-    for entry in zoo.list_profiles(source="hf:someone/profiles@v2"):
-        profile = zoo.get_profile(entry.reference)
-        assert (profile.architecture, profile.cf) == (entry.architecture, entry.cf)
+    network = zoo.create_model("resnet20-16", 10)
+    pruned: Any = zoo.load("resnet20-16", 4, network, profile=AT_HUB, metric="macs")
+    reference = f"{AT_HUB}/resnet20-16/macs-cf4.json@{at_hub}"
+    assert pruned.pruning.plan.profile == reference
+    fetched = {request.path.rpartition("/")[2] for request in hub.seen("GET", "resolve")}
+    assert fetched == {"index.json", "macs-cf4.json"}
+    alone: Any = zoo.load("resnet20-16", None, network, profile=reference.partition("@")[0])
+    assert alone.pruning.plan == pruned.pruning.plan
+    with pytest.raises(FactorError, match=r"has no profile of resnet20-16 at 3x params: it has"):
+        zoo.load("resnet20-16", 3, network, profile=AT_HUB)
+    with pytest.raises(FactorError, match="has several profiles: pass cf="):
+        zoo.load("resnet20-16", None, network, profile=AT_HUB)
 
 
 def test_a_bundled_profile_that_was_changed_is_refused(own: Path) -> None:

@@ -287,31 +287,27 @@ def test_a_tensor_that_is_not_dense_is_refused_by_name(dense):
 
 
 @pytest.fixture
-def hub_files(dense, tmp_path, monkeypatch) -> list[str]:
-    """The listing of a repository each of whose files is the same safetensors file."""
-    files: list[str] = []
+def repository(dense, tmp_path, hub):
+    """A function that makes the repository a/r of one safetensors file under several names."""
     save_checkpoint(dense, tmp_path / "blob.safetensors", {})
-    monkeypatch.setattr(checkpoints.hub, "list_files", lambda _repo, _revision: files)
-    monkeypatch.setattr(
-        checkpoints.hub, "download", lambda _repo, _name, _revision: tmp_path / "blob.safetensors"
-    )
-    return files
+    content = (tmp_path / "blob.safetensors").read_bytes()
+    return lambda *names: hub.add_repo("a/r", dict.fromkeys(names, content))
 
 
 @pytest.mark.parametrize(
     ("files", "asked", "reference"),
     [
-        (["README.md", "w.bin"], "hf:a/r", "hf:a/r/w.bin"),
-        (["a.pt", "model.safetensors"], "hf:a/r@v2", "hf:a/r/model.safetensors@v2"),
-        (["x.pt", "y.pt"], "hf:a/r/y.pt", "hf:a/r/y.pt"),
+        (["notes.md", "w.safetensors"], "hf:a/r", "hf:a/r/w.safetensors"),
+        (["a.pt", "model.safetensors"], "hf:a/r@main", "hf:a/r/model.safetensors"),
+        (["x.pt", "y.safetensors"], "hf:a/r/y.safetensors", "hf:a/r/y.safetensors"),
     ],
 )
-def test_hub_references_find_the_weights_file(hub_files, files, asked, reference):
-    hub_files += files
-    assert read_checkpoint(asked).source.reference == reference
+def test_hub_references_find_the_weights_file_and_its_commit(repository, files, asked, reference):
+    head = repository(*files)
+    assert read_checkpoint(asked).source.reference == f"{reference}@{head}"
 
 
-def test_an_ambiguous_hub_repository_lists_its_weights(hub_files):
-    hub_files += ["README.md", "x.pt", "y.pt"]
+def test_an_ambiguous_hub_repository_lists_its_weights(repository):
+    repository("notes.md", "x.pt", "y.pt")
     with pytest.raises(CheckpointError, match=r"x\.pt, y\.pt"):
         read_checkpoint("hf:a/r")

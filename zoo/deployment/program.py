@@ -26,8 +26,9 @@ CALIBRATION_BATCH = 32
 def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
     """The ONNX program of `network`, with a dynamic batch.
 
-    A lone tensor is called `images` as input and `logits` as output. Other inputs have the keys of
-    their dict as names, or `input_0` and so on; other outputs have their places in the structure.
+    A lone tensor is called `pixel_values` as input and `logits` as output, as other tools do it.
+    Other inputs have the keys of their dict as names, or `input_0` and so on; other outputs have
+    their places in the structure.
 
     Args:
         network: in eval mode, on the CPU.
@@ -81,7 +82,7 @@ def input_names(inputs: Inputs) -> list[str]:
     if isinstance(inputs, Mapping):
         return list(inputs)
     several = isinstance(inputs, tuple) and len(inputs) > 1
-    return [f"input_{n}" for n in range(len(inputs))] if several else ["images"]
+    return [f"input_{n}" for n in range(len(inputs))] if several else ["pixel_values"]
 
 
 class _Flat(nn.Module):

@@ -25,7 +25,7 @@ from zoo.planning.learned import LEARNED, learned_policy, play
 from zoo.planning.policies import POLICIES, policy_solution
 from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.planning.solver import Limits, round_widths, scale_curve, solve
-from zoo.registry.store import find_profile, get_profile
+from zoo.registry.store import find_profile, get_profile, is_registry, pinned
 from zoo.spec.cost import CostModel, LatencyTable, cost_model
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plans import Plan, make_plan
@@ -138,8 +138,13 @@ def _resolved(
         if cf is None:
             return profile, None
         name, found = find_profile(arch, cf, metric)
+    elif arch and is_registry(profile):
+        if cf is None:
+            raise FactorError(f"{profile!r} has several profiles: pass cf=.")
+        name, found = find_profile(arch, cf, metric, profile)
     elif ":" in profile or "/" in profile or profile.endswith(".json"):
-        name, found = profile, get_profile(profile)
+        name = pinned(profile)
+        found = get_profile(name)
     else:
         sources = ("bundled:...", "published:...", "file:...", "hf:...")
         known = [BEST, *(["searched"] if arch else [])]

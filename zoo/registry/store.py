@@ -1,7 +1,8 @@
 """The registry of profiles: references to `Profile`s, and the stored groups of architectures.
 
 A reference names its source: `bundled:<architecture>/<metric>-cf<k>`, `published:<name>`,
-`file:<path>`, or `hf:<org>/<repo>[/<path>][@<revision>]`.
+`file:<path>`, or `hf:[datasets/]<org>/<repo>[/<path>][@<revision>]`. A reference to the Hub is
+pinned to the commit that it is read from.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ __all__ = [
     "ProfileEntry",
     "find_profile",
     "get_profile",
+    "is_registry",
     "list_architectures",
     "list_profiles",
+    "pinned",
     "registry_folder",
     "searched_profile",
     "store_groups",
@@ -83,7 +86,8 @@ def list_profiles(
         arch: an architecture's name.
         metric: `params`, `macs` or `latency`.
         source: `bundled`, `published` for those that others found, or
-            `hf:<org>/<repo>[@<revision>]` for a repository with an index.json.
+            `hf:[datasets/]<org>/<repo>[@<revision>]` for a repository with an index.json; its
+            references are pinned to the commit that was read.
 
     Returns:
         The profiles in the order of the index. For an architecture without any, those of its
@@ -109,20 +113,24 @@ def list_profiles(
     ]
 
 
-def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Profile]:
-    """(reference, profile): the bundled profile of an architecture at a factor of `metric`.
+def find_profile(
+    arch: str, cf: float, metric: str = "params", source: str = "bundled"
+) -> tuple[str, Profile]:
+    """(reference, profile): what a source has for an architecture at a factor of `metric`.
 
     It is provisional when its architecture is not `arch`, as in `list_profiles`.
 
     Raises:
         FactorError: when there is none; the message names those that exist and an alternative.
-        ZooError: for an unknown architecture.
+        ZooError: for an unknown architecture or source.
     """
-    found = searched_profile(arch, cf, metric)
+    found = searched_profile(arch, cf, metric, source)
     if found is not None:
         return found
-    own = [f"{e.cf:g}x {e.metric}" for e in list_profiles(arch=arch)]
+    own = [f"{e.cf:g}x {e.metric}" for e in list_profiles(arch=arch, source=source)]
     listing = f"it has {', '.join(own)}" if own else f"{arch} has none"
+    if source != "bundled":
+        raise FactorError(f"{source} has no profile of {arch} at {cf:g}x {metric}: {listing}.")
     published = [entry.reference for entry in list_profiles(arch=arch, source="published")]
     others = f" Others published {', '.join(published)}." if published else ""
     raise FactorError(
@@ -131,13 +139,15 @@ def find_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Pro
     )
 
 
-def searched_profile(arch: str, cf: float, metric: str = "params") -> tuple[str, Profile] | None:
+def searched_profile(
+    arch: str, cf: float, metric: str = "params", source: str = "bundled"
+) -> tuple[str, Profile] | None:
     """What `find_profile` finds; None where there is none.
 
     Raises:
-        ZooError: for an unknown architecture.
+        ZooError: for an unknown architecture or source.
     """
-    for entry in list_profiles(arch=arch):
+    for entry in list_profiles(arch=arch, source=source):
         if (entry.metric, entry.cf) == (metric, float(cf)):
             return entry.reference, get_profile(entry.reference)
     return None
@@ -148,11 +158,11 @@ def get_profile(ref: str) -> Profile:
 
     Args:
         ref: `bundled:<architecture>/<name>`, `published:<name>`, `file:<path>`, or
-            `hf:<org>/<repo>[/<path>][@<rev>]`.
+            `hf:[datasets/]<org>/<repo>/<path>[@<rev>]`.
 
     Raises:
-        ZooError: for a reference without a source, or a bundled profile that does not exist; the
-            message gives the valid ones.
+        ZooError: for a reference without a source, or a profile that does not exist; the message
+            gives the valid ones.
         DocumentError: for a malformed profile, or a bundled one that differs from the index.
     """
     source, _, rest = ref.partition(":")
@@ -173,12 +183,30 @@ def get_profile(ref: str) -> Profile:
     if source == "file" and rest:
         return Profile.read(Path(rest).expanduser())
     if source == "hf" and rest:
-        repository, name, revision = hub.parse_hub_reference(rest)
-        return Profile.read(hub.download(repository, name or "profile.json", revision))
+        reference = hub.HubReference.parse(ref)
+        if reference.path is None:
+            raise unknown("profile", ref, [entry.reference for entry in _index(ref)])
+        return Profile.read(hub.download(reference)[0])
     raise ZooError(
         f"The profile reference {ref!r} names no source: write 'bundled:<architecture>/<name>', "
         f"'published:<name>', 'file:{ref}' or 'hf:<org>/<repo>[/<path>][@<revision>]'."
     )
+
+
+def is_registry(ref: str) -> bool:
+    """Whether a reference is to a Hub repository as a whole, which holds many profiles."""
+    return ref.startswith(hub.PREFIX) and hub.HubReference.parse(ref).path is None
+
+
+def pinned(ref: str) -> str:
+    """The reference to a file of the Hub, at the commit that it is read from; others as they are.
+
+    Raises:
+        ZooError: if the file cannot be had.
+    """
+    if not ref.startswith(hub.PREFIX):
+        return ref
+    return str(hub.download(hub.HubReference.parse(ref))[1])
 
 
 def _whole(path: Path, sha256: str) -> Profile:
@@ -274,13 +302,11 @@ def _index(source: str) -> tuple[ProfileEntry, ...]:
     if source == "bundled":
         path = registry_folder() / "index.json"
         return decode_document(_Index, read_json(path), str(path)).profiles
-    if not source.startswith("hf:"):
+    if not source.startswith(hub.PREFIX):
         raise unknown("profile source", source, ["bundled", "published", "hf:<org>/<repo>"])
-    repository, _, revision = hub.parse_hub_reference(source.removeprefix("hf:"))
-    path = hub.download(repository, "index.json", revision)
-    at = f"@{revision}" if revision else ""
+    path, found = hub.download(hub.HubReference.parse(source).file("index.json"))
     return tuple(
-        replace(entry, reference=f"hf:{repository}/{_bundled_path(name).as_posix()}{at}")
+        replace(entry, reference=str(found.file(_bundled_path(name).as_posix())))
         for entry in decode_document(_Index, read_json(path), str(path)).profiles
         for name in [entry.reference.removeprefix("bundled:")]
     )

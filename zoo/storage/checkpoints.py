@@ -13,7 +13,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,13 +141,15 @@ def _locate(weights: str | Path) -> tuple[Path, str]:
         return weights_path(str(weights)), str(weights)
     if not str(weights).startswith("hf:"):
         return Path(weights).expanduser(), str(weights)
-    repo, name, revision = hub.parse_hub_reference(str(weights).removeprefix("hf:"))
-    name = name or _choose(hub.list_files(repo, revision), repo)
-    at = f"@{revision}" if revision else ""
-    return hub.download(repo, name, revision), f"hf:{repo}/{name}{at}"
+    reference = hub.HubReference.parse(str(weights))
+    if reference.path is None:
+        files, reference = hub.files_of(reference)
+        reference = reference.file(_choose(files, reference.repo))
+    path, pinned = hub.download(reference)
+    return path, str(pinned)
 
 
-def _choose(files: list[str], repo: str) -> str:
+def _choose(files: Sequence[str], repo: str) -> str:
     """The one weights file of a repository."""
     for name in PREFERRED:
         if name in files:

@@ -1,0 +1,233 @@
+"""Writing to the Hugging Face Hub: a folder becomes one commit on what was read before it."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from zoo.errors import ZooError
+from zoo.registry.hub import TIMEOUT, HubReference, is_refusal, reaching
+
+__all__ = ["FoundRepository", "Published", "commit_folder", "repositories_with"]
+
+T = TypeVar("T")
+
+ATTEMPTS = 5
+"""How often a commit is tried when connections drop."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a commit sent, or would send.
+
+    Attributes:
+        reference: of the repository, pinned to its commit; of its head before a dry run.
+        sent: path -> size in bytes, of the files that are new or changed.
+        deleted: paths of files that are no longer part of what was published.
+        unchanged: paths of files that the repository held already.
+        dry_run: whether nothing was sent.
+    """
+
+    reference: HubReference
+    sent: dict[str, int]
+    deleted: tuple[str, ...]
+    unchanged: tuple[str, ...]
+    dry_run: bool
+
+    @property
+    def url(self) -> str:
+        """The repository's page."""
+        from huggingface_hub import constants
+
+        kind = "datasets/" * self.reference.dataset
+        return f"{constants.ENDPOINT}/{kind}{self.reference.repo}"
+
+
+@dataclass(frozen=True)
+class FoundRepository:
+    """A repository that a search of the Hub found."""
+
+    reference: str
+    tags: tuple[str, ...]
+    downloads: int
+
+
+@dataclass(frozen=True)
+class _File:
+    """The size of a file, and its ids: sha256 as a large file, git's sha1 as another."""
+
+    size: int
+    ids: frozenset[str]
+
+
+def commit_folder(
+    folder: Path,
+    reference: HubReference,
+    message: str,
+    *,
+    private: bool,
+    ours: Callable[[str], bool],
+    check: Callable[[Sequence[str]], None],
+    dry_run: bool = False,
+) -> Published:
+    """Make the files in `folder` those of a repository, in one commit; none if they are already.
+
+    The repository is created if there is none. The commit goes on the head that was read; if
+    somebody else committed since, nothing is changed. Dropped connections are tried again, and
+    what has arrived is not sent twice.
+
+    Args:
+        folder: whose files are sent, with those in its subfolders.
+        reference: the repository.
+        message: of the commit.
+        private: of a new repository; an existing one stays as it is.
+        ours: whether a file of the repository, by its path, is deleted when `folder` lacks it.
+        check: called with the paths in the repository; raises where they are somebody else's.
+        dry_run: read what is there, and send nothing.
+
+    Raises:
+        ZooError: if the repository cannot be read or written, or was changed meanwhile.
+    """
+    reference = replace(reference, path=None, revision=None)
+    files = _files(folder)
+    with reaching(f"publish to {reference.place}"):
+        head, there = _persist(lambda: _head(reference))
+        check(sorted(there))
+        sent = {p: f.size for p, f in files.items() if not (p in there and f.ids & there[p].ids)}
+        deleted = tuple(sorted(path for path in there if path not in files and ours(path)))
+        unchanged = tuple(sorted(set(files) - set(sent)))
+        if not dry_run and (sent or deleted):
+            if head is None:
+                head = _persist(lambda: _create(reference, private))
+            head = _commit(folder, reference, message, head, files, tuple(sent), deleted)
+    return Published(replace(reference, revision=head), sent, deleted, unchanged, dry_run)
+
+
+def repositories_with(tag: str) -> list[FoundRepository]:
+    """The models and data sets of the Hub that have a tag, most downloaded first.
+
+    Raises:
+        ZooError: if the Hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api, found = HfApi(), list[FoundRepository]()
+    with reaching("list the repositories of the Hub"):
+        for dataset, listed in ((False, api.list_models), (True, api.list_datasets)):
+            for info in listed(filter=tag, limit=1000):
+                reference = HubReference(info.id, dataset=dataset)
+                tags = tuple(info.tags or ())
+                found.append(FoundRepository(str(reference), tags, info.downloads or 0))
+    return sorted(found, key=lambda each: (-each.downloads, each.reference))
+
+
+def _head(reference: HubReference) -> tuple[str | None, dict[str, _File]]:
+    """(commit, path -> file) of the main branch; None and nothing where there is no repository."""
+    from huggingface_hub import HfApi, errors
+    from huggingface_hub.hf_api import RepoFile
+
+    api, kind = HfApi(), reference.kind
+    try:
+        info: Any = api.repo_info(reference.repo, repo_type=kind, timeout=TIMEOUT)
+    except errors.GatedRepoError:
+        raise
+    except errors.RepositoryNotFoundError:
+        return None, {}
+    tree = api.list_repo_tree(reference.repo, recursive=True, revision=info.sha, repo_type=kind)
+    return info.sha, {
+        entry.path: _File(
+            entry.size,
+            frozenset({entry.blob_id} | ({entry.lfs.sha256} if entry.lfs else set())),
+        )
+        for entry in tree
+        if isinstance(entry, RepoFile)
+    }
+
+
+def _create(reference: HubReference, private: bool) -> str:
+    from huggingface_hub import HfApi
+
+    api, kind = HfApi(), reference.kind
+    api.create_repo(reference.repo, repo_type=kind, private=private, exist_ok=True)
+    return str(api.repo_info(reference.repo, repo_type=kind, timeout=TIMEOUT).sha)
+
+
+def _commit(
+    folder: Path,
+    reference: HubReference,
+    message: str,
+    head: str,
+    files: dict[str, _File],
+    sent: Sequence[str],
+    deleted: Sequence[str],
+) -> str:
+    """The id of the new commit on `head`."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
+
+    moved = ZooError(
+        f"{reference} was changed by somebody else meanwhile; nothing was overwritten. Look at "
+        f"what is there, and publish again."
+    )
+
+    def attempt() -> str:
+        now, there = _head(reference)
+        if now != head:  # by an attempt whose answer was lost, or by somebody else
+            arrived = all(path in there and files[path].ids & there[path].ids for path in files)
+            if now is not None and arrived and not set(deleted) & set(there):
+                return now
+            raise moved
+        made = HfApi().create_commit(
+            reference.repo,
+            [
+                *(CommitOperationAdd(path, folder / path) for path in sent),
+                *(CommitOperationDelete(path) for path in deleted),
+            ],
+            commit_message=message,
+            repo_type=reference.kind,
+            parent_commit=head,
+        )
+        return str(made.oid)
+
+    try:
+        return _persist(attempt)
+    except errors.HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code in (409, 412):
+            raise moved from error
+        raise
+
+
+def _persist(action: Callable[[], T]) -> T:
+    """The result of `action`, tried again where a connection drops or the Hub is at fault."""
+    for attempt in range(ATTEMPTS):
+        try:
+            return action()
+        except Exception as error:  # the client's errors share no base class
+            if attempt == ATTEMPTS - 1 or not _may_pass(error):
+                raise
+            time.sleep(2**attempt)
+    raise AssertionError  # unreachable: the last attempt returns or raises
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether an error may be gone at another try."""
+    from huggingface_hub import errors
+
+    if isinstance(error, ZooError | ValueError | errors.OfflineModeIsEnabled) or is_refusal(error):
+        return False
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status is None or status in (408, 429) or status >= 500
+
+
+def _files(folder: Path) -> dict[str, _File]:
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+            ids = frozenset({git.hexdigest(), hashlib.sha256(content).hexdigest()})
+            found[path.relative_to(folder).as_posix()] = _File(len(content), ids)
+    return found
