@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     )
     from zoo.iterative import IterativeResult, Schedule, prune_iteratively
     from zoo.loading import create_model, load, load_pruned, plan, prune, save
+    from zoo.publishing.options import PublishOptions
+    from zoo.publishing.publication import publish
+    from zoo.publishing.verification import Verification, verify
+    from zoo.registry.hub_commits import Published
     from zoo.registry.store import ProfileEntry, get_profile, list_profiles
     from zoo.search.campaign import SearchConfig, search_profile
     from zoo.spec.plans import Plan, PruningRecord
@@ -65,6 +69,8 @@ __all__ = [
     "Profile",
     "ProfileEntry",
     "PruningRecord",
+    "PublishOptions",
+    "Published",
     "Recipe",
     "Runtime",
     "Schedule",
@@ -72,6 +78,7 @@ __all__ = [
     "Splits",
     "TrainResult",
     "UnitStrides",
+    "Verification",
     "ZooError",
     "benchmark",
     "compare",
@@ -87,8 +94,10 @@ __all__ = [
     "plan",
     "prune",
     "prune_iteratively",
+    "publish",
     "save",
     "search_profile",
+    "verify",
 ]
 
 _HOMES = {
@@ -111,6 +120,10 @@ _HOMES = {
     ),
     "zoo.iterative": ("IterativeResult", "Schedule", "prune_iteratively"),
     "zoo.loading": ("create_model", "load", "load_pruned", "plan", "prune", "save"),
+    "zoo.publishing.options": ("PublishOptions",),
+    "zoo.publishing.publication": ("publish",),
+    "zoo.publishing.verification": ("Verification", "verify"),
+    "zoo.registry.hub_commits": ("Published",),
     "zoo.registry.store": ("ProfileEntry", "get_profile", "list_profiles"),
     "zoo.search.campaign": ("SearchConfig", "search_profile"),
     "zoo.spec.plans": ("Plan", "PruningRecord"),

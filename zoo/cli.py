@@ -33,6 +33,7 @@ from zoo.commands.networks import (
     train,
 )
 from zoo.commands.profiles import ListCommand, ShowCommand, list_profiles, show
+from zoo.commands.publishing import PublishCommand, VerifyCommand, publish, verify
 from zoo.commands.searching import LedgerCommand, SearchCommand, ledger, search
 from zoo.commands.shared import INTERRUPTED, as_flags
 from zoo.errors import ZooError, unknown
@@ -54,6 +55,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
     "compare": (CompareCommand, compare),
     "search": (SearchCommand, search),
     "ledger": (LedgerCommand, ledger),
+    "publish": (PublishCommand, publish),
+    "verify": (VerifyCommand, verify),
     "doctor": (DoctorCommand, doctor),
 }
 """Name -> (dataclass of its flags, function that runs it)."""

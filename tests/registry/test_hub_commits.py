@@ -10,7 +10,7 @@ from loopback_hub import LoopbackHub
 from zoo.errors import ZooError
 from zoo.registry import hub_commits
 from zoo.registry.hub import HubReference
-from zoo.registry.hub_commits import Published, commit_folder, repositories_with
+from zoo.registry.hub_commits import Published, commit_folder, read_head, repositories_with
 
 REPO = "org/repo"
 CARD = b"---\nlibrary_name: prunezoo\ntags:\n- pruned\n---\n# Net\n"
@@ -38,12 +38,8 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
 
 
 def commit(folder: Path, dataset: bool = False, **options) -> Published:
-    return commit_folder(
-        folder,
-        HubReference(REPO, dataset=dataset),
-        "a title",
-        **{"private": True, "ours": lambda path: path.endswith(".onnx"), "check": list} | options,
-    )
+    head = read_head(HubReference(REPO, dataset=dataset))
+    return commit_folder(folder, head, "a title", **{"private": True} | options)
 
 
 def held(hub: LoopbackHub, **options) -> dict[str, bytes]:
@@ -67,7 +63,7 @@ def test_only_what_changed_is_sent_and_what_is_gone_is_deleted(hub, folder):
     commit(folder)
     hub.push(REPO, {"notes.txt": b"somebody's", "onnx/old.onnx": b"ours"})
     write(folder, {"config.json": b'{"a": 1}'})
-    made = commit(folder)
+    made = commit(folder, obsolete=["onnx/old.onnx", "onnx/model.onnx", "never.onnx"])
     assert set(made.sent) == {"config.json"}
     assert made.deleted == ("onnx/old.onnx",)
     assert set(made.unchanged) == {"README.md", "onnx/model.onnx"}
@@ -81,7 +77,7 @@ def test_only_what_changed_is_sent_and_what_is_gone_is_deleted(hub, folder):
 def test_a_dry_run_sends_nothing(hub, folder, exists):
     if exists:
         hub.add_repo(REPO, {"config.json": b"{}", "onnx/old.onnx": b"ours"})
-    told = commit(folder, dry_run=True)
+    told = commit(folder, dry_run=True, obsolete=["onnx/old.onnx"])
     assert set(told.sent) == set(FILES) - ({"config.json"} if exists else set())
     assert told.deleted == (("onnx/old.onnx",) if exists else ())
     assert told.dry_run
@@ -92,11 +88,10 @@ def test_what_somebody_else_wrote_meanwhile_is_not_overwritten(hub, folder):
     commit(folder)
     write(folder, {"config.json": b"mine"})
 
-    def meanwhile(_: object) -> None:
-        hub.push(REPO, {"config.json": b"theirs"})
-
+    head = read_head(HubReference(REPO))
+    hub.push(REPO, {"config.json": b"theirs"})
     with pytest.raises(ZooError, match="changed by somebody else meanwhile"):
-        commit(folder, check=meanwhile)
+        commit_folder(folder, head, "mine", private=True)
     assert hub.files(REPO)["config.json"] == b"theirs"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, arg
@@ -10,6 +11,7 @@ from tyro.conf import Positional, arg
 import zoo
 from zoo.commands.shared import Metric
 from zoo.errors import ZooError
+from zoo.registry.hub import HubReference, download, files_of
 
 __all__ = ["ListCommand", "ShowCommand", "list_profiles", "show"]
 
@@ -23,7 +25,10 @@ class ListCommand:
     metric: Metric | None = None
     """only profiles of this metric"""
     source: str | None = None
-    """where to look: bundled, published, or hf:ORG/REPO[@REVISION]; by default the first two"""
+    """where to look: bundled, published, or hf:[datasets/]ORG/REPO[@REVISION]; by default the first
+    two"""
+    hub: bool = False
+    """list the repositories of the Hugging Face Hub that the zoo can read instead"""
 
 
 def list_profiles(command: ListCommand) -> None:
@@ -31,6 +36,9 @@ def list_profiles(command: ListCommand) -> None:
     from zoo.registry.store import list_architectures
     from zoo.registry.weights import list_weights
 
+    if command.hub:
+        _list_hub(command.arch)
+        return
     sources = ("bundled", "published") if command.source is None else (command.source,)
     entries = [
         entry
@@ -45,13 +53,24 @@ def list_profiles(command: ListCommand) -> None:
         print_weights(list_weights(command.arch))
 
 
+def _list_hub(arch: str | None) -> None:
+    from zoo.commands.rendering import print_repositories
+    from zoo.publishing.model_card import TAG, spelled_tag
+    from zoo.registry.hub_commits import repositories_with
+
+    found = repositories_with(TAG)
+    if arch is not None:
+        found = [each for each in found if spelled_tag(arch) in each.tags]
+    print_repositories(found)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShowCommand:
-    """Show one profile: a bar per channel group, its cost, and its evidence."""
+    """Show a profile, a bar per channel group with its cost and evidence, or a pruned network."""
 
-    profile: Annotated[Positional[str], arg(metavar="PROFILE")]
-    """a reference (bundled:resnet20-16/params-cf4, published:resrep, file:PATH), or an architecture
-    with --cf"""
+    profile: Annotated[Positional[str], arg(metavar="REFERENCE")]
+    """of a profile (bundled:resnet20-16/params-cf4, published:resrep, file:PATH), an architecture
+    with --cf, or a pruned network: its folder or hf:ORG/REPO"""
     cf: float | None = None
     """compression factor, with an architecture"""
     metric: Metric = "params"
@@ -60,14 +79,45 @@ class ShowCommand:
 
 def show(command: ShowCommand) -> None:
     from zoo.commands.rendering import print_profile
-    from zoo.registry.store import find_profile
+    from zoo.registry.store import find_profile, is_registry
 
     arch = None
     if command.cf is not None:
         arch = command.profile
         reference, profile = find_profile(arch, command.cf, command.metric)
+    elif is_registry(command.profile) or Path(command.profile).is_dir():
+        _show_repository(command.profile)
+        return
     elif ":" in command.profile:
         reference, profile = command.profile, zoo.get_profile(command.profile)
     else:
         raise ZooError(f"Which factor of {command.profile!r}? Add --cf, or give a reference.")
     print_profile(reference, profile, arch)
+
+
+def _show_repository(what: str) -> None:
+    """How a pruned network was made, or which profiles a registry has."""
+    from zoo.commands.rendering import print_profiles
+    from zoo.registry.store import INDEX
+    from zoo.storage.checkpoints import RECORD
+
+    if not what.startswith("hf:"):
+        _print_record(Path(what) / RECORD)
+        return
+    names, reference = files_of(HubReference.parse(what))
+    if RECORD in names:
+        print(reference)
+        _print_record(download(reference.file(RECORD))[0])
+    elif INDEX in names:
+        print_profiles(zoo.list_profiles(source=str(reference)), None)
+    else:
+        raise ZooError(f"{reference} holds no pruned network and no registry of profiles.")
+
+
+def _print_record(path: Path) -> None:
+    from zoo.common.documents import decode_document, read_json
+    from zoo.spec.plans import PruningRecord
+    from zoo.storage.readme import cost_table, notes
+
+    record = decode_document(PruningRecord, read_json(path), str(path))
+    print(f"{record.architecture}\n\n{cost_table(record)}\n\n{notes(record)}")

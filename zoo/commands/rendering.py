@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
+from zoo.registry.hub_commits import FoundRepository
 from zoo.registry.store import ProfileEntry
 from zoo.registry.weights import BundledWeights
 from zoo.spec.profile import Evidence, Profile
@@ -78,6 +79,15 @@ def print_weights(weights: Sequence[BundledWeights]) -> None:
             f"Weights for --weights: {own.reference}, {own.test_accuracy:.2%} on {own.data}",
             highlight=False,
         )
+
+
+def print_repositories(found: Sequence[FoundRepository]) -> None:
+    """Print one line per repository of the Hub."""
+    table = Table("reference", "tags", box=None)
+    table.add_column("downloads", justify="right")
+    for each in found:
+        table.add_row(each.reference, " ".join(each.tags), f"{each.downloads:,}")
+    _console().print(table if found else "The Hub has no repository of the zoo's.")
 
 
 def print_profile(reference: str, profile: Profile, arch: str | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 from zoo.errors import ZooError
 from zoo.registry.hub import TIMEOUT, HubReference, is_refusal, reaching
 
-__all__ = ["FoundRepository", "Published", "commit_folder", "repositories_with"]
+__all__ = [
+    "FoundRepository",
+    "Head",
+    "Published",
+    "commit_folder",
+    "read_head",
+    "repositories_with",
+]
 
 T = TypeVar("T")
 
@@ -64,47 +71,64 @@ class _File:
     ids: frozenset[str]
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a repository holds: what a commit is made on.
+
+    Attributes:
+        reference: of the repository, pinned to its newest commit; not pinned if it does not exist.
+        files: path -> file.
+    """
+
+    reference: HubReference
+    files: dict[str, _File]
+
+
+def read_head(reference: HubReference) -> Head:
+    """The head of a repository's main branch.
+
+    Raises:
+        ZooError: if the Hub cannot be reached, or does not let this user read it.
+    """
+    with reaching(f"read {reference.place}"):
+        return _persist(lambda: _head(reference))
+
+
 def commit_folder(
     folder: Path,
-    reference: HubReference,
+    head: Head,
     message: str,
     *,
     private: bool,
-    ours: Callable[[str], bool],
-    check: Callable[[Sequence[str]], None],
+    obsolete: Collection[str] = (),
     dry_run: bool = False,
 ) -> Published:
-    """Make the files in `folder` those of a repository, in one commit; none if they are already.
+    """Add the files in `folder` to a repository in one commit; none if it has them already.
 
-    The repository is created if there is none. The commit goes on the head that was read; if
-    somebody else committed since, nothing is changed. Dropped connections are tried again, and
-    what has arrived is not sent twice.
+    The repository is created if there is none. If somebody else committed after `head`, nothing is
+    changed. Dropped connections are tried again, and what has arrived is not sent twice.
 
     Args:
         folder: whose files are sent, with those in its subfolders.
-        reference: the repository.
+        head: what the repository was when it was read.
         message: of the commit.
         private: of a new repository; an existing one stays as it is.
-        ours: whether a file of the repository, by its path, is deleted when `folder` lacks it.
-        check: called with the paths in the repository; raises where they are somebody else's.
-        dry_run: read what is there, and send nothing.
+        obsolete: paths in the repository that are deleted where `folder` lacks them.
+        dry_run: send nothing.
 
     Raises:
-        ZooError: if the repository cannot be read or written, or was changed meanwhile.
+        ZooError: if the repository cannot be written, or was changed meanwhile.
     """
-    reference = replace(reference, path=None, revision=None)
-    files = _files(folder)
-    with reaching(f"publish to {reference.place}"):
-        head, there = _persist(lambda: _head(reference))
-        check(sorted(there))
-        sent = {p: f.size for p, f in files.items() if not (p in there and f.ids & there[p].ids)}
-        deleted = tuple(sorted(path for path in there if path not in files and ours(path)))
-        unchanged = tuple(sorted(set(files) - set(sent)))
-        if not dry_run and (sent or deleted):
-            if head is None:
-                head = _persist(lambda: _create(reference, private))
-            head = _commit(folder, reference, message, head, files, tuple(sent), deleted)
-    return Published(replace(reference, revision=head), sent, deleted, unchanged, dry_run)
+    files, there = _files(folder), head.files
+    sent = {path: file.size for path, file in files.items() if not _holds(there, path, file)}
+    deleted = tuple(sorted(set(obsolete) & set(there) - set(files)))
+    unchanged = tuple(sorted(set(files) - set(sent)))
+    if not dry_run and (sent or deleted):
+        with reaching(f"publish to {replace(head.reference, revision=None).place}"):
+            if head.reference.revision is None:
+                head = _persist(lambda: _created(head.reference, private))
+            head = _commit(folder, head, message, {path: files[path] for path in sent}, deleted)
+    return Published(head.reference, sent, deleted, unchanged, dry_run)
 
 
 def repositories_with(tag: str) -> list[FoundRepository]:
@@ -125,20 +149,20 @@ def repositories_with(tag: str) -> list[FoundRepository]:
     return sorted(found, key=lambda each: (-each.downloads, each.reference))
 
 
-def _head(reference: HubReference) -> tuple[str | None, dict[str, _File]]:
-    """(commit, path -> file) of the main branch; None and nothing where there is no repository."""
+def _head(reference: HubReference) -> Head:
     from huggingface_hub import HfApi, errors
     from huggingface_hub.hf_api import RepoFile
 
     api, kind = HfApi(), reference.kind
+    reference = replace(reference, path=None, revision=None)
     try:
         info: Any = api.repo_info(reference.repo, repo_type=kind, timeout=TIMEOUT)
     except errors.GatedRepoError:
         raise
     except errors.RepositoryNotFoundError:
-        return None, {}
+        return Head(reference, {})
     tree = api.list_repo_tree(reference.repo, recursive=True, revision=info.sha, repo_type=kind)
-    return info.sha, {
+    files = {
         entry.path: _File(
             entry.size,
             frozenset({entry.blob_id} | ({entry.lfs.sha256} if entry.lfs else set())),
@@ -146,38 +170,38 @@ def _head(reference: HubReference) -> tuple[str | None, dict[str, _File]]:
         for entry in tree
         if isinstance(entry, RepoFile)
     }
+    return Head(replace(reference, revision=info.sha), files)
 
 
-def _create(reference: HubReference, private: bool) -> str:
+def _created(reference: HubReference, private: bool) -> Head:
     from huggingface_hub import HfApi
 
     api, kind = HfApi(), reference.kind
     api.create_repo(reference.repo, repo_type=kind, private=private, exist_ok=True)
-    return str(api.repo_info(reference.repo, repo_type=kind, timeout=TIMEOUT).sha)
+    return _head(reference)
 
 
 def _commit(
     folder: Path,
-    reference: HubReference,
+    head: Head,
     message: str,
-    head: str,
-    files: dict[str, _File],
-    sent: Sequence[str],
+    sent: Mapping[str, _File],
     deleted: Sequence[str],
-) -> str:
-    """The id of the new commit on `head`."""
+) -> Head:
+    """The head that a commit on `head` makes."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
+    reference = head.reference
     moved = ZooError(
-        f"{reference} was changed by somebody else meanwhile; nothing was overwritten. Look at "
-        f"what is there, and publish again."
+        f"{replace(reference, revision=None)} was changed by somebody else meanwhile; nothing was "
+        "overwritten. Look at what is there, and publish again."
     )
 
-    def attempt() -> str:
-        now, there = _head(reference)
-        if now != head:  # by an attempt whose answer was lost, or by somebody else
-            arrived = all(path in there and files[path].ids & there[path].ids for path in files)
-            if now is not None and arrived and not set(deleted) & set(there):
+    def attempt() -> Head:
+        now = _head(reference)
+        if now.reference != reference:  # by an attempt whose answer was lost, or by somebody else
+            arrived = all(_holds(now.files, path, file) for path, file in sent.items())
+            if arrived and not set(deleted) & set(now.files):
                 return now
             raise moved
         made = HfApi().create_commit(
@@ -188,9 +212,9 @@ def _commit(
             ],
             commit_message=message,
             repo_type=reference.kind,
-            parent_commit=head,
+            parent_commit=reference.revision,
         )
-        return str(made.oid)
+        return replace(head, reference=replace(reference, revision=str(made.oid)))
 
     try:
         return _persist(attempt)
@@ -198,6 +222,10 @@ def _commit(
         if error.response is not None and error.response.status_code in (409, 412):
             raise moved from error
         raise
+
+
+def _holds(files: Mapping[str, _File], path: str, file: _File) -> bool:
+    return path in files and bool(files[path].ids & file.ids)
 
 
 def _persist(action: Callable[[], T]) -> T:

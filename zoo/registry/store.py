@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,21 +21,31 @@ from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import METRICS, Profile
 
 __all__ = [
+    "INDEX",
+    "PUBLISHED",
     "ProfileEntry",
+    "digest_of_profile",
     "find_profile",
     "get_profile",
+    "index_entry",
     "is_registry",
     "list_architectures",
     "list_profiles",
     "pinned",
+    "profile_path",
+    "read_entries",
+    "read_groups",
     "registry_folder",
     "searched_profile",
     "store_groups",
     "stored_groups",
+    "write_entries",
     "write_index",
     "write_published_index",
 ]
 
+
+INDEX = "index.json"
 
 PUBLISHED = "published"
 """The registry's folder of profiles that others published; one with its own index."""
@@ -61,7 +72,7 @@ def registry_folder() -> Path:
     """The bundled registry: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "_registry", package.parent / "registry"):
-        if (folder / "index.json").is_file():
+        if (folder / INDEX).is_file():
             return folder
     raise ZooError(f"The bundled registry is missing from {package}; reinstall prunezoo.")
 
@@ -209,6 +220,23 @@ def pinned(ref: str) -> str:
     return str(hub.download(hub.HubReference.parse(ref))[1])
 
 
+def digest_of_profile(ref: str) -> str | None:
+    """sha256 of the document that a reference names; None for a policy, or where it is not here."""
+    source, _, rest = ref.partition(":")
+    if source in ("bundled", PUBLISHED):
+        return {entry.reference: entry.sha256 for entry in _index(source)}.get(ref)
+    try:
+        if source == "file":
+            path = Path(rest).expanduser()
+        elif source == "hf":
+            path, _ = hub.download(hub.HubReference.parse(ref))
+        else:
+            return None
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (ZooError, OSError):
+        return None
+
+
 def _whole(path: Path, sha256: str) -> Profile:
     profile = Profile.read(path)
     if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
@@ -237,8 +265,15 @@ def stored_groups(arch: str) -> ChannelGroups | None:
     The tag of weights that a timm name may have after a dot is ignored.
     """
     path = registry_folder() / folder_name(arch.partition(".")[0]) / "groups.json"
-    if not path.is_file():
-        return None
+    return read_groups(path) if path.is_file() else None
+
+
+def read_groups(path: Path) -> ChannelGroups:
+    """The channel groups in the file at `path`.
+
+    Raises:
+        DocumentError: for a malformed document.
+    """
     groups = _read_groups(path, path.stat().st_mtime_ns)
     return replace(  # copies of the dictionaries, because all callers share the cached groups
         groups,
@@ -262,21 +297,41 @@ def store_groups(arch: str, groups: ChannelGroups, folder: Path) -> None:
 
 def write_index(folder: Path) -> None:
     """Rebuild the index of the registry at `folder` from its profiles."""
-    entries = []
-    for path in sorted(folder.glob("*/*-cf*.json")):
-        profile = Profile.read(path)
-        entries.append(
-            ProfileEntry(
-                reference=f"bundled:{profile.architecture}/{path.stem}",
-                architecture=profile.architecture,
-                metric=profile.metric,
-                cf=profile.cf,
-                got=profile.got,
-                sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-            )
-        )
-    entries.sort(key=lambda entry: (entry.architecture, entry.metric, entry.cf))
-    write_json(folder / "index.json", encode_document(_Index(tuple(entries))))
+    write_entries(folder, map(index_entry, folder.glob("*/*-cf*.json")))
+
+
+def index_entry(path: Path) -> ProfileEntry:
+    """What an index says of the profile in the file at `path`."""
+    profile = Profile.read(path)
+    return ProfileEntry(
+        reference=f"bundled:{profile.architecture}/{path.stem}",
+        architecture=profile.architecture,
+        metric=profile.metric,
+        cf=profile.cf,
+        got=profile.got,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+
+
+def read_entries(folder: Path) -> tuple[ProfileEntry, ...]:
+    """The index of the registry at `folder`.
+
+    Raises:
+        DocumentError: when it is missing or malformed.
+    """
+    path = folder / INDEX
+    return decode_document(_Index, read_json(path), str(path)).profiles
+
+
+def write_entries(folder: Path, entries: Iterable[ProfileEntry]) -> None:
+    """Write the index of the registry at `folder`, in order of architecture, metric and factor."""
+    ordered = sorted(entries, key=lambda entry: (entry.architecture, entry.metric, entry.cf))
+    write_json(folder / INDEX, encode_document(_Index(tuple(ordered))))
+
+
+def profile_path(entry: ProfileEntry) -> str:
+    """Where the file of an index's profile lies in its registry."""
+    return _bundled_path(entry.reference.removeprefix("bundled:")).as_posix()
 
 
 def write_published_index(folder: Path) -> None:
@@ -292,21 +347,19 @@ def write_published_index(folder: Path) -> None:
                 )
             )
     entries.sort(key=lambda entry: (entry.architecture, entry.cf, entry.reference))
-    write_json(folder / PUBLISHED / "index.json", encode_document(_Index(tuple(entries))))
+    write_json(folder / PUBLISHED / INDEX, encode_document(_Index(tuple(entries))))
 
 
 def _index(source: str) -> tuple[ProfileEntry, ...]:
-    if source == "published":
-        path = registry_folder() / PUBLISHED / "index.json"
-        return decode_document(_Index, read_json(path), str(path)).profiles if path.exists() else ()
+    if source == PUBLISHED:
+        folder = registry_folder() / PUBLISHED
+        return read_entries(folder) if (folder / INDEX).is_file() else ()
     if source == "bundled":
-        path = registry_folder() / "index.json"
-        return decode_document(_Index, read_json(path), str(path)).profiles
+        return read_entries(registry_folder())
     if not source.startswith(hub.PREFIX):
         raise unknown("profile source", source, ["bundled", "published", "hf:<org>/<repo>"])
-    path, found = hub.download(hub.HubReference.parse(source).file("index.json"))
+    path, found = hub.download(hub.HubReference.parse(source).file(INDEX))
     return tuple(
-        replace(entry, reference=str(found.file(_bundled_path(name).as_posix())))
-        for entry in decode_document(_Index, read_json(path), str(path)).profiles
-        for name in [entry.reference.removeprefix("bundled:")]
+        replace(entry, reference=str(found.file(profile_path(entry))))
+        for entry in read_entries(path.parent)
     )

@@ -29,9 +29,10 @@ from zoo.common.documents import (
 from zoo.errors import CheckpointError, ZooError
 from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.cost import cost_model
-from zoo.spec.plans import PruningRecord, Source, kept_positions, record_of
+from zoo.spec.plans import PruningRecord, kept_positions, record_of
 from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
 from zoo.storage.dense import Uninitialised
+from zoo.storage.readme import readme
 from zoo.surgery.surgery import named_tensors, resize, resized
 from zoo.tracing.calls import example_for
 from zoo.tracing.known_groups import groups_of, matching_groups
@@ -127,7 +128,7 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
             _save_tensors(tensors, new / MODEL, {"memory_format": _layout(model)})
             write_json(new / RECORD, encode_document(record))
             _read_back(new, model, record)
-            write_text(new / README, _readme(record))
+            write_text(new / README, readme(record))
             _swap(new, place, aside=place.with_name(f"{Path(scratch).name}.old"))
 
 
@@ -228,64 +229,6 @@ def _layout(model: nn.Module) -> str:
         w.is_contiguous(memory_format=torch.channels_last) for w in weights
     )
     return "channels_last" if last else "contiguous_format"
-
-
-def _named(source: Source) -> str:
-    kind = {True: ", the averaged weights", False: ", not the averaged weights", None: ""}
-    digest = f" (sha256 {source.sha256})" if source.sha256 else ""
-    return f"{source.reference}{digest}{kind[source.averaged]}"
-
-
-def _readme(record: PruningRecord) -> str:
-    plan, name = record.plan, record.architecture
-    weights = record.init if record.rewind is None else f"rewound to {_named(record.rewind)}"
-    origin = "; the classifier is new, because the source has none for them"
-    notes = [
-        f"Asked for {plan.asked:g}x {plan.metric} with the profile `{plan.profile}`: "
-        f"got {plan.got:.3f}x.",
-        f"Channels chosen by `{plan.criterion}`, seed {plan.seed}; weights: {weights}.",
-        f"Classes: {record.num_classes}{origin if record.new_classifier else ''}.",
-        f"Pruned from: {_named(record.source)}.",
-    ]
-    if (on := plan.latency) is not None:
-        notes.insert(
-            1,
-            f"Latency of {on.batch} image(s) of {plan.input_size}, {on.dtype}, "
-            f"predicted from layers timed on {on.where}.",
-        )
-    argument = "" if name else ", skeleton=dense_network"
-    return f"""# {name or "A network"}, channel-pruned
-
-| | dense | pruned | compression factor |
-|---|---|---|---|
-{_costs(record)}
-
-{chr(10).join(f"- {note}" for note in notes)}
-
-```python
-import zoo
-
-model = zoo.load_pruned("path/to/this/folder"{argument})
-```
-"""
-
-
-def _costs(record: PruningRecord) -> str:
-    """The rows of the table; the inputs of an unregistered network may have any shape."""
-    plan, size = record.plan, record.image_size
-    images = f"{record.in_channels}x{size}x{size}" if record.architecture else "the example input"
-    if plan.inputs:
-        images = plan.input_size
-    rows: list[tuple[str, float, float, str]] = [
-        ("parameters", plan.dense.params, plan.pruned.params, ","),
-        (f"MACs at {images}", plan.dense.macs, plan.pruned.macs, ","),
-    ]
-    if plan.dense.latency and plan.pruned.latency:
-        rows.append(("latency in ms", plan.dense.latency, plan.pruned.latency, ".3g"))
-    return "\n".join(
-        f"| {what} | {dense:{form}} | {pruned:{form}} | {dense / pruned:.2f}x |"
-        for what, dense, pruned, form in rows
-    )
 
 
 # --- reading back ---------------------------------------------------------------------------------

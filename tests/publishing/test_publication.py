@@ -1,0 +1,275 @@
+"""What is published can be used by others: PyTorch, ONNX Runtime, transformers.js, the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from loopback_hub import LoopbackHub
+from PIL import Image
+
+import zoo
+from zoo.errors import ZooError
+from zoo.registry.store import registry_folder
+
+TRANSFORMERS_JS = os.environ.get("TRANSFORMERS_JS", "")
+"""Folder whose node_modules has @huggingface/transformers."""
+
+LAYOUT = {
+    ".gitattributes", "README.md", "SHA256SUMS", "config.json", "model.safetensors",
+    "onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx",
+    "preprocessor_config.json", "pruning.json",
+}  # fmt: skip
+
+
+def test_the_repository_has_the_layout_that_its_readers_expect(repository, network, images):
+    assert set(repository) == LAYOUT
+    config = json.loads(repository["config.json"])
+    assert config["id2label"] == {str(n): name for n, name in enumerate(images.classes)}
+    assert config["label2id"] == {name: n for n, name in enumerate(images.classes)}
+    assert config["kept"] == network.pruning.plan.widths
+    assert config["image_size"] == [16, 16]
+    entries = {entry.reference: entry for entry in zoo.list_profiles()}
+    assert config["profile_sha256"] == entries[config["profile"]].sha256
+    pictures = json.loads(repository["preprocessor_config.json"])
+    assert pictures["size"] == {"height": 16, "width": 16}
+    assert (pictures["image_mean"], pictures["image_std"]) == ([0.5] * 3, [0.5] * 3)
+
+
+def test_the_card_says_to_the_hub_what_the_network_is(repository):
+    card = ModelCard(repository["README.md"].decode())
+    data = card.data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("prunezoo", "image-classification")
+    assert {"pruned", "resnet20-16", "4x-macs"} <= set(data["tags"])
+    assert (data["license"], data["datasets"]) == ("mit", ["org/data"])
+    assert (data["base_model"], data["base_model_relation"]) == ("org/dense", "finetune")
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type) == ("org/data", "accuracy")
+    assert f"{result.metric_value:.2%} on 64 images" in card.text
+
+
+def test_a_published_network_pulled_into_an_empty_cache_is_the_same_to_the_bit(
+    published, network, hub
+):
+    again = zoo.load_pruned(published.partition("@")[0])
+    images = torch.randn(8, 3, 16, 16)
+    assert torch.equal(again(images), network(images))
+    assert again.pruning == network.pruning
+    fetched = {request.path.rpartition("/")[2] for request in hub.seen("HEAD", "resolve")}
+    assert fetched == {"pruning.json", "model.safetensors"}
+
+
+def test_the_python_of_the_card_runs_as_printed(published, repository):
+    blocks = re.findall(r"```python\n(.*?)```", repository["README.md"].decode(), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        names: dict[str, object] = {}
+        exec(block, names)  # ours, from the test's own repository
+        assert tuple(names["logits"].shape) == (1, 10)
+    assert published
+
+
+@pytest.mark.parametrize("name", ["model", "model_fp16", "model_quantized"])
+def test_the_onnx_files_have_the_top_class_of_pytorch(repository_folder, network, images, name):
+    session = onnxruntime.InferenceSession(
+        repository_folder / "onnx" / f"{name}.onnx", providers=["CPUExecutionProvider"]
+    )
+    batch = images.normalise(images.images).numpy()
+    (logits,) = session.run(["logits"], {"pixel_values": batch})
+    with torch.inference_mode():
+        wanted = network(torch.from_numpy(batch)).numpy()
+    same = (logits.argmax(1) == wanted.argmax(1)).mean()
+    assert same >= (0.9 if name == "model_quantized" else 0.98)
+
+
+SCRIPT = """
+import { AutoModel, AutoProcessor, RawImage, env } from "@huggingface/transformers";
+env.allowRemoteModels = false;
+env.localModelPath = process.argv[2];
+const [name, ...pictures] = process.argv.slice(3);
+const processor = await AutoProcessor.from_pretrained(name);
+for (const dtype of ["fp32", "fp16"]) {
+  const model = await AutoModel.from_pretrained(name, { dtype });
+  for (const picture of pictures) {
+    const { logits } = await model(await processor(await RawImage.read(picture)));
+    const best = logits.data.indexOf(Math.max(...logits.data));
+    console.log(JSON.stringify([model.config.id2label[best], Array.from(logits.data)]));
+  }
+}
+"""
+
+
+@pytest.mark.skipif(not TRANSFORMERS_JS, reason="TRANSFORMERS_JS names no folder with it")
+def test_transformers_js_has_the_classes_of_pytorch(repository_folder, network, images, tmp_path):
+    pictures = []
+    for number in range(4):
+        pixels = images.images[number].permute(1, 2, 0).numpy()
+        pictures.append(tmp_path / f"{number}.png")
+        Image.fromarray(pixels).save(pictures[-1])
+    script = Path(TRANSFORMERS_JS, "zoo-test.mjs")
+    script.write_text(SCRIPT)
+    done = subprocess.run(
+        ["node", script.name, str(tmp_path), repository_folder.name, *map(str, pictures)],
+        cwd=TRANSFORMERS_JS, capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    script.unlink()
+    assert done.returncode == 0, done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    with torch.inference_mode():
+        wanted = network(images.normalise(images.images[:4])).numpy()
+    assert len(told) == 8
+    for (label, logits), row in zip(told, [*wanted, *wanted], strict=True):
+        np.testing.assert_allclose(logits, row, atol=0.05)
+        assert label == images.classes[row.argmax()]
+
+
+def test_publishing_again_sends_nothing_and_a_change_replaces_what_it_touches(
+    hub, network_folder, images, tmp_path
+):
+    options = zoo.PublishOptions(precisions=("fp32",), message="mine")
+    first = zoo.publish(network_folder, "org/net", data=images, options=options)
+    assert hub.repositories["model", "org/net"].private
+    assert hub.commits("org/net")[0].title == "mine"
+    again = zoo.publish(network_folder, "org/net", data=images, options=options)
+    assert (again.sent, again.deleted) == ({}, ())
+    assert again.reference == first.reference
+    other = zoo.load("resnet20-16", 4, "bundled:resnet20-16/cifar10", metric="macs", seed=1)
+    changed = zoo.publish(
+        zoo.save(other, tmp_path / "other"), "org/net", options=zoo.PublishOptions(precisions=())
+    )
+    assert set(changed.deleted) == {"onnx/model.onnx", "preprocessor_config.json"}
+    assert "pruning.json" in changed.sent
+    assert zoo.verify("hf:org/net").ok
+    assert "not measured" in hub.files("org/net")["README.md"].decode()
+
+
+def test_a_dry_run_makes_everything_and_sends_nothing(hub, network_folder, images):
+    options = zoo.PublishOptions(precisions=("fp32",))
+    told = zoo.publish(network_folder, "org/net", data=images, dry_run=True, options=options)
+    others = {".gitattributes", "onnx/model_fp16.onnx", "onnx/model_quantized.onnx"}
+    assert set(told.sent) == LAYOUT - others
+    assert not hub.seen("POST|PUT|DELETE")
+
+
+@pytest.mark.parametrize(
+    ("what", "repo", "hint"),
+    [
+        ("nowhere", "org/net", "neither the folder of a pruned network.*nor a registry"),
+        (None, "net", "is not a Hub reference"),
+        (None, "org/net/file", "not the name of a repository; write org/repo"),
+        (None, "hf:datasets/org/net", "not the name of a repository; write org/repo"),
+        (None, "org/theirs", "holds app.py and no pruning.json: it is somebody else's"),
+        ("bundled:nobody/params-cf4", "org/net", "Unknown profile"),
+    ],
+)
+def test_what_cannot_be_published_is_refused(hub, network_folder, what, repo, hint):
+    hub.add_repo("org/theirs", {"app.py": b"print()"})
+    with pytest.raises(ZooError, match=hint):
+        zoo.publish(what or network_folder, repo)
+    assert not hub.seen("POST|PUT|DELETE")
+
+
+def test_data_of_other_classes_and_half_a_normalisation_are_refused(
+    hub, network_folder, toy_images
+):
+    with pytest.raises(ZooError, match="has 3 classes, the network 10"):
+        zoo.publish(network_folder, "org/net", data=toy_images)
+    with pytest.raises(ZooError, match="mean= and std= belong together"):
+        zoo.publish(network_folder, "org/net", options=zoo.PublishOptions(mean=(0.5,) * 3))
+    with pytest.raises(ZooError, match="Unknown precision 'fp64'"):
+        zoo.PublishOptions(precisions=("fp64",))
+    assert not hub.seen("POST|PUT|DELETE")
+
+
+def test_a_registry_is_published_mirrored_and_verified_as_a_whole(hub, tmp_path):
+    made = zoo.publish("bundled", "org/profiles")
+    source = "hf:datasets/org/profiles"
+    assert str(made.reference).startswith(source)
+    files = hub.files("org/profiles", repo_type="dataset")
+    for path in registry_folder().rglob("*"):
+        if path.is_file():
+            assert files[path.relative_to(registry_folder()).as_posix()] == path.read_bytes()
+    card = files["README.md"].decode()
+    assert "data_files: ledger/resnet20-16.parquet" in card
+    listed = [entry.cf for entry in zoo.list_profiles(source=source)]
+    assert listed == [entry.cf for entry in zoo.list_profiles()]
+    found = zoo.verify(source)
+    assert found.ok, found.failed
+    mirror = tmp_path / "mirror"
+    for name, content in files.items():
+        (mirror / name).parent.mkdir(parents=True, exist_ok=True)
+        (mirror / name).write_bytes(content)
+    assert zoo.verify(mirror).ok
+    names: dict[str, object] = {}
+    exec(re.findall(r"```python\n(.*?)```", card, re.S)[0], names)  # ours
+    assert names["profile"] == zoo.get_profile("bundled:cnet/params-cf2")
+
+
+def test_a_profile_is_added_to_those_that_a_repository_holds(hub):
+    zoo.publish("bundled:cnet/params-cf4", "org/mine")
+    zoo.publish(zoo.get_profile("bundled:resnet20-16/macs-cf4"), "org/mine")
+    source = "hf:datasets/org/mine"
+    assert [e.architecture for e in zoo.list_profiles(source=source)] == ["cnet", "resnet20-16"]
+    assert zoo.verify(source).ok
+    assert zoo.publish("bundled:cnet/params-cf4", "org/mine").sent == {}
+    network = zoo.create_model("resnet20-16", 10)
+    pruned = zoo.load("resnet20-16", 4, network, metric="macs", profile=source)
+    assert pruned.pruning.plan.profile.startswith(f"{source}/resnet20-16/macs-cf4.json@")
+    commits = hub.commits("org/mine", repo_type="dataset")
+    assert [commit.title for commit in commits[:2]] == [
+        "Profile resnet20-16 macs-cf4", "Profile cnet params-cf4",
+    ]  # fmt: skip
+
+
+def test_what_somebody_else_adds_meanwhile_is_not_lost(hub, monkeypatch):
+    from zoo.publishing import publication
+
+    zoo.publish("bundled:cnet/params-cf4", "org/mine")
+    real = publication.write_registry
+
+    def meanwhile(*given: object) -> None:
+        hub.push("org/mine", {"cnet/params-cf9.json": b"{}"}, repo_type="dataset")
+        real(*given)
+
+    monkeypatch.setattr(publication, "write_registry", meanwhile)
+    with pytest.raises(ZooError, match="changed by somebody else meanwhile"):
+        zoo.publish("bundled:cnet/params-cf2", "org/mine")
+    assert "cnet/params-cf2.json" not in hub.files("org/mine", repo_type="dataset")
+
+
+def test_the_command_line_publishes_verifies_shows_and_finds(hub, network_folder, capsys):
+    from zoo.cli import main
+
+    assert main(["publish", str(network_folder), "org/net", "--precisions", "fp32"]) == 0
+    assert "sent     onnx/model.onnx" in capsys.readouterr().out
+    assert main(["publish", "bundled:cnet/params-cf4", "org/mine", "--dry-run"]) == 0
+    assert "would be sent     cnet/params-cf4.json" in capsys.readouterr().out
+    assert main(["verify", "hf:org/net"]) == 0
+    assert "0 found wrong" in capsys.readouterr().out
+    assert main(["show", "hf:org/net"]) == 0
+    shown = capsys.readouterr().out
+    assert "bundled:resnet20-16/macs-cf4" in shown
+    assert hub.commits("org/net")[0].id in shown
+    assert main(["list", "--hub", "--arch", "resnet20-16"]) == 0
+    assert "hf:org/net" in capsys.readouterr().out
+    assert main(["list", "--hub", "--arch", "cnet"]) == 0
+    assert "hf:org/net" not in capsys.readouterr().out
+
+
+def test_a_publication_that_fails_leaves_no_trace(hub: LoopbackHub, network_folder, tmp_path):
+    before = sorted(network_folder.iterdir())
+    broken = shutil.copytree(network_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ZooError, match=r"model\.safetensors"):
+        zoo.publish(broken, "org/net")
+    assert not hub.seen("POST|PUT|DELETE")
+    assert sorted(network_folder.iterdir()) == before

@@ -1,0 +1,1 @@
+"""Networks and registries in; repositories, model cards and a static site out."""

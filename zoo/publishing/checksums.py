@@ -1,0 +1,54 @@
+"""SHA256SUMS: the sha256 of every file of a folder, as `sha256sum --check` reads it."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from zoo.common.documents import write_text
+from zoo.errors import DocumentError
+
+__all__ = ["CHECKSUMS", "digest", "files_in", "read_checksums", "write_checksums"]
+
+CHECKSUMS = "SHA256SUMS"
+
+_LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def files_in(folder: Path) -> list[str]:
+    """The paths of the files in a folder and its subfolders, sorted, without hidden ones."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(p.as_posix() for p in paths if not any(n.startswith(".") for n in p.parts))
+
+
+def write_checksums(folder: Path) -> None:
+    """Write SHA256SUMS of all files in `folder`."""
+    names = [name for name in files_in(folder) if name != CHECKSUMS]
+    lines = "".join(f"{digest(folder / name)}  {name}\n" for name in names)
+    write_text(folder / CHECKSUMS, lines)
+
+
+def read_checksums(folder: Path) -> dict[str, str] | None:
+    """Path -> sha256, as SHA256SUMS of `folder` has it; None where there is no such file.
+
+    Raises:
+        DocumentError: for a line of another form, or a path that leaves the folder.
+    """
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return None
+    found = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        match = _LINE.fullmatch(line)
+        name = Path(match[2]) if match else Path("..")
+        if match is None or name.is_absolute() or ".." in name.parts:
+            raise DocumentError(f"{path}:{number} is not a sha256 and the path of a file.")
+        found[match[2]] = match[1]
+    return found

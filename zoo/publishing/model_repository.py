@@ -1,0 +1,174 @@
+"""A pruned network's folder as a repository that others can use, laid out as their tools expect.
+
+README.md                   the card
+config.json                 what it is: classes, images, kept widths, profile
+preprocessor_config.json    how a picture becomes its input
+pruning.json, model.safetensors
+onnx/model.onnx, model_fp16.onnx, model_quantized.onnx
+SHA256SUMS                  of all these
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from zoo.common.documents import write_json, write_text
+from zoo.data.images import AnyImages
+from zoo.deployment.exporting import ExportResult, export
+from zoo.deployment.options import ExportOptions
+from zoo.errors import ZooError
+from zoo.publishing.checksums import write_checksums
+from zoo.publishing.model_card import model_card
+from zoo.publishing.options import FILES, PublishOptions
+from zoo.registry.store import digest_of_profile
+from zoo.spec.plans import PruningRecord
+from zoo.storage.artefacts import MODEL, read_model
+from zoo.storage.checkpoints import RECORD
+
+__all__ = ["CONFIG", "PREPROCESSOR", "config_of", "write_repository"]
+
+CONFIG, PREPROCESSOR, README = "config.json", "preprocessor_config.json", "README.md"
+
+MODEL_TYPE = "prunezoo"
+"""No type of transformers': its classes would build another network, with random weights."""
+
+BOX = 4
+"""PIL's number for the resampling by area that `zoo.load_data` uses."""
+
+
+def write_repository(
+    folder: Path, out: Path, reference: str, data: AnyImages | None, options: PublishOptions
+) -> None:
+    """Write the repository of the pruned network in `folder` into the empty folder `out`.
+
+    Args:
+        folder: as `zoo.save` writes it.
+        out: an empty folder.
+        reference: of the repository, for its card.
+        data: images with labels that the files are compared and the accuracy is measured on, and
+            whose classes, mean and std are published.
+        options: what else to say.
+
+    Raises:
+        ZooError: for a folder that is no pruned network, or one of no registered architecture;
+            images of other classes; int8 without data.
+        ExportError: if an ONNX file does not compute what the network does.
+    """
+    model = read_model(folder)
+    record: PruningRecord = model.pruning  # type: ignore[assignment]
+    classes = _class_names(record, data)
+    for name in (MODEL, RECORD):
+        shutil.copyfile(folder / name, out / name)
+    exports = _exports(model, out, data, options)
+    write_json(out / CONFIG, config_of(record, classes))
+    mean, std = _normalisation(data, options)
+    if mean and std:
+        write_json(out / PREPROCESSOR, _preprocessor(record, mean, std))
+    accuracy = None
+    if data is not None:
+        from zoo.training.finetuning import evaluate
+
+        accuracy = evaluate(model, data).accuracy
+    card = model_card(record, reference, exports, data, accuracy, (mean, std), options)
+    write_text(out / README, card)
+    write_checksums(out)
+
+
+def config_of(record: PruningRecord, classes: Sequence[str]) -> dict[str, Any]:
+    """The config.json of a network: facts of its record, and the names of its classes."""
+    plan = record.plan
+    digest = digest_of_profile(plan.profile)
+    return {
+        "model_type": MODEL_TYPE,
+        "architecture": record.architecture,
+        "num_labels": record.num_classes,
+        "id2label": {str(number): name for number, name in enumerate(classes)},
+        "label2id": {name: number for number, name in enumerate(classes)},
+        "num_channels": record.in_channels,
+        "image_size": _sides(record),
+        "kept": plan.widths,
+        "profile": plan.profile,
+        **({"profile_sha256": digest} if digest else {}),
+        "metric": plan.metric,
+        "compression_factor": plan.got,
+        "criterion": plan.criterion,
+        "seed": plan.seed,
+        "params": asdict(plan.pruned)["params"],
+        "macs": asdict(plan.pruned)["macs"],
+        "prunezoo_version": record.versions.get("prunezoo", ""),
+    }
+
+
+def _sides(record: PruningRecord) -> list[int]:
+    from zoo.common.sizes import sides
+
+    return list(sides(record.size))
+
+
+def _class_names(record: PruningRecord, data: AnyImages | None) -> tuple[str, ...]:
+    """The data's, or the names that transformers gives to classes without any."""
+    if data is None:
+        return tuple(f"LABEL_{number}" for number in range(record.num_classes))
+    if len(data.classes) != record.num_classes:
+        raise ZooError(
+            f"{data.name} has {len(data.classes)} classes, the network {record.num_classes}: give "
+            f"the data that it was trained for."
+        )
+    if len(set(data.classes)) < len(data.classes):
+        return tuple(f"{name} ({number})" for number, name in enumerate(data.classes))
+    return data.classes
+
+
+def _exports(
+    model: nn.Module, out: Path, data: AnyImages | None, options: PublishOptions
+) -> list[ExportResult]:
+    chosen = options.precisions
+    if chosen is None:
+        chosen = tuple(name for name in FILES if data is not None or name != "int8")
+    mean, std = _normalisation(data, options)
+    (out / FILES["fp32"]).parent.mkdir(parents=True, exist_ok=True)
+    return [
+        export(
+            model,
+            out / FILES[precision],
+            inputs=data,
+            precision=precision,
+            options=ExportOptions(mean=mean or None, std=std or None),
+        )
+        for precision in chosen
+    ]
+
+
+def _normalisation(
+    data: AnyImages | None, options: PublishOptions
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std), or nothing where neither the data nor the options tell them."""
+    if (options.mean is None) != (options.std is None):
+        raise ZooError("mean= and std= belong together: give both or none.")
+    if options.mean is not None and options.std is not None:
+        return options.mean, options.std
+    return (data.mean, data.std) if data is not None else ((), ())
+
+
+def _preprocessor(
+    record: PruningRecord, mean: tuple[float, ...], std: tuple[float, ...]
+) -> dict[str, Any]:
+    height, width = _sides(record)
+    return {
+        "image_processor_type": "ViTImageProcessor",  # resizes, rescales and normalises
+        "do_convert_rgb": record.in_channels == 3,
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": BOX,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }

@@ -1,0 +1,140 @@
+"""`zoo.publish`: a pruned network, a profile or a registry becomes a repository of the Hub."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+from zoo.data.images import AnyImages
+from zoo.errors import ZooError
+from zoo.publishing.checksums import CHECKSUMS, read_checksums
+from zoo.publishing.model_repository import write_repository
+from zoo.publishing.options import PublishOptions
+from zoo.publishing.registry_repository import add_profile, write_registry
+from zoo.registry.hub import HubReference, download
+from zoo.registry.hub_commits import Head, Published, commit_folder, read_head
+from zoo.registry.store import INDEX, get_profile, registry_folder
+from zoo.spec.profile import Profile
+from zoo.storage.checkpoints import RECORD
+
+__all__ = ["publish"]
+
+REFERENCES = ("bundled:", "file:", "published:", "hf:")
+"""How the reference of a profile begins."""
+
+
+def publish(
+    what: str | Path | Profile,
+    repo_id: str,
+    *,
+    private: bool = True,
+    data: AnyImages | None = None,
+    dry_run: bool = False,
+    options: PublishOptions | None = None,
+) -> Published:
+    """Publish to the Hugging Face Hub, in one commit on what the repository held before.
+
+    Nothing is sent when the repository holds all of it already. A network's repository has the
+    layout that `zoo.load_pruned`, ONNX Runtime and transformers.js read; profiles make a data set,
+    which `profile="hf:datasets/<repo_id>"` reads.
+
+    Args:
+        what: the folder of a pruned network, a registry's folder, `bundled` for the one that ships
+            with the zoo, a `Profile` or the reference of one; a profile is added to those that the
+            repository holds.
+        repo_id: `<org>/<repo>`; created if there is none.
+        private: of a new repository; an existing one stays as it is.
+        data: for a network: images with labels that its accuracy is measured on and its ONNX files
+            are compared on, and whose classes, mean and std are published. int8 needs it.
+        dry_run: make everything, send nothing.
+        options: what else to say of a network.
+
+    Returns:
+        What was sent, with the commit.
+
+    Raises:
+        ZooError: for anything else to publish; a repository that holds other things, cannot be
+            written or was changed meanwhile.
+        ExportError: if an ONNX file does not compute what the network does.
+    """
+    options = options or PublishOptions()
+    folder = _folder(what)
+    network = folder is not None and (folder / RECORD).is_file()
+    reference = HubReference.parse(repo_id)
+    if str(reference) != f"hf:{reference.repo}":
+        raise ZooError(f"{repo_id!r} is not the name of a repository; write org/repo.")
+    reference = replace(reference, dataset=not network)
+    head = read_head(reference)
+    _check(head, RECORD if network else INDEX)
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        if folder is None:
+            profile = _profile(what)
+            title = f"Profile {profile.architecture} {profile.name}"
+            for path in head.files:
+                _fetch(head.reference.file(path), out)
+            add_profile(profile, out)
+            write_registry(out, out, str(reference))
+        elif network:
+            title = f"Pruned network {folder.name}"
+            write_repository(folder, out, str(reference), data, options)
+        else:
+            title = "Registry"
+            write_registry(folder, out, str(reference))
+        return commit_folder(
+            out,
+            head,
+            options.message or title,
+            private=private,
+            obsolete=_listed(head),
+            dry_run=dry_run,
+        )
+
+
+def _folder(what: str | Path | Profile) -> Path | None:
+    """The folder of a network or a registry; None for a profile.
+
+    Raises:
+        ZooError: for a folder of neither.
+    """
+    if isinstance(what, Profile) or (isinstance(what, str) and what.startswith(REFERENCES)):
+        return None
+    folder = registry_folder() if what == "bundled" else Path(what).expanduser()
+    if not any((folder / name).is_file() for name in (RECORD, INDEX)):
+        raise ZooError(
+            f"{folder} is neither the folder of a pruned network ({RECORD} is missing) nor a "
+            f"registry ({INDEX} is missing); a profile is written 'file:{folder}'."
+        )
+    return folder
+
+
+def _profile(what: str | Path | Profile) -> Profile:
+    return what if isinstance(what, Profile) else get_profile(str(what))
+
+
+def _check(head: Head, mark: str) -> None:
+    """Refuse a repository that holds other things than ours, which have the file `mark`."""
+    others = sorted(set(head.files) - {".gitattributes", "README.md", CHECKSUMS})
+    if others and mark not in head.files:
+        raise ZooError(
+            f"{head.reference} holds {others[0]} and no {mark}: it is somebody else's, or of "
+            "another kind. Name another repository."
+        )
+
+
+def _listed(head: Head) -> tuple[str, ...]:
+    """The files that an earlier publication wrote into a repository."""
+    if CHECKSUMS not in head.files:
+        return ()
+    path, _ = download(head.reference.file(CHECKSUMS))
+    return tuple(read_checksums(path.parent) or ())
+
+
+def _fetch(reference: HubReference, out: Path) -> None:
+    """Copy a file of the Hub to its place in the folder `out`."""
+    path, _ = download(reference)
+    target = out / str(reference.path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, target)

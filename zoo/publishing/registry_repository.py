@@ -1,0 +1,108 @@
+"""A registry as a data set of the Hub: its files as they are, with a card and their checksums."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from zoo.common.documents import write_text
+from zoo.publishing.checksums import files_in, write_checksums
+from zoo.publishing.model_card import TAG
+from zoo.registry.hub import card_text
+from zoo.registry.store import (
+    INDEX,
+    folder_name,
+    index_entry,
+    profile_path,
+    read_entries,
+    write_entries,
+)
+from zoo.spec.profile import Profile
+
+__all__ = ["add_profile", "write_registry"]
+
+README = "README.md"
+
+LICENCE = "apache-2.0"
+"""Of the zoo's own registry; a profile that others published says its own."""
+
+
+def write_registry(folder: Path, out: Path, reference: str) -> None:
+    """Write the repository of the registry at `folder` into the folder `out`.
+
+    Args:
+        folder: of a registry.
+        out: empty, or `folder` itself.
+        reference: of the repository, for its card.
+    """
+    for name in files_in(folder) if folder != out else ():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / name, out / name)
+    write_text(out / README, _card(out, reference))
+    write_checksums(out)
+
+
+def add_profile(profile: Profile, folder: Path) -> None:
+    """Add a profile to the registry at `folder`, or to a new one in an empty folder.
+
+    It replaces the one of the same architecture, metric and factor.
+    """
+    path = folder / folder_name(profile.architecture) / f"{profile.name}.json"
+    profile.write(path)
+    entry = index_entry(path)
+    entries = read_entries(folder) if (folder / INDEX).is_file() else ()
+    write_entries(folder, [*(e for e in entries if e.reference != entry.reference), entry])
+
+
+def _card(out: Path, reference: str) -> str:
+    """The card of the data set whose files are in `out`."""
+    entries = read_entries(out)
+    ledgers = [name for name in files_in(out) if name.endswith(".parquet")]
+    metadata: dict[str, Any] = {
+        "license": LICENCE,
+        "pretty_name": "Pruning profiles",
+        "tags": [TAG, "pruning", "channel-pruning"],
+    }
+    if ledgers:
+        metadata["configs"] = [
+            {"config_name": Path(name).stem, "data_files": name} for name in ledgers
+        ]
+    rows = [
+        f"| {entry.architecture} | {entry.metric} | {entry.cf:g}x | `{profile_path(entry)}` |"
+        for entry in entries
+    ]
+    first = entries[0] if entries else None
+    usage = (
+        f"""
+```python
+import zoo
+
+for entry in zoo.list_profiles(source="{reference}"):
+    print(entry.reference)
+profile = zoo.get_profile("{reference}/{profile_path(first)}")
+```
+"""
+        if first
+        else ""
+    )
+    body = f"""# Pruning profiles
+
+How much to keep of every layer of a network, for [prunezoo](https://pypi.org/project/prunezoo/).
+`zoo verify {reference}` checks every file.
+{usage}
+| architecture | metric | factor | file |
+|---|---|---:|---|
+{chr(10).join(rows)}
+
+{_ledgers(ledgers)}"""
+    return card_text(metadata, [], body)
+
+
+def _ledgers(names: list[str]) -> str:
+    if not names:
+        return ""
+    return (
+        "The tables are the evaluations of the searches: one row for each network that was pruned "
+        "and measured.\n"
+    )
