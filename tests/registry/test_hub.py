@@ -155,3 +155,15 @@ def test_a_private_repository_needs_the_token_which_nobody_else_gets(hub, monkey
 def test_importing_the_module_does_not_import_the_hub_client():
     code = "import sys, zoo.registry.hub_commits; assert 'huggingface_hub' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../b", "/etc/x", "c:evil", "a\\..\\b", "a//b"]
+)
+def test_a_repository_whose_files_would_leave_their_folder_is_refused(hub, monkeypatch, name):
+    hub.add_repo("org/evil", {"a.json": SMALL})
+    info = huggingface_hub.HfApi().repo_info("org/evil")
+    info.siblings[0].rfilename = name
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: info)
+    with pytest.raises(ZooError, match="which no folder can hold safely"):
+        files_of(HubReference("org/evil"))

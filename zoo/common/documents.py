@@ -21,17 +21,22 @@ from typing import Any, TypeVar
 from zoo.errors import DocumentError, unknown
 
 __all__ = [
+    "LARGEST",
     "SCHEMA_VERSION",
     "decode",
     "decode_document",
     "encode",
     "encode_document",
     "read_json",
+    "read_text",
     "write_json",
     "write_text",
 ]
 
 SCHEMA_VERSION = 1
+
+LARGEST = 64 << 20
+"""Bytes of a document; those of the largest networks have a hundredth of it."""
 
 T = TypeVar("T")
 
@@ -150,15 +155,42 @@ def _expect(raw: Any, kind: type, where: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON value in the file at `path`; a missing or malformed file is a `DocumentError`."""
+    """The JSON value in the file at `path`, of at most `LARGEST` bytes.
+
+    Raises:
+        DocumentError: for a file that is missing, larger, or no JSON that can be read.
+    """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(text, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        raise DocumentError(f"{path} is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise DocumentError(f"{path} is not a document: it is nested too deeply.") from None
+    except ValueError as error:  # NaN, infinity, an integer of thousands of digits
+        raise DocumentError(f"{path} is not a document: {error}.") from None
+
+
+def read_text(path: Path) -> str:
+    """The text in the file at `path`, of at most `LARGEST` bytes.
+
+    Raises:
+        DocumentError: for a file that is missing, larger, or no text in UTF-8.
+    """
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise DocumentError(f"{path} has more than {LARGEST:,} bytes: it is no document.")
+        return content.decode("utf-8")
     except FileNotFoundError:
         raise DocumentError(f"{path} does not exist.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DocumentError(f"{path} cannot be read: {error}.") from None
-    except json.JSONDecodeError as error:
-        raise DocumentError(f"{path} is not valid JSON: {error}.") from None
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number of JSON")
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = 1) -> None:

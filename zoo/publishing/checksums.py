@@ -6,7 +6,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from zoo.common.documents import write_text
+from zoo.common.documents import read_text, write_text
 from zoo.errors import DocumentError
 
 __all__ = ["CHECKSUMS", "digest", "files_in", "read_checksums", "write_checksums"]
@@ -45,7 +45,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     found = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         match = _LINE.fullmatch(line)
         name = Path(match[2]) if match else Path("..")
         if match is None or name.is_absolute() or ".." in name.parts:

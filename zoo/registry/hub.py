@@ -16,7 +16,16 @@ from typing import Any, TypeVar
 
 from zoo.errors import ZooError
 
-__all__ = ["HubReference", "card_parts", "card_text", "download", "files_of", "reaching"]
+__all__ = [
+    "HubReference",
+    "card_parts",
+    "card_text",
+    "checked_path",
+    "download",
+    "files_of",
+    "is_refusal",
+    "reaching",
+]
 
 PREFIX = "hf:"
 
@@ -123,7 +132,7 @@ def files_of(reference: HubReference) -> tuple[tuple[str, ...], HubReference]:
         info: Any = HfApi().repo_info(
             whole.repo, revision=whole.revision, repo_type=whole.kind, timeout=TIMEOUT
         )
-        names = sorted(sibling.rfilename for sibling in info.siblings or ())
+        names = sorted(checked_path(sibling.rfilename) for sibling in info.siblings or ())
         return tuple(names), replace(whole, revision=info.sha)
 
     def cached() -> tuple[tuple[str, ...], HubReference]:
@@ -140,6 +149,18 @@ def files_of(reference: HubReference) -> tuple[tuple[str, ...], HubReference]:
 
     with reaching(f"get the file list of {whole.place}"):
         return _or_cached(asked, cached)
+
+
+def checked_path(path: str) -> str:
+    """The path of a file in a repository, as the Hub says it.
+
+    Raises:
+        ZooError: for one that would leave the folder that the repository is copied to.
+    """
+    parts = path.split("/")
+    if not path or {"", ".", ".."} & set(parts) or re.search(r"[\\:\x00-\x1f]", path):
+        raise ZooError(f"The Hub names a file {path!r}, which no folder can hold safely.")
+    return path
 
 
 def card_text(metadata: Mapping[str, Any], results: Sequence[Mapping[str, Any]], body: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zoo.errors import ZooError
-from zoo.registry.hub import TIMEOUT, HubReference, is_refusal, reaching
+from zoo.registry.hub import TIMEOUT, HubReference, checked_path, is_refusal, reaching
 
 __all__ = [
     "FoundRepository",
@@ -163,7 +163,7 @@ def _head(reference: HubReference) -> Head:
         return Head(reference, {})
     tree = api.list_repo_tree(reference.repo, recursive=True, revision=info.sha, repo_type=kind)
     files = {
-        entry.path: _File(
+        checked_path(entry.path): _File(
             entry.size,
             frozenset({entry.blob_id} | ({entry.lfs.sha256} if entry.lfs else set())),
         )

@@ -264,7 +264,10 @@ def stored_groups(arch: str) -> ChannelGroups | None:
 
     The tag of weights that a timm name may have after a dot is ignored.
     """
-    path = registry_folder() / folder_name(arch.partition(".")[0]) / "groups.json"
+    name = folder_name(arch.partition(".")[0])
+    if "/" in name or "\\" in name:
+        return None
+    path = registry_folder() / name / "groups.json"
     return read_groups(path) if path.is_file() else None
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.common.documents import SCHEMA_VERSION, decode, encode, replacing
+from zoo.common.documents import LARGEST, SCHEMA_VERSION, decode, encode, replacing
 from zoo.errors import DocumentError, ZooError, unknown
 
 try:
@@ -234,14 +234,18 @@ def _read_lines(path: Path) -> list[Row]:
 def _read_parquet(path: Path) -> list[Row]:
     pyarrow, parquet = _pyarrow()
     try:
-        table = parquet.read_table(path)
-    except pyarrow.ArrowException as error:
+        file = parquet.ParquetFile(path)
+        parts = [file.metadata.row_group(n) for n in range(file.metadata.num_row_groups)]
+        if (claimed := sum(part.total_byte_size for part in parts)) > LARGEST:
+            raise DocumentError(f"{path} claims {claimed:,} bytes of rows: it is no ledger.")
+        stamp = (file.metadata.metadata or {}).get(b"schema_version", b"none")
+        if (version := stamp.decode(errors="replace")) != str(SCHEMA_VERSION):
+            raise DocumentError(f"{path}: schema_version is {version}, not {SCHEMA_VERSION}.")
+        found = file.read().to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
         raise DocumentError(f"{path} is not a parquet file: {error}") from None
-    version = (table.schema.metadata or {}).get(b"schema_version", b"none").decode()
-    if version != str(SCHEMA_VERSION):
-        raise DocumentError(f"{path}: schema_version is {version}, not {SCHEMA_VERSION}.")
     rows = []
-    for raw in table.to_pylist():
+    for raw in found:
         own = {name: raw.pop(name, None) for name in ("accuracy", "seconds", "source")}
         rows.append(decode(Row, {"key": raw, **own}, str(path)))
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from zoo.errors import DocumentError, unknown
 __all__ = ["METRICS", "Evidence", "Profile", "Provenance", "Publication", "Reference"]
 
 METRICS = ("params", "macs", "latency")
+
+
+_NAME = re.compile(r"(?:\w+:)?\w[\w.-]*")
+"""What an architecture may be called."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ class Profile:
 
     def __post_init__(self) -> None:
         where = f"profile of {self.architecture}"
+        if not _NAME.fullmatch(self.architecture):  # it becomes the name of a folder
+            raise DocumentError(f"{where}: that is not the name of an architecture.")
         if self.metric not in METRICS:
             raise unknown("metric", self.metric, METRICS, DocumentError)
         if not self.cf >= 1:

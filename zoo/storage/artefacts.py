@@ -26,13 +26,13 @@ from zoo.common.documents import (
     write_json,
     write_text,
 )
-from zoo.errors import CheckpointError, ZooError
+from zoo.errors import CheckpointError, ZooError, first_line
 from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.cost import cost_model
 from zoo.spec.plans import PruningRecord, kept_positions, record_of
 from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
 from zoo.storage.dense import Uninitialised
-from zoo.storage.readme import readme
+from zoo.storage.readme import images_of, readme
 from zoo.surgery.surgery import named_tensors, resize, resized
 from zoo.tracing.calls import example_for
 from zoo.tracing.known_groups import groups_of, matching_groups
@@ -254,7 +254,7 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
     record = decode_document(PruningRecord, read_json(folder / RECORD), str(folder / RECORD))
     tensors, metadata = read_safetensors(folder / MODEL)
     if record.architecture:
-        skeleton = skeleton_of(record)
+        skeleton = _built(record, folder)
     elif skeleton is None:
         raise CheckpointError(
             f"{folder} holds a network of no registered architecture: give the dense network that "
@@ -272,6 +272,19 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model.pruning = record  # type: ignore[assignment]
     return model.eval()
+
+
+def _built(record: PruningRecord, folder: Path) -> nn.Module:
+    """The skeleton of a record that may claim anything."""
+    try:
+        return skeleton_of(record)
+    except ZooError:
+        raise
+    except Exception as error:  # torch's errors for impossible sizes share no base class
+        raise CheckpointError(
+            f"{folder / RECORD}: {record.architecture} cannot be built for {record.num_classes} "
+            f"classes of images of {images_of(record)}: {first_line(error)}"
+        ) from None
 
 
 def skeleton_of(record: PruningRecord) -> nn.Module:

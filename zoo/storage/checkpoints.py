@@ -13,6 +13,7 @@ import json
 import os
 import re
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +51,9 @@ CURRENT = "current_model_state"
 under `state_dict`."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
+SLACK = 64 << 20
+"""Bytes that a file may claim beyond four times its own."""
+
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
 INERT = (
@@ -131,6 +135,9 @@ def read_checkpoint(
     else:
         content, metadata = _parse_pickle(data, path), {}
     state, averaged = _tensors(content, str(weights), ema)
+    _check_bytes(
+        sum(each.numel() * each.element_size() for each in state.values()), len(data), path
+    )
     source = Source(reference, hashlib.sha256(data).hexdigest(), averaged)
     return Checkpoint(state, source, metadata)
 
@@ -227,6 +234,7 @@ class _Inert:
 
 
 def _parse_pickle(data: bytes, path: Path) -> Any:
+    _check_archive(data, path)
     try:
         with torch.serialization.safe_globals([(_Inert, name) for name in INERT]):
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -243,6 +251,24 @@ def _parse_pickle(data: bytes, path: Path) -> Any:
     raise CheckpointError(
         f"{path} is truncated or not a PyTorch checkpoint. Copy or download it again."
     )
+
+
+def _check_archive(data: bytes, path: Path) -> None:
+    """Refuse an archive that unpacks to far more than it is."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            claimed = sum(part.file_size for part in archive.infolist())
+    except Exception:  # no archive: of the old format, or damaged, which torch.load will tell
+        return
+    _check_bytes(claimed, len(data), path)
+
+
+def _check_bytes(claimed: int, held: int, path: Path) -> None:
+    """Refuse tensors of far more bytes than the file that they are in."""
+    if claimed > SLACK + 4 * held:
+        raise CheckpointError(
+            f"{path} has {held:,} bytes and claims to hold {claimed:,}: it is no checkpoint."
+        )
 
 
 def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], bool | None]:
