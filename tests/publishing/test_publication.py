@@ -273,3 +273,26 @@ def test_a_publication_that_fails_leaves_no_trace(hub: LoopbackHub, network_fold
         zoo.publish(broken, "org/net")
     assert not hub.seen("POST|PUT|DELETE")
     assert sorted(network_folder.iterdir()) == before
+
+
+def test_a_precision_that_does_not_hold_is_left_out_unless_it_was_asked_for(
+    hub, network_folder, monkeypatch
+):
+    from zoo.errors import ExportError
+    from zoo.publishing import model_repository
+
+    real = model_repository.export
+
+    def export(*given, precision, **options):
+        if precision == "fp16":
+            raise ExportError("fp16 overflows.")
+        return real(*given, precision=precision, **options)
+
+    monkeypatch.setattr(model_repository, "export", export)
+    made = zoo.publish(network_folder, "org/net")
+    assert {name for name in made.sent if name.startswith("onnx/")} == {"onnx/model.onnx"}
+    card = hub.files("org/net")["README.md"].decode()
+    assert "There is no `onnx/model_fp16.onnx`: fp16 overflows." in card
+    with pytest.raises(ExportError, match="overflows"):
+        zoo.publish(network_folder, "org/other", options=zoo.PublishOptions(precisions=("fp16",)))
+    assert ("model", "org/other") not in hub.repositories

@@ -24,6 +24,7 @@ def model_card(
     record: PruningRecord,
     reference: str,
     exports: Sequence[ExportResult],
+    lacking: Sequence[str],
     data: AnyImages | None,
     accuracy: float | None,
     normalisation: tuple[tuple[float, ...], tuple[float, ...]],
@@ -35,6 +36,7 @@ def model_card(
         record: of the network.
         reference: of the repository.
         exports: its ONNX files, with how they compare with PyTorch.
+        lacking: why there are no others, a line each.
         data: what the accuracy was measured on.
         accuracy: in [0, 1], of the network in PyTorch; None where there are no labels.
         normalisation: (mean, std) of its images; empty where they are not known.
@@ -57,8 +59,8 @@ def model_card(
         f"In JavaScript, with transformers.js:\n\n```js\n{js_lines(repo)}\n```"
         if exports and normalisation[0]
         else "",
-        f"## Files\n\n{_files(exports)}\n\n`zoo verify {reference}` checks all of them against "
-        "`SHA256SUMS`, the record and one another.",
+        f"## Files\n\n{_files(exports, lacking)}\n\n`zoo verify {reference}` checks all of them "
+        "against `SHA256SUMS`, the record and one another.",
         f"## How it was made\n\n{notes(record)}",
     ]
     metadata, results = _front_matter(record, data, accuracy, options, name)
@@ -142,7 +144,7 @@ def _inputs(
     return f"Images are {shape} in [0, 1], minus the mean ({told[0]}), divided by ({told[1]})."
 
 
-def _files(exports: Sequence[ExportResult]) -> str:
+def _files(exports: Sequence[ExportResult], lacking: Sequence[str]) -> str:
     rows = [
         "| file | bytes | largest difference | same top class | accuracy there |",
         "|---|---:|---:|---:|---:|",
@@ -157,10 +159,8 @@ def _files(exports: Sequence[ExportResult]) -> str:
     if not exports:
         return "There are no ONNX files."
     first = exports[0]
-    return "\n".join(rows) + (
-        f"\n\nCompared with PyTorch on {first.images} images ({first.inputs}) in ONNX Runtime on "
-        f"the CPU."
-    )
+    told = f"Compared with PyTorch on {first.images} images ({first.inputs}) in ONNX Runtime."
+    return "\n".join([*rows, "", told, *lacking])
 
 
 def _front_matter(

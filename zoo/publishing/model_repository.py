@@ -22,7 +22,7 @@ from zoo.common.documents import write_json, write_text
 from zoo.data.images import AnyImages
 from zoo.deployment.exporting import ExportResult, export
 from zoo.deployment.options import ExportOptions
-from zoo.errors import ZooError
+from zoo.errors import ExportError, ZooError, first_line
 from zoo.publishing.checksums import write_checksums
 from zoo.publishing.model_card import model_card
 from zoo.publishing.options import FILES, PublishOptions
@@ -65,7 +65,7 @@ def write_repository(
     classes = _class_names(record, data)
     for name in (MODEL, RECORD):
         shutil.copyfile(folder / name, out / name)
-    exports = _exports(model, out, data, options)
+    exports, lacking = _exports(model, out, data, options)
     write_json(out / CONFIG, config_of(record, classes))
     mean, std = _normalisation(data, options)
     if mean and std:
@@ -75,7 +75,7 @@ def write_repository(
         from zoo.training.finetuning import evaluate
 
         accuracy = evaluate(model, data).accuracy
-    card = model_card(record, reference, exports, data, accuracy, (mean, std), options)
+    card = model_card(record, reference, exports, lacking, data, accuracy, (mean, std), options)
     write_text(out / README, card)
     write_checksums(out)
 
@@ -127,22 +127,37 @@ def _class_names(record: PruningRecord, data: AnyImages | None) -> tuple[str, ..
 
 def _exports(
     model: nn.Module, out: Path, data: AnyImages | None, options: PublishOptions
-) -> list[ExportResult]:
-    chosen = options.precisions
-    if chosen is None:
-        chosen = tuple(name for name in FILES if data is not None or name != "int8")
+) -> tuple[list[ExportResult], list[str]]:
+    """The ONNX files, and why others are left out.
+
+    Raises:
+        ExportError: for a file in fp32, or one that the options ask for, that does not compute what
+            the network does.
+    """
+    wanted = options.precisions
     mean, std = _normalisation(data, options)
     (out / FILES["fp32"]).parent.mkdir(parents=True, exist_ok=True)
-    return [
-        export(
-            model,
-            out / FILES[precision],
-            inputs=data,
-            precision=precision,
-            options=ExportOptions(mean=mean or None, std=std or None),
-        )
-        for precision in chosen
-    ]
+    made, lacking = list[ExportResult](), list[str]()
+    for precision, place in FILES.items():
+        if precision not in (FILES if wanted is None else wanted):
+            continue
+        if precision == "int8" and data is None and wanted is None:
+            continue
+        try:
+            made.append(
+                export(
+                    model,
+                    out / place,
+                    inputs=data,
+                    precision=precision,
+                    options=ExportOptions(mean=mean or None, std=std or None),
+                )
+            )
+        except ExportError as error:
+            if wanted is not None or precision == "fp32":
+                raise
+            lacking.append(f"There is no `{place}`: {first_line(error)}")
+    return made, lacking
 
 
 def _normalisation(
