@@ -105,6 +105,7 @@ def test_the_bundled_registry_is_as_it_says(registry):
         ("index.json", lambda d: d.update(more=1), "unknown key 'more'"),
         ("index.json", lambda d: d["profiles"][0].update(reference="bundled:../x/y"), "Expected"),
         ("cnet/groups.json", lambda d: d["groups"].pop(), "cnet/groups.json"),
+        ("published/resrep.json", lambda d: d.update(got=3.0), "published/resrep.json is not the"),
     ],
 )
 def test_a_registry_that_does_not_say_what_is_so(registry, name, edit, line):

@@ -15,9 +15,11 @@ from zoo.errors import ZooError, first_line
 from zoo.publishing.checksums import CHECKSUMS, digest, files_in, read_checksums
 from zoo.publishing.model_repository import CONFIG, config_of
 from zoo.publishing.options import FILES
-from zoo.registry.hub import PREFIX, HubReference, download, files_of
+from zoo.registry.hub import PREFIX, HubReference, checked_path, download, files_of
+from zoo.registry.published import digest_of, read_published
 from zoo.registry.store import (
     INDEX,
+    PUBLISHED,
     ProfileEntry,
     get_profile,
     index_entry,
@@ -251,6 +253,20 @@ def _registry_checks(folder: Path) -> Iterator[Check]:
             f"{entry.reference}: groups, widths and factor are the architecture's",
             lambda entry=entry: _wrong_entry(folder, entry),  # type: ignore[misc]
         )
+
+    if (folder / PUBLISHED / INDEX).is_file():
+        yield "the published profiles are what their index says", lambda: _wrong_published(folder)
+
+
+def _wrong_published(folder: Path) -> Iterator[str]:
+    for entry in read_entries(folder / PUBLISHED):
+        path = folder / PUBLISHED / f"{checked_path(entry.reference.rpartition(':')[2])}.json"
+        groups = stored_groups(entry.architecture)
+        if digest_of(path) != entry.sha256:
+            yield f"{PUBLISHED}/{path.name} is not the file that its index lists"
+        elif groups is not None:
+            for line in _wrong_profile(read_published(path, groups), groups):
+                yield f"{PUBLISHED}/{path.name}: {line}"
 
 
 def _wrong_groups(path: Path) -> Iterator[str]:
