@@ -12,7 +12,7 @@ PACKAGES = import sys; \
 	print(*(path for path in sys.path if path.endswith("-packages")), sep="\n")
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: venv check test test-all quickstart clean
+.PHONY: venv check cards site test test-all quickstart clean
 
 venv: $(VENV)/.installed
 
@@ -29,6 +29,15 @@ check: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/write_cards.py --check
+
+# model_cards/, from registry/
+cards: venv
+	$(BIN)/python scripts/write_cards.py
+
+# site/, from registry/, docs/ and the code: static pages, to open or to copy to a web server
+site: venv
+	$(BIN)/python scripts/build_site.py
 
 test: venv
 	$(PYTEST) -m "not slow"
@@ -41,6 +50,6 @@ quickstart: venv
 		$(if $(DATA_DIR),--data-dir '$(DATA_DIR)')
 
 clean:
-	rm -rf build dist quickstart-output *.egg-info
+	rm -rf build dist site quickstart-output *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf

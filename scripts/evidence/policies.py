@@ -22,6 +22,7 @@ from zoo.errors import FactorError
 from zoo.planning.learned import LearnedPolicy
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
+from zoo.publishing.catalogue import dominates
 from zoo.registry.store import find_profile
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, learned_widths, policy_widths
@@ -140,15 +141,6 @@ def table(rows: tuple[Evidence, ...], cost: CostModel) -> str:
             f"| {', '.join(better[:2])}{', ...' if len(better) > 2 else ''} |"
         )
     return "\n".join(lines)
-
-
-def dominates(one: Evidence, other: Evidence) -> bool:
-    """Within 1 % of the costs, which is what the solver meets a factor to."""
-    return (
-        one.mean > other.mean
-        and one.params <= 1.01 * other.params
-        and one.macs <= 1.01 * other.macs
-    )
 
 
 if __name__ == "__main__":
