@@ -76,7 +76,10 @@ def main(options: Options) -> int:
     with context.Pool(options.jobs, maxtasksperchild=1) as pool:
         shares = [(t.name, options.seed, each, options.out) for t in targets]
         results = [pool.apply_async(_in_child, share) for share in shares]
-        told = [result.get() for result in results]
+        told = []
+        for target, result in zip(targets, results, strict=True):
+            told.append(result.get())
+            print(f"{target.name}: {len(told[-1][1])} findings", file=sys.stderr, flush=True)
     print("| target | inputs | read | refused | failed |")
     print("|---|---:|---:|---:|---:|")
     findings = [finding for _, found in told for finding in found]

@@ -196,6 +196,12 @@ def _network(folder: Path) -> Path:
     return place
 
 
+def _records(folder: Path) -> list[bytes]:
+    """Records of a pruned network, as it is and as a traced program, which takes other code."""
+    content = (_network(folder) / "pruning.json").read_bytes()
+    return [content, content.replace(b'"rewritten": false', b'"rewritten": true')]
+
+
 def _part(name: str) -> Callable[[Path], list[bytes]]:
     return lambda folder: [(_network(folder) / name).read_bytes()]
 
@@ -316,7 +322,7 @@ TARGETS = (
            _registry("cnet/params-cf4.json")),
     Target("checksums", _checksums, spoilt_bytes,
            _file("SHA256SUMS", lambda path: read_checksums(path.parent))),
-    Target("pruning.json", _part("pruning.json"), spoilt_json, _read_part("pruning.json")),
+    Target("pruning.json", _records, spoilt_json, _read_part("pruning.json")),
     Target("model.safetensors", _part("model.safetensors"), spoilt_safetensors,
            _read_part("model.safetensors")),
     Target("safetensors checkpoint", _safetensors, spoilt_safetensors,

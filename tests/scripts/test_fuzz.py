@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
 import sys
@@ -12,6 +13,7 @@ from random import Random
 
 import fuzz
 import pytest
+import safetensors.torch
 import torch
 from fuzzing import TARGETS, Target
 from hypothesis import given
@@ -130,3 +132,31 @@ def test_tensors_that_claim_far_more_than_the_file_holds_are_refused(tmp_path):
     path.write_bytes(buffer.getvalue())
     with pytest.raises(CheckpointError, match="claims to hold 4,398,046,511,104"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("indices", [[0, 99], [-1], [1, 0], [0, 0], [], [2**70]])
+def test_kept_channels_that_a_network_does_not_have_are_refused(tmp_path, indices):
+    folder = zoo.save(zoo.load("cnet", 4, "bundled:cnet/cifar10"), tmp_path / "net")
+    record = json.loads((folder / "pruning.json").read_text())
+    record["plan"]["kept"]["conv1"] = indices
+    (folder / "pruning.json").write_text(json.dumps(record))
+    with pytest.raises(ZooError, match="'conv1' that are kept are not some of its 32, in order"):
+        zoo.load_pruned(folder)
+
+
+def test_a_number_that_no_float_holds_is_refused():
+    raw = zoo.get_profile("bundled:cnet/params-cf4").to_json() | {"got": 10**400}
+    with pytest.raises(DocumentError, match=r"got: 100000000000\.\.\. is too large a number"):
+        Profile.from_json(raw)
+
+
+def test_a_checkpoint_without_metadata_where_they_belong_is_read(tmp_path):
+    state = zoo.create_model("cnet", 10).state_dict()
+    content = safetensors.torch.save(state, {"arch": "cnet"})
+    spoilt = content.replace(
+        b'"__metadata__":{"arch":"cnet"}', b'"__metadata__":null          ' + b" "
+    )
+    assert len(spoilt) == len(content)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(spoilt)
+    assert read_checkpoint(path).metadata == {}

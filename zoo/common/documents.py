@@ -118,7 +118,10 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
     if kind is float:
         if isinstance(raw, bool) or not isinstance(raw, (int, float)):
             raise DocumentError(f"{where}: expected a number, got {raw!r}.")
-        return float(raw)
+        try:
+            return float(raw)
+        except OverflowError:
+            raise DocumentError(f"{where}: {str(raw)[:12]}... is too large a number.") from None
     if kind is int and isinstance(raw, bool):
         raise DocumentError(f"{where}: expected an integer, got {raw!r}.")
     return _expect(raw, kind, where)

@@ -312,6 +312,13 @@ def _check(
     if groups is not None:
         if set(groups.names) != set(record.plan.kept):
             raise CheckpointError(f"{where} its channel groups are not {record.architecture}'s.")
+        for group in groups.groups:
+            kept = record.plan.kept[group.name]
+            if not kept or list(kept) != sorted({*kept} & {*range(group.size)}):
+                raise CheckpointError(
+                    f"{where} the channels of {group.name!r} that are kept are not some of its "
+                    f"{group.size}, in order."
+                )
         for name, dims in kept_positions(groups.adapted(shapes), record.plan.kept).items():
             if name in shapes:
                 lengths = {dim: len(positions) for dim, positions in dims.items()}

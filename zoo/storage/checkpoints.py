@@ -220,7 +220,8 @@ def _parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict
     with _parsing(path):
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
+    told = header.get("__metadata__") or {}
+    return tensors, {str(name): str(value) for name, value in told.items()}
 
 
 class _Inert:
