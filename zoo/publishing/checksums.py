@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
 from zoo.common.documents import read_text, write_text
 from zoo.errors import DocumentError
+from zoo.registry.hub import content_id
 
 __all__ = ["CHECKSUMS", "digest", "files_in", "read_checksums", "write_checksums"]
 
@@ -18,8 +18,7 @@ _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 def digest(path: Path) -> str:
     """The sha256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return content_id(path, 64)
 
 
 def files_in(folder: Path) -> list[str]:

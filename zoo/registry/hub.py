@@ -21,6 +21,7 @@ __all__ = [
     "card_parts",
     "card_text",
     "checked_path",
+    "content_id",
     "download",
     "files_of",
     "is_refusal",
@@ -237,19 +238,24 @@ def _pinned(reference: HubReference, path: Path) -> HubReference:
     return replace(reference, revision=commit or reference.revision)
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether a file is what its name in the cache says: the sha256 of a large file, git's of one
-    that is not; true where the cache has no such names."""
-    name = path.resolve().name
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
-        return True
+def content_id(path: Path, digits: int) -> str:
+    """The id of a file's content as the Hub gives it: 64 digits of sha256 for one that it stores as
+    a large file, 40 of git's sha1 for another."""
     with path.open("rb") as stream:
-        if len(name) == 64:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == name
+        if digits == 64:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
         found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
         for part in iter(lambda: stream.read(1 << 20), b""):
             found.update(part)
-        return found.hexdigest() == name
+        return found.hexdigest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is what its name in the cache says; true where the cache has no such names."""
+    name = path.resolve().name
+    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
+        return True
+    return content_id(path, len(name)) == name
 
 
 def _forget(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -10,7 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zoo.errors import ZooError
-from zoo.registry.hub import TIMEOUT, HubReference, checked_path, is_refusal, reaching
+from zoo.registry.hub import (
+    TIMEOUT,
+    HubReference,
+    checked_path,
+    content_id,
+    is_refusal,
+    reaching,
+)
 
 __all__ = [
     "FoundRepository",
@@ -251,11 +257,10 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _files(folder: Path) -> dict[str, _File]:
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            content = path.read_bytes()
-            git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-            ids = frozenset({git.hexdigest(), hashlib.sha256(content).hexdigest()})
-            found[path.relative_to(folder).as_posix()] = _File(len(content), ids)
-    return found
+    return {
+        path.relative_to(folder).as_posix(): _File(
+            path.stat().st_size, frozenset(content_id(path, digits) for digits in (40, 64))
+        )
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
