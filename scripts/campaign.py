@@ -117,13 +117,18 @@ class One(Shared):
 
 @dataclass
 class _Running:
-    """A running job; seconds `estimated` before its first run, and `spent` by earlier runs."""
+    """A running job; seconds `estimated` before its first run, and `spent` by earlier runs.
+
+    `busy` are those of this run: of the processor where it does the work, because other work may
+    share it; else of the clock.
+    """
 
     job: Job
     process: subprocess.Popen
     started: float
     estimated: float
     spent: float
+    busy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,8 @@ def _carry_on(
     running: dict[str, _Running] = {}
     try:
         while (left := deadline - time.monotonic()) > 0:
+            for own in running.values():
+                own.busy = max(own.busy, _busy(own, on))
             for name in [n for n, own in running.items() if own.process.poll() is not None]:
                 if not _finish(options, running.pop(name), on, together, took):
                     failed.append(name)
@@ -229,9 +236,21 @@ def _finish(options: Run, own: _Running, on: str, together: int, took: BinaryIO)
     return True
 
 
+def _busy(own: _Running, on: str) -> float:
+    """Seconds of this run of a job until now; of an ended one on a CPU, 0."""
+    elapsed = time.monotonic() - own.started
+    if not on.startswith("cpu"):
+        return elapsed
+    try:
+        fields = Path(f"/proc/{own.process.pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:  # it has ended, or this is not Linux
+        return 0.0 if sys.platform == "linux" else elapsed
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 def _write_spent(folder: Path, own: _Running) -> float:
     """Store and return the seconds that all runs of a job took until now."""
-    seconds = own.spent + time.monotonic() - own.started
+    seconds = own.spent + own.busy
     write_json(folder / SPENT, _Spent(own.estimated, round(seconds, 1)))
     return round(seconds, 1)
 
