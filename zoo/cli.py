@@ -35,10 +35,13 @@ from zoo.commands.networks import (
 from zoo.commands.profiles import ListCommand, ShowCommand, list_profiles, show
 from zoo.commands.publishing import PublishCommand, VerifyCommand, publish, verify
 from zoo.commands.searching import LedgerCommand, SearchCommand, ledger, search
-from zoo.commands.shared import INTERRUPTED, as_flags
+from zoo.commands.shared import INTERRUPTED, as_flags, printable
 from zoo.errors import ZooError, unknown
 
 __all__ = ["COMMANDS", "main"]
+
+LONGEST = 4000
+"""Characters of an error; a hostile document can make it any length."""
 
 USER_ERROR = 2
 """Exit code after an error that the user can fix."""
@@ -79,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return COMMANDS[given[0]][1](command) or 0
     except (ZooError, OSError) as error:
-        print(f"zoo: error: {as_flags(' '.join(str(error).split()))}", file=sys.stderr)
+        told = printable(as_flags(" ".join(str(error).split())))
+        print(f"zoo: error: {told[:LONGEST]}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)

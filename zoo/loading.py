@@ -305,7 +305,7 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
         ZooError: for a missing, incomplete or malformed folder.
     """
     if isinstance(folder, str) and folder.startswith("hf:"):
-        record, pinned = hub.download(hub.HubReference.parse(folder).file(RECORD))
+        record, pinned = hub.download(hub.HubReference.parse(folder).alone().file(RECORD))
         hub.download(pinned.file(MODEL))
         return read_model(record.parent, skeleton=skeleton)
     return read_model(Path(folder).expanduser(), skeleton=skeleton)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from PIL import Image
 
 import zoo
 from zoo.errors import ZooError
+from zoo.registry import hub_commits
 from zoo.registry.store import registry_folder
 
 TRANSFORMERS_JS = os.environ.get("TRANSFORMERS_JS", "")
@@ -167,7 +169,7 @@ def test_a_dry_run_makes_everything_and_sends_nothing(hub, network_folder, image
         (None, "net", "is not a Hub reference"),
         (None, "org/net/file", "not the name of a repository; write org/repo"),
         (None, "hf:datasets/org/net", "not the name of a repository; write org/repo"),
-        (None, "org/theirs", "holds app.py and no pruning.json: it is somebody else's"),
+        (None, "org/theirs", "is somebody else's, or of another kind: it holds app.py and no"),
         ("bundled:nobody/params-cf4", "org/net", "Unknown profile"),
     ],
 )
@@ -296,3 +298,107 @@ def test_a_precision_that_does_not_hold_is_left_out_unless_it_was_asked_for(
     with pytest.raises(ExportError, match="overflows"):
         zoo.publish(network_folder, "org/other", options=zoo.PublishOptions(precisions=("fp16",)))
     assert ("model", "org/other") not in hub.repositories
+
+
+def test_somebody_elses_files_of_the_same_names_are_not_overwritten(hub, network_folder):
+    theirs = {"index.json": b'{"weight_map": {}}', "README.md": b"# precious"}
+    hub.add_repo("org/theirs", theirs, repo_type="dataset")
+    hub.add_repo("org/words", {"README.md": b"# precious"})
+    hub.add_repo("org/new", {"README.md": b"---\nlicense: mit\n---\n"})
+    with pytest.raises(ZooError, match=r"it holds index\.json of another library"):
+        zoo.publish("bundled", "org/theirs")
+    with pytest.raises(ZooError, match=r"it holds README\.md and no pruning\.json"):
+        zoo.publish(network_folder, "org/words")
+    assert hub.files("org/theirs", repo_type="dataset").items() >= theirs.items()
+    zoo.publish(network_folder, "org/new", options=zoo.PublishOptions(precisions=()))
+    assert "pruning.json" in hub.files("org/new")
+
+
+def test_a_repository_that_somebody_fills_while_it_is_made_is_left_alone(hub, monkeypatch):
+    real = hub_commits._created
+
+    def created(reference, private):
+        hub.add_repo("org/mine", {"index.json": b"theirs"}, repo_type="dataset")
+        return real(reference, private)
+
+    monkeypatch.setattr(hub_commits, "_created", created)
+    with pytest.raises(ZooError, match="changed by somebody else meanwhile"):
+        zoo.publish("bundled:cnet/params-cf4", "org/mine")
+    assert hub.files("org/mine", repo_type="dataset")["index.json"] == b"theirs"
+
+
+def test_files_that_lie_beside_a_publication_stay(hub, tmp_path):
+    zoo.publish("bundled:cnet/params-cf4", "org/mine")
+    hub.push("org/mine", {"NOTES.md": b"theirs"}, repo_type="dataset")
+    zoo.publish("bundled:cnet/params-cf2", "org/mine")
+    made = zoo.publish("bundled", "org/mine")
+    assert made.deleted == ()
+    assert hub.files("org/mine", repo_type="dataset")["NOTES.md"] == b"theirs"
+    assert zoo.verify("hf:datasets/org/mine").ok
+    registry = Path(shutil.copytree(registry_folder(), tmp_path / "registry"))
+    (registry / "cnet" / "secrets.env").write_text("token")
+    assert "cnet/secrets.env" not in zoo.publish(registry, "org/other").sent
+    (registry / "cnet" / "params-cf9.json").symlink_to("/etc/passwd")
+    with pytest.raises(ZooError, match="is a link"):
+        zoo.publish(registry, "org/other")
+
+
+def test_no_folder_of_this_machine_is_published(hub, tmp_path):
+    place = tmp_path / "alice" / "secret"
+    place.mkdir(parents=True)
+    torch.save(zoo.create_model("cnet", 10).state_dict(), place / "mine.pt")
+    zoo.get_profile("bundled:cnet/params-cf4").write(place / "p.json")
+    network = zoo.load("cnet", 4, place / "mine.pt", profile=f"file:{place / 'p.json'}")
+    zoo.save(network, tmp_path / "net")
+    zoo.publish(tmp_path / "net", "org/net", options=zoo.PublishOptions(precisions=("fp32",)))
+    for name, content in hub.files("org/net").items():
+        assert b"alice" not in content, name
+    config = json.loads(hub.files("org/net")["config.json"])
+    assert config["profile"] == "file:p.json"
+    entries = {entry.reference: entry for entry in zoo.list_profiles(arch="cnet")}
+    assert len(config["profile_sha256"]) == len(entries["bundled:cnet/params-cf4"].sha256)
+    assert zoo.verify("hf:org/net").ok
+
+
+def test_the_licence_of_a_profile_is_its_own(hub):
+    def licence(what: str, **options: str) -> object:
+        zoo.publish(what, "org/p", options=zoo.PublishOptions(**options))
+        card = hub.files("org/p", repo_type="dataset")["README.md"].decode()
+        return ModelCard(card).data.to_dict().get("license")
+
+    assert licence("bundled:cnet/params-cf4") == "apache-2.0"
+    assert (
+        licence("published:resrep") == zoo.get_profile("published:resrep").published.licence.lower()
+    )
+    assert licence("bundled:cnet/params-cf4", license="cc-by-4.0") == "cc-by-4.0"
+
+
+@pytest.mark.parametrize("what", [None, 5, torch.nn.Identity()])
+def test_what_is_no_folder_is_one_clear_error(hub, what):
+    with pytest.raises(ZooError, match="Publish a folder, a profile or its reference"):
+        zoo.publish(what, "org/x")
+    with pytest.raises(ZooError, match="Verify a folder or a reference"):
+        zoo.verify(what)
+    assert not hub.requests
+
+
+def test_images_of_another_size_and_odd_numbers_are_refused(hub, network_folder, images):
+    wide = replace(images, images=images.images.repeat(1, 1, 1, 2))
+    with pytest.raises(ZooError, match=r"has images of 16x32 pixels, the network is for"):
+        zoo.publish(network_folder, "org/net", data=wide)
+    with pytest.raises(ZooError, match="mean= has 1 numbers, the images 3 channels"):
+        zoo.publish(network_folder, "org/net", options=zoo.PublishOptions(mean=(0.5,), std=(0.5,)))
+    for mean, std in (((float("nan"),), (1.0,)), ((0.5,), (0.0,))):
+        with pytest.raises(ZooError, match="finite numbers, and std above 0"):
+            zoo.PublishOptions(mean=mean, std=std)
+    assert zoo.PublishOptions(datasets="org/data", precisions="fp32").datasets == ("org/data",)
+    assert not hub.seen("POST|PUT|DELETE")
+
+
+def test_the_card_names_the_first_file_that_there_is(hub, network_folder, images):
+    options = zoo.PublishOptions(precisions=("fp16",))
+    zoo.publish(network_folder, "org/net", data=images, options=options)
+    card = hub.files("org/net")["README.md"].decode()
+    assert '{ dtype: "fp16" }' in card
+    zoo.publish(network_folder, "org/bare", options=zoo.PublishOptions(precisions=()))
+    assert "onnx" not in ModelCard(hub.files("org/bare")["README.md"].decode()).data.tags

@@ -272,3 +272,15 @@ def test_it_works_below_a_path_of_a_server(view: Any, site: Path) -> None:
         page.get_by_role("link", name="Guides").click()
         assert page.locator("h1").inner_text() == "prunezoo"
         server.shutdown()
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path):
+    for name in ("assets/style.css", "precious.txt"):
+        (tmp_path / "p" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "p" / name).write_text("mine")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("p", "file", "link"):
+        with pytest.raises(ZooError, match=r"holds other things than a site|is not a folder"):
+            write_site(ROOT, tmp_path / name)
+    assert (tmp_path / "p" / "precious.txt").read_text() == "mine"

@@ -10,6 +10,7 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 import zoo
 from zoo.cli import main
@@ -33,7 +34,12 @@ def test_a_published_network_is_verified_by_reference_and_as_a_folder(
         assert found.ok, found.failed
         assert "costs and factor follow from the widths" in found.passed
     assert zoo.verify(published.partition("@")[0]).what == published
-    assert any("no SHA256SUMS" in line for line in zoo.verify(network_folder).passed)
+    assert any("no SHA256SUMS" in line for line in zoo.verify(network_folder).unchecked)
+    (repository_folder / "picture.png").write_bytes(b"")
+    (repository_folder / ".hidden.py").write_bytes(b"")
+    found = zoo.verify(repository_folder)
+    assert found.ok
+    assert sum("it lies beside the publication" in line for line in found.unchecked) == 2
 
 
 @pytest.mark.parametrize(
@@ -41,7 +47,6 @@ def test_a_published_network_is_verified_by_reference_and_as_a_folder(
     [
         (lambda at: (at / "config.json").write_text("{}"), "config.json is not the file that"),
         (lambda at: (at / "onnx" / "model.onnx").unlink(), "onnx/model.onnx is missing"),
-        (lambda at: (at / "run_me.py").write_text("x"), "run_me.py is not listed in SHA256SUMS"),
         (lambda at: (at / "SHA256SUMS").write_text("0 ../x"), "SHA256SUMS:1 is not a sha256 and"),
     ],
 )
@@ -61,6 +66,8 @@ def test_files_that_are_not_those_that_were_published(repository_folder, spoil, 
         ("config.json", lambda d: d["id2label"].popitem(), "names 9 classes, the network has 10"),
         ("config.json", lambda d: d.update(seed=5), "config.json: seed is 5, by pruning.json 0"),
         ("config.json", lambda d: d.update(id2label=[]), "not an object with id2label"),
+        ("config.json", lambda d: d.update(auto_map="evil.py--X"), "has the key 'auto_map', which"),
+        ("pruning.json", lambda d: d.update(image_size=10**7), "pruning.json"),
     ],
 )
 def test_documents_that_do_not_say_what_is_so(repository_folder, name, edit, line):
@@ -81,7 +88,7 @@ def test_an_onnx_file_of_other_weights_or_of_another_network_is_found(repository
     (repository_folder / "onnx" / "model_quantized.onnx").write_bytes(b"no model")
     write_checksums(repository_folder)
     first, second, third = zoo.verify(repository_folder).failed
-    assert "model.onnx has PyTorch's top class on" in first
+    assert "model.onnx differs from PyTorch by" in first
     assert "model_fp16.onnx is another network's: cnet by" in second
     assert "model_quantized.onnx" in third
 
@@ -119,7 +126,6 @@ def test_a_registry_that_does_not_say_what_is_so(registry, name, edit, line):
     [
         (lambda d: d.update(got=9.0), "the factor is 9, by the widths 3.9"),
         (lambda d: d["kept"].update(conv1=31), "conv1 keeps 31 of 32 channels"),
-        (lambda d: d.update(architecture="nobody"), "groups of nobody are not known here"),
         (lambda d: (d["kept"].pop("conv1"), d["keep_ratios"].pop("conv1")), "its groups are not"),
     ],
 )
@@ -148,3 +154,61 @@ def test_the_command_line_says_what_is_wrong_and_its_exit_code_too(repository_fo
     (repository_folder / "config.json").write_text("{}")
     assert main(["verify", str(repository_folder)]) == 1
     assert "WRONG  config.json is not the file" in capsys.readouterr().out
+
+
+def test_no_reference_in_a_document_is_followed(hub, repository_folder, registry):
+    """What a hostile document names is neither read nor fetched."""
+    for profile in ("file:/dev/zero", "hf:evil/track/x.json", "file:a\0b", "file:~nobody/x"):
+        change(repository_folder / "pruning.json", lambda d, p=profile: d["plan"].update(profile=p))
+        assert not zoo.verify(repository_folder).ok  # the files are not those that were published
+    path = registry / "published" / "ecaresnet50d_pruned.json"
+    for file in ("/dev/zero", "../" * 20 + "etc/hostname", "a\0"):
+        change(path, lambda d, f=file: d.update(file=f))
+        found = zoo.verify(registry)
+        assert any("is not the name of a file that timm ships" in line for line in found.failed)
+    assert not hub.requests
+
+
+def test_a_profile_of_an_unknown_architecture_is_not_compared(registry):
+    path = registry / "cnet" / "params-cf4.json"
+    change(path, lambda d: d.update(architecture="nobody"))
+    found = zoo.verify(path)
+    assert found.ok
+    assert found.unchecked == ("the groups of nobody are not known here",)
+
+
+def test_a_network_of_no_architecture_is_not_compared_and_not_published(tmp_path, hub):
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
+    pruned = zoo.prune(network, torch.zeros(1, 3, 8, 8), cf=2, profile="equal")
+    folder = zoo.save(pruned, tmp_path / "own")
+    found = zoo.verify(folder)
+    assert found.ok
+    assert any("of no registered architecture" in line for line in found.unchecked)
+    with pytest.raises(ZooError, match=r"no registered architecture.*cannot be published"):
+        zoo.publish(folder, "org/own")
+    assert not hub.seen("POST|PUT|DELETE")
+
+
+def test_a_profile_that_the_index_does_not_list_is_not_pulled(hub, registry):
+    path = registry / "cnet" / "params-cf4.json"
+    path.write_text(path.read_text() + "\n")
+    files = {p.relative_to(registry).as_posix(): p.read_bytes() for p in registry.rglob("*.json")}
+    hub.add_repo("evil/reg", files, repo_type="dataset")
+    with pytest.raises(ZooError, match="not the file that the index lists"):
+        zoo.load("cnet", 4, "bundled:cnet/cifar10", profile="hf:datasets/evil/reg")
+
+
+def test_what_a_document_holds_is_printed_without_a_terminals_commands(
+    network_folder, tmp_path, capsys
+):
+    folder = shutil.copytree(network_folder, tmp_path / "net")
+    change(
+        folder / "pruning.json", lambda d: d["source"].update(reference="\x1b]0;pwned\x07\x1b[2J")
+    )
+    assert main(["show", str(folder)]) == 0
+    assert "pwned" in (shown := capsys.readouterr().out)
+    assert "\x1b" not in shown
+    (folder / "pruning.json").write_text(json.dumps({"k" * 10**6: 1}))
+    assert main(["verify", str(folder)]) == 1
+    assert main(["show", str(folder)]) == 2
+    assert len(capsys.readouterr().err) < 5_000

@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import Metric
+from zoo.commands.shared import Metric, printable
 from zoo.errors import ZooError
 from zoo.registry.hub import HubReference, download, files_of
 
@@ -102,6 +102,8 @@ def _show_repository(what: str) -> None:
     from zoo.storage.checkpoints import RECORD
 
     if not what.startswith("hf:"):
+        if not (Path(what) / RECORD).is_file():
+            raise ZooError(f"{what} holds no pruned network: {RECORD} is missing.")
         _print_record(Path(what) / RECORD)
         return
     names, reference = files_of(HubReference.parse(what))
@@ -120,4 +122,4 @@ def _print_record(path: Path) -> None:
     from zoo.storage.readme import cost_table, notes
 
     record = decode_document(PruningRecord, read_json(path), str(path))
-    print(f"{record.architecture}\n\n{cost_table(record)}\n\n{notes(record)}")
+    print(printable(f"{record.architecture}\n\n{cost_table(record)}\n\n{notes(record)}"))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
 import zoo
+from zoo.commands.shared import printable
 from zoo.errors import ZooError
 from zoo.publishing.options import PublishOptions
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from zoo.data.images import AnyImages
 
 __all__ = ["PublishCommand", "VerifyCommand", "publish", "verify"]
+
+RECORD = "pruning.json"
 
 NOT_OK = 1
 """Exit code of `zoo verify` when something is wrong."""
@@ -65,9 +68,9 @@ def _images(command: PublishCommand) -> AnyImages | None:
     """The test images at the size of the network."""
     if command.data is None:
         return None
-    record = getattr(zoo.load_pruned(command.what), "pruning", None)
-    if record is None:
-        raise ZooError("--data is for a network.")
+    if not Path(command.what, RECORD).is_file():
+        raise ZooError("--data is for a network; this is a profile or a registry.")
+    record: Any = zoo.load_pruned(command.what).pruning
     return zoo.load_data(command.data, command.data_dir, size=record.size).test
 
 
@@ -81,9 +84,8 @@ class VerifyCommand:
 
 def verify(command: VerifyCommand) -> int:
     found = zoo.verify(command.what)
-    for line in found.passed:
-        print(f"ok     {line}")
-    for line in found.failed:
-        print(f"WRONG  {line}")
+    for word, lines in (("ok", found.passed), ("?", found.unchecked), ("WRONG", found.failed)):
+        for line in lines:
+            print(f"{word:5}  {printable(line)}")
     print(f"{found.what}: {len(found.passed)} checks passed, {len(found.failed)} found wrong")
     return 0 if found.ok else NOT_OK

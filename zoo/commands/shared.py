@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INTERRUPTED", "SIZE", "Metric", "Network", "as_flags", "read_network"]
+__all__ = ["INTERRUPTED", "SIZE", "Metric", "Network", "as_flags", "printable", "read_network"]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -77,3 +77,8 @@ def read_network(path: str, arch: str | None, size: Size | None) -> Network:
         raise ZooError(f"{path} does not say which architecture it belongs to; add --arch.")
     dense = load_dense(name, path, image_size=size)
     return Network(dense.module, dense.image_size, name)
+
+
+def printable(text: str) -> str:
+    """The text without characters that a terminal obeys, which a document may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)

@@ -9,7 +9,9 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import os
+import reprlib
 import secrets
 import types
 import typing
@@ -117,7 +119,7 @@ def _decode(kind: Any, raw: Any, where: str) -> Any:
         return raw
     if kind is float:
         if isinstance(raw, bool) or not isinstance(raw, (int, float)):
-            raise DocumentError(f"{where}: expected a number, got {raw!r}.")
+            raise DocumentError(f"{where}: expected a number, got {reprlib.repr(raw)}.")
         try:
             return float(raw)
         except OverflowError:
@@ -140,7 +142,9 @@ def _decode_dataclass(cls: type, raw: Any, where: str) -> Any:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise DocumentError(f"{where}: unknown key {key!r}.{hint} Known: {', '.join(fields)}.")
+            raise DocumentError(
+                f"{where}: unknown key {reprlib.repr(key)}.{hint} Known: {', '.join(fields)}."
+            )
     values = {}
     for name, field in fields.items():
         if name in items:
@@ -153,7 +157,8 @@ def _decode_dataclass(cls: type, raw: Any, where: str) -> Any:
 def _expect(raw: Any, kind: type, where: str) -> Any:
     if not isinstance(raw, kind):
         names = {dict: "an object", list: "a list", str: "a string", int: "an integer"}
-        raise DocumentError(f"{where}: expected {names.get(kind, kind.__name__)}, got {raw!r}.")
+        got = reprlib.repr(raw)
+        raise DocumentError(f"{where}: expected {names.get(kind, kind.__name__)}, got {got}.")
     return raw
 
 
@@ -165,7 +170,7 @@ def read_json(path: Path) -> Any:
     """
     text = read_text(path)
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise DocumentError(f"{path} is not valid JSON: {error}.") from None
     except RecursionError:
@@ -188,8 +193,14 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8")
     except FileNotFoundError:
         raise DocumentError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # no UTF-8, or a path that no system has
         raise DocumentError(f"{path} cannot be read: {error}.") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:24]} is too large a number")
+    return number
 
 
 def _no_constant(name: str) -> None:

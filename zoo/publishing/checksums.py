@@ -13,6 +13,9 @@ __all__ = ["CHECKSUMS", "digest", "files_in", "read_checksums", "write_checksums
 
 CHECKSUMS = "SHA256SUMS"
 
+HUBS = (".gitattributes", ".cache", ".git")
+"""What the Hub and its client put into a folder."""
+
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 
 
@@ -22,9 +25,9 @@ def digest(path: Path) -> str:
 
 
 def files_in(folder: Path) -> list[str]:
-    """The paths of the files in a folder and its subfolders, sorted, without hidden ones."""
+    """The paths of the files in a folder and its subfolders, sorted, without the Hub's own."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(p.as_posix() for p in paths if not any(n.startswith(".") for n in p.parts))
+    return sorted(path.as_posix() for path in paths if path.parts[0] not in HUBS)
 
 
 def write_checksums(folder: Path) -> None:
@@ -44,7 +47,7 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
     found = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).removesuffix("\n").split("\n"), 1):
         match = _LINE.fullmatch(line)
         name = Path(match[2]) if match else Path("..")
         if match is None or name.is_absolute() or ".." in name.parts:

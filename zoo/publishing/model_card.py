@@ -44,26 +44,27 @@ def model_card(
     """
     repo = HubReference.parse(reference).repo
     plan = record.plan
-    name = f"{record.architecture}, {plan.got:.3g}x fewer {_counted(plan.metric)}"
+    name = f"{record.architecture}, {plan.got:.3g}x {_counted(plan.metric)}"
     parts = [
         f"# {name}",
         "A channel-pruned network: an ordinary, smaller network of the same architecture, "
         "without masks or sparse kernels, made by [prunezoo](https://pypi.org/project/prunezoo/).",
         cost_table(record),
         _accuracy(data, accuracy),
-        f"## Use it\n\n```python\n{python_lines(record, repo)}\n```",
+        "## Use it\n\n`pip install prunezoo`, then:\n\n"
+        f"```python\n{python_lines(record, repo)}\n```",
         _inputs(record, normalisation),
         f"As an ONNX file:\n\n```python\n{onnx_lines(record, repo, exports[0])}\n```"
         if exports
         else "",
-        f"In JavaScript, with transformers.js:\n\n```js\n{js_lines(repo)}\n```"
-        if exports and normalisation[0]
+        f"In JavaScript, with transformers.js:\n\n```js\n{js_lines(repo, exports[0])}\n```"
+        if exports and normalisation[0] and record.in_channels == 3
         else "",
         f"## Files\n\n{_files(exports, lacking)}\n\n`zoo verify {reference}` checks all of them "
         "against `SHA256SUMS`, the record and one another.",
         f"## How it was made\n\n{notes(record)}",
     ]
-    metadata, results = _front_matter(record, data, accuracy, options, name)
+    metadata, results = _front_matter(record, data, accuracy, options, name, bool(exports))
     return card_text(metadata, results, "\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -104,14 +105,15 @@ def onnx_lines(record: PruningRecord, repo: str, file: ExportResult) -> str:
     )
 
 
-def js_lines(repo: str) -> str:
-    """Classify a picture with transformers.js."""
+def js_lines(repo: str, file: ExportResult) -> str:
+    """Classify a picture with transformers.js, by the first ONNX file."""
+    dtype = {"int8": "q8"}.get(file.precision, file.precision)
     return "\n".join(
         [
             'import { AutoModel, AutoProcessor, RawImage } from "@huggingface/transformers";',
             "",
             f'const processor = await AutoProcessor.from_pretrained("{repo}");',
-            f'const model = await AutoModel.from_pretrained("{repo}", {{ dtype: "fp32" }});',
+            f'const model = await AutoModel.from_pretrained("{repo}", {{ dtype: "{dtype}" }});',
             'const { logits } = await model(await processor(await RawImage.read("picture.png")));',
             "const best = logits.data.indexOf(Math.max(...logits.data));",
             "console.log(model.config.id2label[best]);",
@@ -120,13 +122,13 @@ def js_lines(repo: str) -> str:
 
 
 def _counted(metric: str) -> str:
-    return {"params": "parameters", "macs": "MACs"}.get(metric, metric)
+    return {"params": "fewer parameters", "macs": "fewer MACs"}.get(metric, f"less {metric}")
 
 
 def _accuracy(data: AnyImages | None, accuracy: float | None) -> str:
     if data is None or accuracy is None:
         return "Its accuracy was not measured when it was published."
-    return f"Top-1 accuracy {accuracy:.2%} on {len(data):,} images of {data.name}."
+    return f"Top-1 accuracy {accuracy:.2%} on {len(data):,} images of {_line(data.name)}."
 
 
 def _inputs(
@@ -159,7 +161,9 @@ def _files(exports: Sequence[ExportResult], lacking: Sequence[str]) -> str:
     if not exports:
         return "There are no ONNX files."
     first = exports[0]
-    told = f"Compared with PyTorch on {first.images} images ({first.inputs}) in ONNX Runtime."
+    told = (
+        f"Compared with PyTorch on {first.images} images ({_line(first.inputs)}) in ONNX Runtime."
+    )
     return "\n".join([*rows, "", told, *lacking])
 
 
@@ -169,6 +173,7 @@ def _front_matter(
     accuracy: float | None,
     options: PublishOptions,
     name: str,
+    exported: bool,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the Hub reads: (metadata, results)."""
     plan = record.plan
@@ -177,7 +182,7 @@ def _front_matter(
         "library_name": TAG,
         "pipeline_tag": "image-classification",
         "tags": [
-            TAG, "pruned", "onnx", spelled_tag(record.architecture),
+            TAG, "pruned", *(["onnx"] if exported else []), spelled_tag(record.architecture),
             f"{plan.asked:g}x-{plan.metric}",
         ],
         "model_name": name,
@@ -193,7 +198,7 @@ def _front_matter(
     result = {
         "task_type": "image-classification",
         "dataset_type": options.datasets[0] if options.datasets else _slug(data.name),
-        "dataset_name": data.name,
+        "dataset_name": _line(data.name),
         "metric_type": "accuracy",
         "metric_value": round(accuracy, 4),
     }
@@ -203,8 +208,16 @@ def _front_matter(
 def _hub_model(record: PruningRecord) -> str | None:
     """The model of the Hub that the dense checkpoint came from, if it did."""
     source = record.source.reference
-    return HubReference.parse(source).repo if source.startswith("hf:") else None
+    if not source.startswith("hf:"):
+        return None
+    reference = HubReference.parse(source)
+    return None if reference.dataset else reference.repo
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "own"
+
+
+def _line(text: str) -> str:
+    """A name on one line."""
+    return " ".join(text.split())

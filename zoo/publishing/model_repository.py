@@ -12,13 +12,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from zoo.common.documents import write_json, write_text
+from zoo.common.documents import (
+    decode_document,
+    encode_document,
+    read_json,
+    write_json,
+    write_text,
+)
 from zoo.data.images import AnyImages
 from zoo.deployment.exporting import ExportResult, export
 from zoo.deployment.options import ExportOptions
@@ -26,10 +32,11 @@ from zoo.errors import ExportError, ZooError, first_line
 from zoo.publishing.checksums import write_checksums
 from zoo.publishing.model_card import model_card
 from zoo.publishing.options import FILES, PublishOptions
-from zoo.registry.store import digest_of_profile
+from zoo.registry.store import digest_of_profile, get_profile
 from zoo.spec.plans import PruningRecord
 from zoo.storage.artefacts import MODEL, read_model
 from zoo.storage.checkpoints import RECORD
+from zoo.storage.readme import images_of
 
 __all__ = ["CONFIG", "PREPROCESSOR", "config_of", "write_repository"]
 
@@ -60,13 +67,22 @@ def write_repository(
             images of other classes; int8 without data.
         ExportError: if an ONNX file does not compute what the network does.
     """
+    raw = decode_document(PruningRecord, read_json(folder / RECORD), str(folder / RECORD))
+    if not raw.architecture:
+        raise ZooError(
+            f"{folder} holds a network of no registered architecture, which others could not load "
+            "without its code: it cannot be published."
+        )
     model = read_model(folder)
-    record: PruningRecord = model.pruning  # type: ignore[assignment]
+    digest = _digest_of_profile(raw)
+    model.pruning = record = _without_places(raw)  # type: ignore[assignment]
     classes = _class_names(record, data)
-    for name in (MODEL, RECORD):
-        shutil.copyfile(folder / name, out / name)
+    _check_images(record, data, options)
+    shutil.copyfile(folder / MODEL, out / MODEL)
+    write_json(out / RECORD, encode_document(record))
     exports, lacking = _exports(model, out, data, options)
-    write_json(out / CONFIG, config_of(record, classes))
+    config = config_of(record, classes)
+    write_json(out / CONFIG, config | ({"profile_sha256": digest} if digest else {}))
     mean, std = _normalisation(data, options)
     if mean and std:
         write_json(out / PREPROCESSOR, _preprocessor(record, mean, std))
@@ -80,10 +96,50 @@ def write_repository(
     write_checksums(out)
 
 
+def _without_places(record: PruningRecord) -> PruningRecord:
+    """The record without the folders of the machine that it was made on."""
+    rewind = record.rewind
+    return replace(
+        record,
+        source=replace(record.source, reference=_named(record.source.reference)),
+        rewind=rewind and replace(rewind, reference=_named(rewind.reference)),
+        plan=replace(record.plan, profile=_named(record.plan.profile)),
+    )
+
+
+def _named(reference: str) -> str:
+    """A reference without the folders of a local path."""
+    kind, colon, rest = reference.partition(":")
+    if colon and kind in ("file", "learned"):
+        return f"{kind}:{Path(rest).name}"
+    return reference if kind in ("hf", "bundled", "published") else Path(reference).name
+
+
+def _digest_of_profile(record: PruningRecord) -> str | None:
+    """sha256 of the profile's document, if it is at hand and gives the widths of the record."""
+    reference = record.plan.profile
+    if (digest := digest_of_profile(reference)) is None:
+        return None
+    return digest if get_profile(reference).kept == record.plan.widths else None
+
+
+def _check_images(record: PruningRecord, data: AnyImages | None, options: PublishOptions) -> None:
+    """Refuse images of another size than the network's, and a mean of other channels."""
+    if data is not None and tuple(data[0][0].shape[1:]) != tuple(_sides(record)):
+        height, width = data[0][0].shape[1:]
+        raise ZooError(
+            f"{data.name} has images of {height}x{width} pixels, the network is for "
+            f"{images_of(record)}: load the data with size={record.size}."
+        )
+    if options.mean is not None and len(options.mean) != record.in_channels:
+        raise ZooError(
+            f"mean= has {len(options.mean)} numbers, the images {record.in_channels} channels."
+        )
+
+
 def config_of(record: PruningRecord, classes: Sequence[str]) -> dict[str, Any]:
     """The config.json of a network: facts of its record, and the names of its classes."""
     plan = record.plan
-    digest = digest_of_profile(plan.profile)
     return {
         "model_type": MODEL_TYPE,
         "architecture": record.architecture,
@@ -94,7 +150,6 @@ def config_of(record: PruningRecord, classes: Sequence[str]) -> dict[str, Any]:
         "image_size": _sides(record),
         "kept": plan.widths,
         "profile": plan.profile,
-        **({"profile_sha256": digest} if digest else {}),
         "metric": plan.metric,
         "compression_factor": plan.got,
         "criterion": plan.criterion,
@@ -164,8 +219,6 @@ def _normalisation(
     data: AnyImages | None, options: PublishOptions
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std), or nothing where neither the data nor the options tell them."""
-    if (options.mean is None) != (options.std is None):
-        raise ZooError("mean= and std= belong together: give both or none.")
     if options.mean is not None and options.std is not None:
         return options.mean, options.std
     return (data.mean, data.std) if data is not None else ((), ())

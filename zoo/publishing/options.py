@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from zoo.errors import unknown
+from zoo.errors import ZooError, unknown
 
 __all__ = ["FILES", "PublishOptions"]
 
@@ -36,6 +37,15 @@ class PublishOptions:
     """of the commit"""
 
     def __post_init__(self) -> None:
+        for name in ("datasets", "precisions"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, (value,))
+        if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
+            raise ZooError("mean= and std= belong together: one number of each per channel.")
+        if not all(map(math.isfinite, self.mean or ())) or not all(
+            math.isfinite(value) and value > 0 for value in self.std or ()
+        ):
+            raise ZooError(f"mean={self.mean}, std={self.std}: finite numbers, and std above 0.")
         for precision in self.precisions or ():
             if precision not in FILES:
                 raise unknown("precision", precision, FILES)

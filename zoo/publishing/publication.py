@@ -4,22 +4,36 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from zoo.common.documents import decode_document, read_json, read_text
 from zoo.data.images import AnyImages
-from zoo.errors import ZooError
+from zoo.errors import DocumentError, ZooError
 from zoo.publishing.checksums import CHECKSUMS, read_checksums
 from zoo.publishing.model_repository import write_repository
 from zoo.publishing.options import PublishOptions
 from zoo.publishing.registry_repository import add_profile, write_registry
-from zoo.registry.hub import HubReference, download
+from zoo.registry.hub import HubReference, card_parts, download
 from zoo.registry.hub_commits import Head, Published, commit_folder, read_head
-from zoo.registry.store import INDEX, get_profile, registry_folder
+from zoo.registry.store import (
+    INDEX,
+    get_profile,
+    list_architectures,
+    read_entries,
+    registry_folder,
+)
+from zoo.spec.plans import PruningRecord
 from zoo.spec.profile import Profile
 from zoo.storage.checkpoints import RECORD
 
 __all__ = ["publish"]
+
+README = "README.md"
+
+OWN_LICENCE = "apache-2.0"
+"""Of the registry that ships with the zoo."""
 
 REFERENCES = ("bundled:", "file:", "published:", "hf:")
 """How the reference of a profile begins."""
@@ -60,35 +74,45 @@ def publish(
         ExportError: if an ONNX file does not compute what the network does.
     """
     options = options or PublishOptions()
+    if not isinstance(what, str | Path | Profile) or not isinstance(repo_id, str):
+        raise ZooError(
+            f"Publish a folder, a profile or its reference to 'org/repo'; got "
+            f"{type(what).__name__} to {type(repo_id).__name__}. zoo.save writes a network to a "
+            f"folder."
+        )
     folder = _folder(what)
     network = folder is not None and (folder / RECORD).is_file()
     reference = HubReference.parse(repo_id)
     if str(reference) != f"hf:{reference.repo}":
         raise ZooError(f"{repo_id!r} is not the name of a repository; write org/repo.")
     reference = replace(reference, dataset=not network)
+    if data is not None and not network:
+        raise ZooError("data= is for a network; this is a profile or a registry.")
     head = read_head(reference)
-    _check(head, RECORD if network else INDEX)
+    _check(head, network)
+    listed = _listed(head)
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch)
         if folder is None:
             profile = _profile(what)
             title = f"Profile {profile.architecture} {profile.name}"
-            for path in head.files:
+            for path in set(head.files) & {INDEX, *listed}:
                 _fetch(head.reference.file(path), out)
             add_profile(profile, out)
-            write_registry(out, out, str(reference))
+            write_registry(out, out, str(reference), options.license or _licence_of(profile))
         elif network:
-            title = f"Pruned network {folder.name}"
+            title = f"Pruned network {folder.resolve().name}"
             write_repository(folder, out, str(reference), data, options)
         else:
             title = "Registry"
-            write_registry(folder, out, str(reference))
+            own = OWN_LICENCE if folder.resolve() == registry_folder().resolve() else None
+            write_registry(folder, out, str(reference), options.license or own)
         return commit_folder(
             out,
             head,
             options.message or title,
             private=private,
-            obsolete=_listed(head),
+            obsolete=listed,
             dry_run=dry_run,
         )
 
@@ -114,22 +138,50 @@ def _profile(what: str | Path | Profile) -> Profile:
     return what if isinstance(what, Profile) else get_profile(str(what))
 
 
-def _check(head: Head, mark: str) -> None:
-    """Refuse a repository that holds other things than ours, which have the file `mark`."""
-    others = sorted(set(head.files) - {".gitattributes", "README.md", CHECKSUMS})
-    if others and mark not in head.files:
-        raise ZooError(
-            f"{head.reference} holds {others[0]} and no {mark}: it is somebody else's, or of "
-            "another kind. Name another repository."
-        )
+def _licence_of(profile: Profile) -> str | None:
+    """Of a profile that others published, theirs; of one of the zoo's own registry, its."""
+    if profile.published is not None:
+        return profile.published.licence.lower()
+    return OWN_LICENCE if profile.architecture in list_architectures() else None
+
+
+def _check(head: Head, network: bool) -> None:
+    """Refuse a repository that was not published by the zoo, or holds the other kind.
+
+    Raises:
+        ZooError: naming what is there.
+    """
+    mark = RECORD if network else INDEX
+    others = sorted(set(head.files) - {".gitattributes"})
+    if not others or (others == [README] and _is_empty(head.reference.file(README))):
+        return
+    theirs = f"{head.reference} is somebody else's, or of another kind: it holds"
+    if mark not in others:
+        raise ZooError(f"{theirs} {others[0]} and no {mark}. Name another repository.")
+    try:
+        path, _ = download(head.reference.file(mark))
+        if network:
+            decode_document(PruningRecord, read_json(path), mark)
+        else:
+            read_entries(path.parent)
+    except DocumentError:
+        raise ZooError(f"{theirs} {mark} of another library. Name another repository.") from None
+
+
+def _is_empty(reference: HubReference) -> bool:
+    """Whether a card has front matter alone, as the Hub writes it for a new repository."""
+    path, _ = download(reference)
+    return not card_parts(read_text(path))[1]
 
 
 def _listed(head: Head) -> tuple[str, ...]:
-    """The files that an earlier publication wrote into a repository."""
+    """The files that an earlier publication wrote; none where their list cannot be read."""
     if CHECKSUMS not in head.files:
         return ()
     path, _ = download(head.reference.file(CHECKSUMS))
-    return tuple(read_checksums(path.parent) or ())
+    with suppress(DocumentError):
+        return tuple(read_checksums(path.parent) or ())
+    return ()
 
 
 def _fetch(reference: HubReference, out: Path) -> None:

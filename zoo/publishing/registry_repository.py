@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from zoo.common.documents import write_text
+from zoo.errors import ZooError
 from zoo.publishing.checksums import files_in, write_checksums
-from zoo.publishing.model_card import TAG
+from zoo.publishing.model_card import TAG, spelled_tag
 from zoo.registry.hub import card_text
 from zoo.registry.store import (
     INDEX,
@@ -24,23 +26,40 @@ __all__ = ["add_profile", "write_registry"]
 
 README = "README.md"
 
-LICENCE = "apache-2.0"
-"""Of the zoo's own registry; a profile that others published says its own."""
+_OWN = re.compile(
+    r"index\.json|[^/]+/groups\.json|[^/]+/[^/]+-cf[^/]+\.json|published/[^/]+\.json|"
+    r"ledger/[^/]+\.parquet|weights/[^/]+\.(safetensors|json)|policy/[^/]+\.(safetensors|json)"
+)
+"""The files of a registry."""
 
 
-def write_registry(folder: Path, out: Path, reference: str) -> None:
+def write_registry(folder: Path, out: Path, reference: str, licence: str | None) -> None:
     """Write the repository of the registry at `folder` into the folder `out`.
 
     Args:
         folder: of a registry.
         out: empty, or `folder` itself.
         reference: of the repository, for its card.
+        licence: of the profiles, as the Hub names it.
     """
-    for name in files_in(folder) if folder != out else ():
+    for name in registry_files(folder) if folder != out else ():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / name, out / name)
-    write_text(out / README, _card(out, reference))
+    write_text(out / README, _card(out, reference, licence))
     write_checksums(out)
+
+
+def registry_files(folder: Path) -> list[str]:
+    """The paths of the files of a registry; others that lie in its folder are not published.
+
+    Raises:
+        ZooError: for a link, which may lead anywhere.
+    """
+    found = [name for name in files_in(folder) if _OWN.fullmatch(name)]
+    for name in found:
+        if (folder / name).is_symlink():
+            raise ZooError(f"{folder / name} is a link: a registry is published without links.")
+    return found
 
 
 def add_profile(profile: Profile, folder: Path) -> None:
@@ -55,14 +74,19 @@ def add_profile(profile: Profile, folder: Path) -> None:
     write_entries(folder, [*(e for e in entries if e.reference != entry.reference), entry])
 
 
-def _card(out: Path, reference: str) -> str:
+def _card(out: Path, reference: str, licence: str | None) -> str:
     """The card of the data set whose files are in `out`."""
     entries = read_entries(out)
     ledgers = [name for name in files_in(out) if name.endswith(".parquet")]
     metadata: dict[str, Any] = {
-        "license": LICENCE,
+        **({"license": licence} if licence else {}),
         "pretty_name": "Pruning profiles",
-        "tags": [TAG, "pruning", "channel-pruning"],
+        "tags": [
+            TAG,
+            "pruning",
+            "channel-pruning",
+            *dict.fromkeys(spelled_tag(entry.architecture) for entry in entries),
+        ],
     }
     if ledgers:
         metadata["configs"] = [

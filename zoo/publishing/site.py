@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -40,6 +41,9 @@ ASSETS = ("style.css", "site.js")
 
 HERO = "bundled:resnet20-16/params-cf4"
 """The profile whose drawing opens the first page."""
+
+MARK = ".prunezoo-site"
+"""The file by which a folder is known to be a site, and may be replaced."""
 
 GUIDES = {
     "README.md": ("docs/index.html", "Start here"),
@@ -89,7 +93,19 @@ def write_site(root: Path, folder: Path) -> list[Path]:
         ZooError: when an extra is missing, a document links to nothing, or `folder` holds other
             things than a site.
     """
-    _clear(folder)
+    folder = folder.expanduser()
+    _check_place(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        pages = _write(root, Path(scratch, folder.name))
+        if folder.exists():
+            folder.rename(Path(scratch, "old"))
+        Path(scratch, folder.name).rename(folder)
+    return [folder / page for page in pages]
+
+
+def _write(root: Path, folder: Path) -> list[str]:
+    """Write everything into a new folder; the pages."""
     architectures = catalogue()
     pages = dict(_pages(root, architectures))
     guides = Guides(root, {name: page for name, (page, _) in _documents(root).items()})
@@ -102,7 +118,8 @@ def write_site(root: Path, folder: Path) -> list[Path]:
     for file, copy in guides.copies.items():
         _copy(root / file, folder / copy)
     write_text(folder / ".nojekyll", "")
-    return [folder / page for page in pages]
+    write_text(folder / MARK, "")
+    return list(pages)
 
 
 def table_rows(architectures: Sequence[CataloguedArchitecture]) -> list[TableRow]:
@@ -221,9 +238,9 @@ def _copy(source: Path, target: Path) -> None:
     shutil.copyfile(source, target)
 
 
-def _clear(folder: Path) -> None:
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    if not (folder / "assets" / ASSETS[0]).is_file():
+def _check_place(folder: Path) -> None:
+    """Refuse a folder that holds other things than a site of ours."""
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ZooError(f"{folder} is not a folder; name one for the site.")
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
         raise ZooError(f"{folder} holds other things than a site; name an empty folder.")
-    shutil.rmtree(folder)

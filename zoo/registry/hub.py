@@ -25,6 +25,7 @@ __all__ = [
     "download",
     "files_of",
     "is_refusal",
+    "is_safe_path",
     "reaching",
 ]
 
@@ -65,8 +66,11 @@ class HubReference:
             ZooError: for another form, or a path that leaves the repository.
         """
         match = _FORM.fullmatch(text.removeprefix(PREFIX))
-        parts = (match["path"] or "").split("/") if match else []
-        if match is None or ".." in parts or "." in parts:
+        if (
+            match is None
+            or ".." in (match["revision"] or "")
+            or (match["path"] is not None and not is_safe_path(match["path"]))
+        ):
             raise ZooError(
                 f"{text!r} is not a Hub reference; write "
                 "hf:[datasets/]org/repo[/path/to/file][@revision], "
@@ -77,6 +81,16 @@ class HubReference:
     def file(self, path: str) -> HubReference:
         """The reference to a file of the same repository, at the same revision."""
         return replace(self, path=path)
+
+    def alone(self) -> HubReference:
+        """The reference itself, of a whole repository.
+
+        Raises:
+            ZooError: if it names a file.
+        """
+        if self.path is not None:
+            raise ZooError(f"{self} names a file: write the repository alone.")
+        return self
 
     @property
     def kind(self) -> str:
@@ -158,10 +172,15 @@ def checked_path(path: str) -> str:
     Raises:
         ZooError: for one that would leave the folder that the repository is copied to.
     """
-    parts = path.split("/")
-    if not path or {"", ".", ".."} & set(parts) or re.search(r"[\\:\x00-\x1f]", path):
+    if not is_safe_path(path):
         raise ZooError(f"The Hub names a file {path!r}, which no folder can hold safely.")
     return path
+
+
+def is_safe_path(path: str) -> bool:
+    """Whether a path of a repository's file stays in the folder that it is joined to, anywhere."""
+    unsafe = re.search(r"[\\:\x00-\x1f\x7f\x85\u2028\u2029]", path)
+    return not unsafe and not {"", ".", ".."} & set(path.split("/"))
 
 
 def card_text(metadata: Mapping[str, Any], results: Sequence[Mapping[str, Any]], body: str) -> str:
@@ -251,11 +270,12 @@ def content_id(path: Path, digits: int) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file is what its name in the cache says; true where the cache has no such names."""
-    name = path.resolve().name
-    if not re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", name):
+    """Whether a file is what its name in the cache says; true where the cache has no links."""
+    if not path.is_symlink():
         return True
-    return content_id(path, len(name)) == name
+    blob = path.resolve()
+    known = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", blob.name)
+    return bool(known) and content_id(path, len(blob.name)) == blob.name
 
 
 def _forget(path: Path) -> None:

@@ -184,7 +184,10 @@ def _created(reference: HubReference, private: bool) -> Head:
 
     api, kind = HfApi(), reference.kind
     api.create_repo(reference.repo, repo_type=kind, private=private, exist_ok=True)
-    return _head(reference)
+    head = _head(reference)
+    if set(head.files) - {".gitattributes"}:
+        raise _moved(reference)
+    return head
 
 
 def _commit(
@@ -198,10 +201,6 @@ def _commit(
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors
 
     reference = head.reference
-    moved = ZooError(
-        f"{replace(reference, revision=None)} was changed by somebody else meanwhile; nothing was "
-        "overwritten. Look at what is there, and publish again."
-    )
 
     def attempt() -> Head:
         now = _head(reference)
@@ -209,7 +208,7 @@ def _commit(
             arrived = all(_holds(now.files, path, file) for path, file in sent.items())
             if arrived and not set(deleted) & set(now.files):
                 return now
-            raise moved
+            raise _moved(reference)
         made = HfApi().create_commit(
             reference.repo,
             [
@@ -226,8 +225,15 @@ def _commit(
         return _persist(attempt)
     except errors.HfHubHTTPError as error:
         if error.response is not None and error.response.status_code in (409, 412):
-            raise moved from error
+            raise _moved(reference) from error
         raise
+
+
+def _moved(reference: HubReference) -> ZooError:
+    return ZooError(
+        f"{replace(reference, revision=None)} was changed by somebody else meanwhile; nothing was "
+        "overwritten. Look at what is there, and publish again."
+    )
 
 
 def _holds(files: Mapping[str, _File], path: str, file: _File) -> bool:
@@ -250,7 +256,8 @@ def _may_pass(error: Exception) -> bool:
     """Whether an error may be gone at another try."""
     from huggingface_hub import errors
 
-    if isinstance(error, ZooError | ValueError | errors.OfflineModeIsEnabled) or is_refusal(error):
+    ours = ZooError | ValueError | LookupError | TypeError | AttributeError | FileNotFoundError
+    if isinstance(error, ours | errors.OfflineModeIsEnabled) or is_refusal(error):
         return False
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status is None or status in (408, 429) or status >= 500

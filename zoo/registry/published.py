@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,13 @@ class TimmCounts:
 
     @property
     def path(self) -> Path:
-        """Of the installed file."""
+        """Of the installed file.
+
+        Raises:
+            ZooError: when timm is not installed, or `file` is no file's name.
+        """
+        if not re.fullmatch(r"\w[\w.-]*\.txt", self.file):
+            raise ZooError(f"{self.file!r} is not the name of a file that timm ships.")
         found = importlib.util.find_spec("timm")
         if found is None or not found.submodule_search_locations:
             raise ZooError(f"The published profile {self.file} needs timm, which is not installed.")
@@ -106,7 +113,9 @@ def profile_of(
 def digest_of(path: Path) -> str:
     """sha256 of the file that holds the counts of the document at `path`."""
     raw = read_json(path)
-    return str(raw["sha256"]) if _is_timm(raw) else hashlib.sha256(path.read_bytes()).hexdigest()
+    if _is_timm(raw):
+        return decode_document(TimmCounts, raw, str(path)).sha256
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _is_timm(raw: Any) -> bool:

@@ -160,7 +160,10 @@ def searched_profile(
     """
     for entry in list_profiles(arch=arch, source=source):
         if (entry.metric, entry.cf) == (metric, float(cf)):
-            return entry.reference, get_profile(entry.reference)
+            profile = get_profile(entry.reference)
+            if source.startswith(hub.PREFIX) and digest_of_profile(entry.reference) != entry.sha256:
+                raise DocumentError(f"{entry.reference} is not the file that the index lists.")
+            return entry.reference, profile
     return None
 
 
@@ -361,7 +364,7 @@ def _index(source: str) -> tuple[ProfileEntry, ...]:
         return read_entries(registry_folder())
     if not source.startswith(hub.PREFIX):
         raise unknown("profile source", source, ["bundled", "published", "hf:<org>/<repo>"])
-    path, found = hub.download(hub.HubReference.parse(source).file(INDEX))
+    path, found = hub.download(hub.HubReference.parse(source).alone().file(INDEX))
     return tuple(
         replace(entry, reference=str(found.file(profile_path(entry))))
         for entry in read_entries(path.parent)
