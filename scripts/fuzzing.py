@@ -19,9 +19,12 @@ import safetensors.torch
 import torch
 
 import zoo
+from zoo.common.documents import decode_document, read_json
 from zoo.deployment.metadata import Metadata
 from zoo.publishing.checksums import read_checksums
+from zoo.publishing.model_repository import config_of
 from zoo.registry.store import read_entries, read_groups, registry_folder
+from zoo.spec.plans import PruningRecord
 from zoo.spec.profile import Profile
 from zoo.storage.checkpoints import read_checkpoint
 
@@ -166,7 +169,7 @@ def spoilt_pickle(random: Random, seeds: Sequence[bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED if bomb else zipfile.ZIP_STORED) as archive:
         for part, data in parts.items():
-            archive.writestr(part, bytes(1 << 28) if bomb and "/data/" in part else data)
+            archive.writestr(part, bytes(1 << 27) if bomb and "/data/" in part else data)
     return out.getvalue()
 
 
@@ -200,6 +203,16 @@ def _records(folder: Path) -> list[bytes]:
     """Records of a pruned network, as it is and as a traced program, which takes other code."""
     content = (_network(folder) / "pruning.json").read_bytes()
     return [content, content.replace(b'"rewritten": false', b'"rewritten": true')]
+
+
+def _configs(folder: Path) -> list[bytes]:
+    record = decode_document(PruningRecord, read_json(_network(folder) / "pruning.json"), "record")
+    return [json.dumps(config_of(record, [f"class {n}" for n in range(10)])).encode()]
+
+
+def _verify_with_config(content: bytes, folder: Path) -> object:
+    (_network(folder) / "config.json").write_bytes(content)
+    return zoo.verify(_network(folder))
 
 
 def _part(name: str) -> Callable[[Path], list[bytes]]:
@@ -323,6 +336,7 @@ TARGETS = (
     Target("checksums", _checksums, spoilt_bytes,
            _file("SHA256SUMS", lambda path: read_checksums(path.parent))),
     Target("pruning.json", _records, spoilt_json, _read_part("pruning.json")),
+    Target("config.json", _configs, spoilt_json, _verify_with_config),
     Target("model.safetensors", _part("model.safetensors"), spoilt_safetensors,
            _read_part("model.safetensors")),
     Target("safetensors checkpoint", _safetensors, spoilt_safetensors,

@@ -166,7 +166,7 @@ def test_a_dry_run_makes_everything_and_sends_nothing(hub, network_folder, image
     ("what", "repo", "hint"),
     [
         ("nowhere", "org/net", "neither the folder of a pruned network.*nor a registry"),
-        (None, "net", "is not a Hub reference"),
+        (None, "net", "not the name of a repository; write org/repo"),
         (None, "org/net/file", "not the name of a repository; write org/repo"),
         (None, "hf:datasets/org/net", "not the name of a repository; write org/repo"),
         (None, "org/theirs", "is somebody else's, or of another kind: it holds app.py and no"),
@@ -402,3 +402,10 @@ def test_the_card_names_the_first_file_that_there_is(hub, network_folder, images
     assert '{ dtype: "fp16" }' in card
     zoo.publish(network_folder, "org/bare", options=zoo.PublishOptions(precisions=()))
     assert "onnx" not in ModelCard(hub.files("org/bare")["README.md"].decode()).data.tags
+
+
+def test_a_slow_hub_is_only_slow(hub, network_folder, network):
+    hub.fault("delay", seconds=0.05, times=None)
+    zoo.publish(network_folder, "org/net", options=zoo.PublishOptions(precisions=()))
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(zoo.load_pruned("hf:org/net")(images), network(images))

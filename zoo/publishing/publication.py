@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 from zoo.common.documents import decode_document, read_json, read_text
@@ -82,10 +82,9 @@ def publish(
         )
     folder = _folder(what)
     network = folder is not None and (folder / RECORD).is_file()
-    reference = HubReference.parse(repo_id)
-    if str(reference) != f"hf:{reference.repo}":
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ZooError(f"{repo_id!r} is not the name of a repository; write org/repo.")
-    reference = replace(reference, dataset=not network)
+    reference = HubReference(repo_id, dataset=not network)
     if data is not None and not network:
         raise ZooError("data= is for a network; this is a profile or a registry.")
     head = read_head(reference)

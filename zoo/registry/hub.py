@@ -7,6 +7,7 @@ reference is pinned to a commit with the first file; whatever else is needed com
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -232,9 +233,11 @@ def _or_cached(ask: Callable[[], T], cached: Callable[[], T]) -> T:
         if is_refusal(error):
             raise
         try:
-            return cached()
+            found = cached()
         except Exception:
             raise error from None
+        logging.getLogger("zoo").warning("The Hub did not answer; what is in the cache was taken.")
+        return found
 
 
 def is_refusal(error: Exception) -> bool:
@@ -313,6 +316,8 @@ def _reason(error: Exception) -> str:
         )
     if status in (401, 403):
         return "this is not allowed without a token that permits it: `hf auth login`."
+    if status is not None and status >= 500:
+        return f"the Hub has an error of its own (HTTP {status}). Try again later."
     if status == 429:
         return "the Hub takes no more requests from here for now; wait, or log in."
     lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
