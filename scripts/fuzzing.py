@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 
 import zoo
-from zoo.common.documents import decode_document, read_json
 from zoo.deployment.metadata import Metadata
 from zoo.publishing.checksums import read_checksums
 from zoo.publishing.model_repository import config_of
@@ -206,7 +205,7 @@ def _records(folder: Path) -> list[bytes]:
 
 
 def _configs(folder: Path) -> list[bytes]:
-    record = decode_document(PruningRecord, read_json(_network(folder) / "pruning.json"), "record")
+    record = PruningRecord.read(_network(folder) / "pruning.json")
     return [json.dumps(config_of(record, [f"class {n}" for n in range(10)])).encode()]
 
 

@@ -254,6 +254,8 @@ def test_code_is_copied(view: Any) -> None:
     page = view("index.html", permissions=["clipboard-read", "clipboard-write"])
     page.get_by_role("button", name="Copy").first.click()
     page.get_by_role("button", name="Copied").wait_for()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.strip() == page.locator("pre").first.inner_text().strip()
 
 
 @needs_chromium

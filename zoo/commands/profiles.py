@@ -117,9 +117,8 @@ def _show_repository(what: str) -> None:
 
 
 def _print_record(path: Path) -> None:
-    from zoo.common.documents import decode_document, read_json
     from zoo.spec.plans import PruningRecord
     from zoo.storage.readme import cost_table, notes
 
-    record = decode_document(PruningRecord, read_json(path), str(path))
+    record = PruningRecord.read(path)
     print(printable(f"{record.architecture}\n\n{cost_table(record)}\n\n{notes(record)}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from zoo.data.images import AnyImages
 
 __all__ = ["PublishCommand", "VerifyCommand", "publish", "verify"]
-
-RECORD = "pruning.json"
 
 NOT_OK = 1
 """Exit code of `zoo verify` when something is wrong."""
@@ -68,9 +66,13 @@ def _images(command: PublishCommand) -> AnyImages | None:
     """The test images at the size of the network."""
     if command.data is None:
         return None
-    if not Path(command.what, RECORD).is_file():
+    from zoo.spec.plans import PruningRecord
+    from zoo.storage.checkpoints import RECORD
+
+    path = Path(command.what, RECORD)
+    if not path.is_file():
         raise ZooError("--data is for a network; this is a profile or a registry.")
-    record: Any = zoo.load_pruned(command.what).pruning
+    record = PruningRecord.read(path)
     return zoo.load_data(command.data, command.data_dir, size=record.size).test
 
 

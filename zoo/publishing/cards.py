@@ -21,6 +21,7 @@ from zoo.publishing.catalogue import (
     factor_name,
 )
 from zoo.publishing.drawings import accuracy_plot, network, standalone
+from zoo.publishing.model_card import TAG
 from zoo.publishing.usage import CHECKPOINT, featured, python_lines, reproduction_lines, shell_lines
 from zoo.publishing.verdicts import LEVEL, limits, percent, shows, spread
 from zoo.registry.hub import card_parts, card_text
@@ -86,7 +87,7 @@ def metadata(of: CataloguedArchitecture) -> dict[str, Any]:
     origins = dict.fromkeys(found.origin for found in of.profiles)
     return {
         "model_name": of.name,
-        "library_name": "prunezoo",
+        "library_name": TAG,
         "pipeline_tag": "image-classification",
         "tags": [
             "pruning",

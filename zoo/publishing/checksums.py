@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from zoo.common.digests import sha256_of
 from zoo.common.documents import read_text, write_text
 from zoo.errors import DocumentError
-from zoo.registry.hub import content_id
 
-__all__ = ["CHECKSUMS", "digest", "files_in", "read_checksums", "write_checksums"]
+__all__ = ["CHECKSUMS", "files_in", "read_checksums", "write_checksums"]
 
 CHECKSUMS = "SHA256SUMS"
 
@@ -17,11 +17,6 @@ HUBS = (".gitattributes", ".cache", ".git")
 """What the Hub and its client put into a folder."""
 
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
-
-
-def digest(path: Path) -> str:
-    """The sha256 of a file."""
-    return content_id(path, 64)
 
 
 def files_in(folder: Path) -> list[str]:
@@ -33,7 +28,7 @@ def files_in(folder: Path) -> list[str]:
 def write_checksums(folder: Path) -> None:
     """Write SHA256SUMS of all files in `folder`."""
     names = [name for name in files_in(folder) if name != CHECKSUMS]
-    lines = "".join(f"{digest(folder / name)}  {name}\n" for name in names)
+    lines = "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names)
     write_text(folder / CHECKSUMS, lines)
 
 

@@ -19,9 +19,7 @@ from typing import Any
 from torch import nn
 
 from zoo.common.documents import (
-    decode_document,
     encode_document,
-    read_json,
     write_json,
     write_text,
 )
@@ -30,19 +28,19 @@ from zoo.deployment.exporting import ExportResult, export
 from zoo.deployment.options import ExportOptions
 from zoo.errors import ExportError, ZooError, first_line
 from zoo.publishing.checksums import write_checksums
-from zoo.publishing.model_card import model_card
+from zoo.publishing.model_card import TAG, model_card
 from zoo.publishing.options import FILES, PublishOptions
 from zoo.registry.store import digest_of_profile, get_profile
 from zoo.spec.plans import PruningRecord
-from zoo.storage.artefacts import MODEL, read_model
+from zoo.storage.artefacts import MODEL, README, read_model
 from zoo.storage.checkpoints import RECORD
 from zoo.storage.readme import images_of
 
 __all__ = ["CONFIG", "PREPROCESSOR", "config_of", "write_repository"]
 
-CONFIG, PREPROCESSOR, README = "config.json", "preprocessor_config.json", "README.md"
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
-MODEL_TYPE = "prunezoo"
+MODEL_TYPE = TAG
 """No type of transformers': its classes would build another network, with random weights."""
 
 BOX = 4
@@ -67,7 +65,7 @@ def write_repository(
             images of other classes; int8 without data.
         ExportError: if an ONNX file does not compute what the network does.
     """
-    raw = decode_document(PruningRecord, read_json(folder / RECORD), str(folder / RECORD))
+    raw = PruningRecord.read(folder / RECORD)
     if not raw.architecture:
         raise ZooError(
             f"{folder} holds a network of no registered architecture, which others could not load "

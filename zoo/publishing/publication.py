@@ -8,7 +8,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from zoo.common.documents import decode_document, read_json, read_text
+from zoo.common.documents import read_text
 from zoo.data.images import AnyImages
 from zoo.errors import DocumentError, ZooError
 from zoo.publishing.checksums import CHECKSUMS, read_checksums
@@ -26,11 +26,10 @@ from zoo.registry.store import (
 )
 from zoo.spec.plans import PruningRecord
 from zoo.spec.profile import Profile
+from zoo.storage.artefacts import README
 from zoo.storage.checkpoints import RECORD
 
 __all__ = ["publish"]
-
-README = "README.md"
 
 OWN_LICENCE = "apache-2.0"
 """Of the registry that ships with the zoo."""
@@ -160,7 +159,7 @@ def _check(head: Head, network: bool) -> None:
     try:
         path, _ = download(head.reference.file(mark))
         if network:
-            decode_document(PruningRecord, read_json(path), mark)
+            PruningRecord.read(path)
         else:
             read_entries(path.parent)
     except DocumentError:

@@ -21,10 +21,9 @@ from zoo.registry.store import (
     write_entries,
 )
 from zoo.spec.profile import Profile
+from zoo.storage.artefacts import README
 
 __all__ = ["add_profile", "write_registry"]
-
-README = "README.md"
 
 _OWN = re.compile(
     r"index\.json|[^/]+/groups\.json|[^/]+/[^/]+-cf[^/]+\.json|published/[^/]+\.json|"

@@ -10,10 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zoo.common.documents import decode_document, read_json
+from zoo.common.digests import sha256_of
+from zoo.common.documents import read_json
 from zoo.common.sizes import sides
 from zoo.errors import ZooError, first_line
-from zoo.publishing.checksums import CHECKSUMS, digest, files_in, read_checksums
+from zoo.publishing.checksums import CHECKSUMS, files_in, read_checksums
 from zoo.publishing.model_repository import CONFIG, config_of
 from zoo.publishing.options import FILES
 from zoo.registry.hub import PREFIX, HubReference, checked_path, download, files_of
@@ -22,6 +23,7 @@ from zoo.registry.store import (
     INDEX,
     PUBLISHED,
     ProfileEntry,
+    architecture_of,
     get_profile,
     index_entry,
     pinned,
@@ -161,7 +163,7 @@ def _files_check(folder: Path) -> Check:
         for name, wanted in listed.items():
             if name not in present:
                 yield f"{name} is missing"
-            elif digest(folder / name) != wanted:
+            elif sha256_of(folder / name) != wanted:
                 yield f"{name} is not the file that {CHECKSUMS} lists"
         for name in sorted(present - set(listed)):
             yield Unchecked(f"{name} is not listed in {CHECKSUMS}: it lies beside the publication")
@@ -177,7 +179,7 @@ def _network_checks(folder: Path) -> Iterator[Check]:
     unknown = f"{RECORD} is of no registered architecture: nothing can be compared"
 
     def tensors() -> Iterator[str]:
-        record = decode_document(PruningRecord, read_json(folder / RECORD), RECORD)
+        record = PruningRecord.read(folder / RECORD)
         if record.architecture:
             models.append(read_model(folder))
         else:
@@ -302,7 +304,7 @@ def _wrong_published(folder: Path) -> Iterator[str]:
 
 
 def _wrong_groups(path: Path) -> Iterator[str]:
-    known = stored_groups(path.parent.name.replace("--", ":"))
+    known = stored_groups(architecture_of(path.parent.name))
     if known is not None and known != read_groups(path):
         yield f"{path.parent.name}/groups.json differs from what this version knows"
 

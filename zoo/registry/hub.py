@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from zoo.common.digests import sha256_of
 from zoo.errors import ZooError
 
 __all__ = [
@@ -263,9 +264,9 @@ def _pinned(reference: HubReference, path: Path) -> HubReference:
 def content_id(path: Path, digits: int) -> str:
     """The id of a file's content as the Hub gives it: 64 digits of sha256 for one that it stores as
     a large file, 40 of git's sha1 for another."""
+    if digits == 64:
+        return sha256_of(path)
     with path.open("rb") as stream:
-        if digits == 64:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
         found = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
         for part in iter(lambda: stream.read(1 << 20), b""):
             found.update(part)

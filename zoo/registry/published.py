@@ -6,7 +6,6 @@ counts: these are read from the installed timm, which ships them.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
 import re
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zoo.common.digests import sha256_of
 from zoo.common.documents import decode_document, read_json
 from zoo.errors import DocumentError, ZooError
 from zoo.spec.cost import cost_model, extents
@@ -70,7 +70,7 @@ def read_published(path: Path, groups: ChannelGroups) -> Profile:
     if not _is_timm(raw):
         return Profile.from_json(raw, str(path))
     source = decode_document(TimmCounts, raw, str(path))
-    if (found := hashlib.sha256(source.path.read_bytes()).hexdigest()) != source.sha256:
+    if (found := sha256_of(source.path)) != source.sha256:
         raise ZooError(
             f"{source.file} of the installed timm is not the one that was published (sha256 "
             f"{found[:12]} instead of {source.sha256[:12]})."
@@ -115,7 +115,7 @@ def digest_of(path: Path) -> str:
     raw = read_json(path)
     if _is_timm(raw):
         return decode_document(TimmCounts, raw, str(path)).sha256
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of(path)
 
 
 def _is_timm(raw: Any) -> bool:

@@ -8,11 +8,11 @@ pinned to the commit that it is read from.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zoo.common.digests import sha256_of
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError, FactorError, ZooError, unknown
 from zoo.registry import hub
@@ -24,6 +24,7 @@ __all__ = [
     "INDEX",
     "PUBLISHED",
     "ProfileEntry",
+    "architecture_of",
     "digest_of_profile",
     "find_profile",
     "get_profile",
@@ -78,14 +79,19 @@ def registry_folder() -> Path:
 
 
 def folder_name(architecture: str) -> str:
-    """An architecture's name as a portable folder name; `list_architectures` turns it back."""
+    """An architecture's name as a portable folder name; `architecture_of` turns it back."""
     return architecture.replace(":", "--")
+
+
+def architecture_of(folder: str) -> str:
+    """The architecture whose `folder_name` is `folder`."""
+    return folder.replace("--", ":")
 
 
 def list_architectures() -> list[str]:
     """The architectures whose channel groups are bundled; any other is traced when it is pruned."""
     folders = sorted(path.parent.name for path in registry_folder().glob("*/groups.json"))
-    return [name.replace("--", ":") for name in folders]
+    return list(map(architecture_of, folders))
 
 
 def list_profiles(
@@ -235,14 +241,14 @@ def digest_of_profile(ref: str) -> str | None:
             path, _ = hub.download(hub.HubReference.parse(ref))
         else:
             return None
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256_of(path)
     except (ZooError, OSError):
         return None
 
 
 def _whole(path: Path, sha256: str) -> Profile:
     profile = Profile.read(path)
-    if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if sha256_of(path) != sha256:
         raise DocumentError(f"{path} is not the file that the registry's index lists.")
     return profile
 
@@ -315,7 +321,7 @@ def index_entry(path: Path) -> ProfileEntry:
         metric=profile.metric,
         cf=profile.cf,
         got=profile.got,
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        sha256=sha256_of(path),
     )
 
 

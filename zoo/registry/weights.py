@@ -6,10 +6,10 @@ what it was trained on and how well it does. `scripts/store_weights.py` writes b
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoo.common.digests import sha256_of
 from zoo.common.documents import decode_document, read_json
 from zoo.errors import DocumentError, unknown
 from zoo.registry.store import registry_folder
@@ -75,6 +75,6 @@ def weights_path(reference: str) -> Path:
         raise unknown("bundled weights", reference, entries)
     entry = entries[reference]
     path = registry_folder() / WEIGHTS / entry.file
-    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != entry.sha256:
+    if not path.is_file() or sha256_of(path) != entry.sha256:
         raise DocumentError(f"{path} is not the file that the index of bundled weights lists.")
     return path

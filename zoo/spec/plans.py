@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from zoo.common.documents import decode_document, read_json
 from zoo.common.sizes import Size, checked_size, resolution
 from zoo.errors import GraphError, unknown
 from zoo.spec.cost import Conditions, Cost, LatencyTable, cost_model
@@ -110,6 +112,15 @@ class PruningRecord:
     rewritten: bool = False
     new_classifier: bool = False
     in_channels: int = 3
+
+    @classmethod
+    def read(cls, path: Path) -> PruningRecord:
+        """The record in the JSON file at `path`.
+
+        Raises:
+            DocumentError: for a file that is missing or malformed.
+        """
+        return decode_document(cls, read_json(path), str(path))
 
     @property
     def size(self) -> Size:

@@ -19,9 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from zoo.common.documents import (
-    decode_document,
     encode_document,
-    read_json,
     replacing,
     write_json,
     write_text,
@@ -38,7 +36,15 @@ from zoo.tracing.calls import example_for
 from zoo.tracing.known_groups import groups_of, matching_groups
 from zoo.tracing.rewriting import rewritten
 
-__all__ = ["MODEL", "check_place", "read_model", "save_checkpoint", "skeleton_of", "write_model"]
+__all__ = [
+    "MODEL",
+    "README",
+    "check_place",
+    "read_model",
+    "save_checkpoint",
+    "skeleton_of",
+    "write_model",
+]
 
 MODEL, README = "model.safetensors", "README.md"
 
@@ -251,7 +257,7 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
     for name in (RECORD, MODEL):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no pruned model: {name} is missing.")
-    record = decode_document(PruningRecord, read_json(folder / RECORD), str(folder / RECORD))
+    record = PruningRecord.read(folder / RECORD)
     tensors, metadata = read_safetensors(folder / MODEL)
     if record.architecture:
         skeleton = _built(record, folder)
