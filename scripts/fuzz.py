@@ -72,6 +72,7 @@ def main(options: Options) -> int:
     targets = [t for t in TARGETS if not options.only or t.name in options.only]
     each = -(-options.count // len(targets))
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the pool ends with it
     context = multiprocessing.get_context("spawn")
     with context.Pool(options.jobs, maxtasksperchild=1) as pool:
         shares = [(t.name, options.seed, each, options.out) for t in targets]
