@@ -140,8 +140,10 @@ def test_publishing_again_sends_nothing_and_a_change_replaces_what_it_touches(
     first = zoo.publish(network_folder, "org/net", data=images, options=options)
     assert hub.repositories["model", "org/net"].private
     assert hub.commits("org/net")[0].title == "mine"
+    assert first.private
+    hub.repositories["model", "org/net"].private = False
     again = zoo.publish(network_folder, "org/net", data=images, options=options)
-    assert (again.sent, again.deleted) == ({}, ())
+    assert (again.sent, again.deleted, again.private) == ({}, (), False)
     assert again.reference == first.reference
     other = zoo.load("resnet20-16", 4, "bundled:resnet20-16/cifar10", metric="macs", seed=1)
     changed = zoo.publish(

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from helpers import randomised, same_state
 
+import zoo
 from zoo.errors import CheckpointError
 from zoo.models import build_model
 from zoo.storage.artefacts import save_checkpoint
@@ -177,6 +178,16 @@ def test_a_mismatch_counts_and_names_three_of_each(dense):
     assert "4 unexpected: head.0, head.1, head.2, ..." in message
     assert "1 misshapen: bn1.weight (expected (16,), got (8,))." in message
     assert "fits" not in message.replace("does not fit", "")
+
+
+def test_the_weights_of_a_pruned_network_are_told_from_others(dense):
+    pruned = zoo.prune(dense, torch.zeros(1, 3, 16, 16), cf=2, profile="increasing").state_dict()
+    with pytest.raises(CheckpointError, match=r"misshapen.*read by zoo\.load_pruned"):
+        load_dense("resnet20-16", pruned)
+    other = pruned | {"fc.weight": torch.zeros(7, 129)}
+    with pytest.raises(CheckpointError, match="misshapen") as caught:
+        load_dense("resnet20-16", other)
+    assert "load_pruned" not in str(caught.value)
 
 
 def test_building_for_a_checkpoint_leaves_the_random_state_alone(dense):

@@ -58,8 +58,11 @@ def publish(command: PublishCommand) -> None:
         print(f"{would}deleted  {path}")
     if not published.sent and not published.deleted:
         print("Nothing to send: the repository holds all of it.")
-    if not published.dry_run:
-        print(f"{published.url} is at {published.reference}")
+    seen = "private" if published.private else "public"
+    if published.dry_run:
+        print(f"{published.url} would be {seen}")
+    else:
+        print(f"{published.url} ({seen}) is at {published.reference}")
 
 
 def _images(command: PublishCommand) -> AnyImages | None:

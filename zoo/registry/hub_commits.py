@@ -43,6 +43,7 @@ class Published:
         deleted: paths of files that are no longer part of what was published.
         unchanged: paths of files that the repository held already.
         dry_run: whether nothing was sent.
+        private: whether only its owner sees the repository.
     """
 
     reference: HubReference
@@ -50,6 +51,7 @@ class Published:
     deleted: tuple[str, ...]
     unchanged: tuple[str, ...]
     dry_run: bool
+    private: bool
 
     @property
     def url(self) -> str:
@@ -84,10 +86,12 @@ class Head:
     Attributes:
         reference: of the repository, pinned to its newest commit; not pinned if it does not exist.
         files: path -> file.
+        private: whether only its owner sees it; None if it does not exist.
     """
 
     reference: HubReference
     files: dict[str, _File]
+    private: bool | None = None
 
 
 def read_head(reference: HubReference) -> Head:
@@ -134,7 +138,8 @@ def commit_folder(
             if head.reference.revision is None:
                 head = _persist(lambda: _created(head.reference, private))
             head = _commit(folder, head, message, {path: files[path] for path in sent}, deleted)
-    return Published(head.reference, sent, deleted, unchanged, dry_run)
+    seen = private if head.private is None else head.private
+    return Published(head.reference, sent, deleted, unchanged, dry_run, seen)
 
 
 def repositories_with(tag: str) -> list[FoundRepository]:
@@ -176,7 +181,7 @@ def _head(reference: HubReference) -> Head:
         for entry in tree
         if isinstance(entry, RepoFile)
     }
-    return Head(replace(reference, revision=info.sha), files)
+    return Head(replace(reference, revision=info.sha), files, bool(info.private))
 
 
 def _created(reference: HubReference, private: bool) -> Head:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -307,9 +308,21 @@ def _fitted(
     for kind, names in wrong.items():
         if names:
             problems.append(f"{len(names)} {kind}: {_some(names)}.")
+    if _is_pruned(expected, shapes):
+        problems.append(
+            "None is larger than expected: a pruned network is read by zoo.load_pruned."
+        )
     if problems:
         raise _Misfit(" ".join(problems), count, _image_channels(expected, shapes))
     return _Fit(module, {}, classes, size, in_channels)
+
+
+def _is_pruned(expected: _Shapes, shapes: _Shapes) -> bool:
+    """Whether all tensors are there, none is larger, and some have fewer output channels."""
+    pairs = [(shapes.get(name, ()), shape) for name, shape in expected.items()]
+    return any(got[:1] != shape[:1] for got, shape in pairs) and all(
+        len(got) == len(shape) and all(map(operator.le, got, shape)) for got, shape in pairs
+    )
 
 
 def _image_channels(expected: _Shapes, shapes: _Shapes) -> int | None:
