@@ -273,7 +273,7 @@ def one(options: One) -> None:
     threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
     job = options.jobs[options.job]
     data = Plan.read(options.plan).data
-    known = tuple(options.ledgers.glob("campaign-*.parquet"))
+    known = tuple(options.ledgers.glob("*.parquet"))
     perform(job, Workshop(options.out, options.data_dir, data, (options.merged,), known))
 
 
@@ -349,7 +349,7 @@ def merge_all(options: Merge) -> None:
             if (file := folder / name / FILE).is_file():
                 ledgers[folder_name(job.network.arch)].append(file)
     for arch, files in ledgers.items():
-        target = options.ledgers / f"campaign-{arch}.parquet"
+        target = options.ledgers / f"{arch}.parquet"
         earlier = [target] if target.exists() else []
         say(f"{target.name}: {merge([*earlier, *files], target)} evaluations")
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from zoo.registry.hub_commits import Published
     from zoo.registry.store import ProfileEntry, get_profile, list_profiles
     from zoo.search.campaign import SearchConfig, search_profile
+    from zoo.search.lookup import EvaluatedProfile, ledger_lookup
     from zoo.spec.plans import Plan, PruningRecord
     from zoo.spec.profile import Profile
     from zoo.training.finetuning import Evaluation, TrainResult, evaluate, finetune
@@ -56,6 +57,7 @@ __all__ = [
     "DataError",
     "DivergenceError",
     "DocumentError",
+    "EvaluatedProfile",
     "Evaluation",
     "ExportError",
     "ExportOptions",
@@ -87,6 +89,7 @@ __all__ = [
     "export",
     "finetune",
     "get_profile",
+    "ledger_lookup",
     "list_profiles",
     "load",
     "load_data",
@@ -126,6 +129,7 @@ _HOMES = {
     "zoo.registry.hub_commits": ("Published",),
     "zoo.registry.store": ("ProfileEntry", "get_profile", "list_profiles"),
     "zoo.search.campaign": ("SearchConfig", "search_profile"),
+    "zoo.search.lookup": ("EvaluatedProfile", "ledger_lookup"),
     "zoo.spec.plans": ("Plan", "PruningRecord"),
     "zoo.spec.profile": ("Profile",),
     "zoo.training.finetuning": ("Evaluation", "TrainResult", "evaluate", "finetune"),

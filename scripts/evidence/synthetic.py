@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from scipy.optimize import NonlinearConstraint, minimize
 
-from zoo.data.datasets import ImageSet
 from zoo.planning.solver import FLOOR
 from zoo.search.env import PruningEnv
+from zoo.search.ledger_benchmark import imagined_task
 from zoo.search.tasks import Candidate, Task
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.spec.cost import CostModel, cost_model
@@ -98,7 +97,7 @@ class Synthetic:
     @cached_property
     def tasks(self) -> tuple[Task, ...]:
         return tuple(
-            _task(f"base-{index}", self.groups, accuracy)
+            imagined_task(f"base-{index}", self.groups, accuracy)
             for index, accuracy in enumerate(self.base_accuracies)
         )
 
@@ -139,13 +138,3 @@ class Synthetic:
         widths = np.exp(x) * self.groups.sizes
         dense = self._model.total(self.groups.sizes, "params")
         return math.log(dense / self.cf / self._model.total(widths, "params"))
-
-
-def _task(name: str, groups: ChannelGroups, base_accuracy: float) -> Task:
-    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    nothing = ImageSet("nothing", images, torch.zeros(1).long(), ("a", "b"), (0.5,) * 3, (0.5,) * 3)
-    rng = np.random.default_rng(0)
-    features = tuple(rng.exponential(size=size) for size in groups.sizes)
-    return Task(
-        name, name, torch.nn.Identity(), groups, nothing, nothing, base_accuracy, name, features
-    )

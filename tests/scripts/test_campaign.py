@@ -125,7 +125,7 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
     assert {row.job for row in read_took([tmp_path / "three" / campaign.TOOK])} == set(REST)
 
     campaign.merge_all(campaign.Merge(plan=plan, folders=(tmp_path / "three",), **places))
-    merged = read([places["ledgers"] / "campaign-cnet.parquet"])
+    merged = read([places["ledgers"] / "cnet.parquet"])
     assert len(merged) == 2 * 2 + 2 * 2 * 2  # profiles by fidelities; policies by seeds by both
     assert {row.source for row in merged} == {"random", "equal", "increasing"}
     assert (places["merged"] / REST[0] / ROWS).is_file()
@@ -133,7 +133,7 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
     before = (places["merged"] / campaign.TOOK).read_text()
     campaign.merge_all(options)
     assert (places["merged"] / campaign.TOOK).read_text() == before
-    assert read([places["ledgers"] / "campaign-cnet.parquet"]) == merged
+    assert read([places["ledgers"] / "cnet.parquet"]) == merged
 
 
 def test_a_job_that_fails_is_named(tmp_path) -> None:

@@ -125,7 +125,23 @@ How much to keep of every layer of a network, for [prunezoo](https://pypi.org/pr
 def _ledgers(names: list[str]) -> str:
     if not names:
         return ""
-    return (
-        "The tables are the evaluations of the searches: one row for each network that was pruned "
-        "and measured.\n"
-    )
+    return """## Evaluations
+
+`ledger/` holds a table for each architecture: what the searches measured, a row for each network
+that was pruned and measured.
+
+| column | meaning |
+|---|---|
+| `network` | sha256 of the base network's checkpoint |
+| `split` | digest of its training and validation images |
+| `classes`, `image_size` | of the data; pixels per side |
+| `widths` | channels kept, per channel group in the order of the architecture's `groups.json` |
+| `criterion`, `seed` | what chose the channels |
+| `fidelity` | what was done before the accuracy was taken |
+| `accuracy` | on the validation images, in [0, 1] |
+| `seconds` | that it took |
+| `source` | the agent or policy that asked for it, where it is known |
+
+Accuracies of equal `network`, `split` and `fidelity` can be compared. `zoo.ledger_lookup` finds the
+rows nearest to a profile, and `zoo.search.ledger_benchmark` makes a search problem of them.
+"""

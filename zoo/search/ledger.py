@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -182,8 +182,10 @@ def read(paths: Iterable[Path]) -> list[Row]:
     return list(rows.values())
 
 
-def merge(paths: Iterable[Path], target: Path) -> int:
-    """Write the rows of `paths` to one parquet file, atomically, and return their number.
+def merge(
+    paths: Iterable[Path], target: Path, wanted: Callable[[Row], bool] = lambda _: True
+) -> int:
+    """Write the wanted rows of `paths` to one parquet file, atomically, and return their number.
 
     The same rows give the same bytes, whatever their order.
 
@@ -192,7 +194,7 @@ def merge(paths: Iterable[Path], target: Path) -> int:
     """
     flat = [
         {**encode(row.key), "accuracy": row.accuracy, "seconds": row.seconds, "source": row.source}
-        for row in read(paths)
+        for row in filter(wanted, read(paths))
     ]
     flat.sort(key=lambda row: tuple(map(str, row.values())))
     pyarrow, parquet = _pyarrow()
