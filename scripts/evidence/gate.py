@@ -27,7 +27,6 @@ from zoo.planning.decisions import Decisions
 from zoo.planning.policies import policy_solution
 from zoo.planning.rankings import RANKINGS
 from zoo.search.evaluation import Evaluator
-from zoo.search.evidence import task_scores
 from zoo.search.fidelities import Distilled, Fidelity, FineTuning, Recalibration
 from zoo.search.gate import ENOUGH, Agreement, agreement
 from zoo.search.ledger import Ledger
@@ -136,7 +135,7 @@ def drawn(task: Task, model: CostModel, config: Gate, metric: str, seed: int) ->
         raise ZooError(f"--around takes equal or a ranking ({', '.join(RANKINGS)}).")
     decisions = Decisions(
         task.groups, model, config.cf, metric,
-        scores=ranking and task_scores(ranking.criterion, task),
+        scores=ranking and task.scores(ranking.criterion),
         ranking=ranking,
     )  # fmt: skip
     rng = random.Random(f"corrections:{seed}")

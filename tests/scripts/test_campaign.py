@@ -37,6 +37,7 @@ epochs = 6
 lr = 0.05
 bases = { digits = 2 }
 ledger = ["digits-0"]
+figures = ["digits-0"]
 random = 2
 exams = ["digits-1"]
 metrics = ["params"]
@@ -46,7 +47,11 @@ finetune_epochs = 1
 finetune_images = 128
 """
 BASES = ["base/cnet/8/digits-0", "base/cnet/8/digits-1"]
-REST = ["evidence/cnet/8/params-cf2/digits-1", "ledger/cnet/8/params-cf2/digits-0"]
+REST = [
+    "evidence/cnet/8/params-cf2/digits-1",
+    "figures/cnet/8/params-cf2/digits-0",
+    "ledger/cnet/8/params-cf2/digits-0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +131,10 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
 
     campaign.merge_all(campaign.Merge(plan=plan, folders=(tmp_path / "three",), **places))
     merged = read([places["ledgers"] / "cnet.parquet"])
-    assert len(merged) == 2 * 2 + 2 * 2 * 2  # profiles by fidelities; policies by seeds by both
-    assert {row.source for row in merged} == {"random", "equal", "increasing"}
+    # profiles by fidelities; policies by seeds by both; figures by seeds, three of them by both
+    assert len(merged) == 2 * 2 + 2 * 2 * 2 + 6 * 2 + 3 * 2
+    assert {row.source for row in merged} == {"random", "equal", "increasing", "decreasing"}
+    assert {row.key.criterion for row in merged} == {"random", "l1", "taylor"}
     assert (places["merged"] / REST[0] / ROWS).is_file()
 
     before = (places["merged"] / campaign.TOOK).read_text()

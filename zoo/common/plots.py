@@ -29,7 +29,9 @@ __all__ = [
     "Panel",
     "accuracy_against_factor",
     "accuracy_against_size",
+    "accuracy_by_factor",
     "keep_ratios",
+    "reward_band",
     "reward_curve",
     "reward_landscape",
     "save",
@@ -94,6 +96,34 @@ def accuracy_against_factor(panels: Sequence[Panel], metric: str) -> Figure:
     return figure
 
 
+def accuracy_by_factor(
+    title: str, series: Mapping[str, Mapping[float, Sequence[float]]], metric: str
+) -> Figure:
+    """The paper's figures 1 to 3: a line per series, with its standard deviation at every factor.
+
+    Args:
+        title: above the plot.
+        series: name -> compression factor -> accuracies in [0, 1], one per seed.
+        metric: of the factor.
+
+    Raises:
+        ZooError: when there is nothing to show.
+    """
+    if not any(series.values()):
+        raise ZooError("There is no accuracy to plot.")
+    figure, axes = _single(f"compression factor ({metric})", "accuracy")
+    axes.set_title(title)
+    for index, (name, points) in enumerate(series.items()):
+        factors = sorted(points)
+        means = [float(np.mean(points[cf])) for cf in factors]
+        spreads = [float(np.std(points[cf], ddof=min(1, len(points[cf]) - 1))) for cf in factors]
+        colour = COLOURS.get(name, f"C{index}")
+        axes.errorbar(factors, means, spreads, marker="o", capsize=3, color=colour, label=name)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.legend()
+    return figure
+
+
 def accuracy_against_size(title: str, series: Mapping[str, Points], dense: float) -> Figure:
     """One line per policy, each point labelled; the dense network is a dashed line.
 
@@ -152,6 +182,30 @@ def reward_curve(rewards: Sequence[float], window: int = 32) -> Figure:
     axes.scatter(episodes, values, s=8, color="silver", label="episode")
     axes.plot(episodes, means, color="C0", label=f"mean of the last {window}")
     axes.plot(episodes, np.maximum.accumulate(values), color="deeppink", label="best so far")
+    axes.legend()
+    return figure
+
+
+def reward_band(runs: Sequence[Sequence[float]], window: int = 32) -> Figure:
+    """The paper's figure 12: the mean reward over time, with the least and the greatest as a band.
+
+    Args:
+        runs: the rewards of every run's episodes in order; all as many.
+        window: episodes that one point of the plot is about.
+
+    Raises:
+        ZooError: for no rewards.
+    """
+    count = min(map(len, runs), default=0) // window
+    if not count:
+        raise ZooError(f"There are no {window} episodes to plot.")
+    values = np.array([run[: count * window] for run in runs], dtype=float)
+    values = values.reshape(len(runs), count, window)
+    episodes = window * np.arange(1, count + 1)
+    figure, axes = _single("episode", "reward")
+    least, most = values.min(axis=(0, 2)), values.max(axis=(0, 2))
+    axes.fill_between(episodes, least, most, color="pink", label="least to greatest")
+    axes.plot(episodes, values.mean(axis=(0, 2)), color="deeppink", label="mean")
     axes.legend()
     return figure
 

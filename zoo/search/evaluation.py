@@ -9,7 +9,6 @@ from zoo.errors import ZooError
 from zoo.search.fidelities import Fidelity
 from zoo.search.ledger import Key, Ledger, Row
 from zoo.search.tasks import (
-    CRITERION,
     Candidate,
 )
 from zoo.search.workers import InProcess, Pool
@@ -98,7 +97,7 @@ def _key(candidate: Candidate, fidelity: Fidelity) -> Key:
         classes=len(task.val.classes),
         image_size=task.val.images.shape[-1],
         widths=tuple(int(width) for width in candidate.widths),
-        criterion=CRITERION,
+        criterion=candidate.criterion,
         seed=candidate.seed,
         fidelity=fidelity.name,
     )

@@ -6,8 +6,6 @@ import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
-from zoo.criteria.scores import channel_scores, labelled_batches
-from zoo.criteria.weight_scores import Scores
 from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError, GraphError
 from zoo.planning.decisions import Decisions
@@ -16,12 +14,12 @@ from zoo.planning.policies import policy_solution
 from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.search.evaluation import Evaluator
 from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
-from zoo.search.tasks import Candidate, Task, device, say
+from zoo.search.tasks import Candidate, Task, say
 from zoo.spec.cost import CostModel
 from zoo.spec.profile import Evidence
 from zoo.training.finetuning import evaluate
 
-__all__ = ["evidence", "examined", "learned_widths", "policy_widths", "task_scores"]
+__all__ = ["evidence", "examined", "learned_widths", "policy_widths"]
 
 Widths = tuple[int, ...]
 
@@ -100,7 +98,6 @@ def policy_widths(
         ZooError: for an unknown policy.
     """
     found: dict[str, Widths] = {}
-    scores: dict[str, Scores] = {}
     for name in policies:
         try:
             ranking = RANKINGS.get(name)
@@ -110,10 +107,8 @@ def policy_widths(
             if ranking is None:
                 found[name] = policy_solution(name, model, cf, metric).widths
                 continue
-            criterion = ranking.criterion
-            if criterion not in scores:
-                scores[criterion] = task_scores(criterion, task)
-            found[name] = ranking_solution(ranking, scores[criterion], model, cf, metric).widths
+            scores = task.scores(ranking.criterion)
+            found[name] = ranking_solution(ranking, scores, model, cf, metric).widths
         except (FactorError, GraphError) as error:  # out of reach, or no batch norm to rank by
             say(f"{name}: {error}")
     return found
@@ -134,15 +129,9 @@ def learned_widths(
         FactorError: when the policy that it corrects cannot reach the factor.
     """
     ranking = policy.ranking(metric)
-    scores = task_scores(ranking.criterion, task) if data else None
+    scores = task.scores(ranking.criterion) if data else None
     decisions = Decisions(task.groups, model, cf, metric, scores=scores, ranking=ranking)
     return play(policy, decisions).widths
-
-
-def task_scores(criterion: str, task: Task) -> Scores:
-    """The scores of the base network's channels on the training images of the task."""
-    batches = labelled_batches(task.train, device(), 0)
-    return channel_scores(criterion, task.module, task.groups, 0, batches)
 
 
 def _row(

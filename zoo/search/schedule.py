@@ -27,6 +27,7 @@ from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
 
 __all__ = [
+    "FIGURES",
     "Job",
     "Network",
     "Plan",
@@ -39,10 +40,26 @@ __all__ = [
     "told",
 ]
 
-Stage = Literal["base", "ledger", "search", "evidence"]
+Stage = Literal["base", "ledger", "figures", "search", "evidence"]
 
-WORTH: dict[Stage, float] = {"base": 1.0, "search": 0.9, "evidence": 0.8, "ledger": 0.7}
+WORTH: dict[Stage, float] = {
+    "base": 1.0,
+    "search": 0.9,
+    "evidence": 0.8,
+    "figures": 0.75,
+    "ledger": 0.7,
+}
 """The value of each stage, as a share of its network's value."""
+
+FIGURES = (
+    ("equal", "random", True),
+    ("equal", "random", False),
+    ("equal", "l1", True),
+    ("equal", "taylor", True),
+    ("increasing", "random", True),
+    ("decreasing", "random", True),
+)
+"""What the paper's figures 1 to 3 compare: policy, channels, and whether weights are kept."""
 
 BASE_IMAGES = 45_000
 """Images of a training split, roughly."""
@@ -67,6 +84,8 @@ class Network:
         tasks, held_back: base networks, as `cifar10-0`, that searches see; no tasks, no search.
         exams: base networks that no search sees, for evidence.
         ledger: base networks that random profiles are measured on.
+        figures: base networks that the paper's comparisons of initialisations, channels and
+            handmade profiles are measured on, by the first metric.
         random: number of random profiles for each metric and factor.
         metrics, cf: metrics and compression factors of the profiles.
         episodes: of a search.
@@ -89,6 +108,7 @@ class Network:
     held_back: tuple[str, ...] = ()
     exams: tuple[str, ...] = ()
     ledger: tuple[str, ...] = ()
+    figures: tuple[str, ...] = ()
     random: int = 100
     metrics: tuple[str, ...] = ("params", "macs")
     cf: tuple[float, ...] = (2.0, 4.0, 6.0)
@@ -158,7 +178,13 @@ class Plan:
                         f"{path}: {network.arch} names the data {name!r}: not in [data]."
                     )
             known = set(_bases(network))
-            for name in (*network.tasks, *network.held_back, *network.exams, *network.ledger):
+            for name in (
+                *network.tasks,
+                *network.held_back,
+                *network.exams,
+                *network.ledger,
+                *network.figures,
+            ):
                 if name not in known:
                     raise DocumentError(f"{path}: {network.arch} has no base network {name!r}.")
             if seen := {*network.tasks, *network.held_back} & set(network.exams):
@@ -223,6 +249,10 @@ def _jobs(network: Network) -> Iterator[Job]:
             for base in network.ledger:
                 images = network.random * cut * (3 * 10_000 + 7_000)
                 yield job("ledger", f"{profile}/{base}", bases(base), images, base=base, **own)
+            for base in network.figures if metric == network.metrics[0] else ():
+                runs = len(FIGURES) * len(network.seeds)
+                images = runs * cut * 3 * network.finetune_epochs * network.finetune_images
+                yield job("figures", f"{profile}/{base}", bases(base), images, base=base, **own)
             found = (f"search/{place}/{profile}",) if network.tasks else ()
             for base in network.exams:
                 runs = len(network.seeds) * (len(network.policies) + 1)

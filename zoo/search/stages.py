@@ -1,4 +1,4 @@
-"""What each stage of a plan does: base networks, ledgers of random profiles, searches, evidence.
+"""What each stage of a plan does: base networks, ledgers, figures, searches, evidence.
 
 A job writes into its own folder. A killed job continues where it stopped.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zoo.common.documents import write_json
 from zoo.data.datasets import Splits, load_data
-from zoo.errors import ZooError
+from zoo.errors import FactorError, ZooError
 from zoo.loading import create_model
 from zoo.planning.policies import policy_solution
 from zoo.search.campaign import search_profile
@@ -20,9 +20,9 @@ from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, policy_widths
 from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
 from zoo.search.ledger import FILE, Ledger, read
-from zoo.search.schedule import Job
+from zoo.search.schedule import FIGURES, Job
 from zoo.search.settings import SearchConfig
-from zoo.search.tasks import Candidate, Task, load_task
+from zoo.search.tasks import Candidate, Task, load_task, say
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.profile import Profile
 from zoo.storage.artefacts import save_checkpoint
@@ -142,6 +142,27 @@ def _ledger(job: Job, workshop: Workshop) -> None:
                 evaluator([Candidate(task, kept, seed)], fidelity, "random")
 
 
+def _figures(job: Job, workshop: Workshop) -> None:
+    """What the paper's figures 1 to 3 compare, on validation images."""
+    network, task, cost = job.network, workshop.task(job, job.base), _cost(job)
+    fidelities = {
+        kept: kind.of(network.finetune_epochs, network.finetune_images, 0.05)
+        for kept, kind in ((True, FineTuning), (False, FromScratch))
+    }
+    with workshop.ledger(job) as ledger:
+        evaluator = Evaluator(ledger)
+        for policy, criterion, kept in FIGURES:
+            try:
+                widths = policy_solution(policy, cost, job.cf, job.metric).widths
+            except FactorError as error:  # decreasing profiles keep the large last layers
+                say(f"{policy}: {error}")
+                continue
+            candidates = [Candidate(task, widths, seed, criterion) for seed in network.seeds]
+            evaluator(candidates, fidelities[kept], policy)
+            if kept and criterion == "random":  # beside the random profiles of `_ledger`
+                evaluator(candidates, SHORT, policy)
+
+
 def _search(job: Job, workshop: Workshop) -> None:
     network = job.network
 
@@ -198,6 +219,7 @@ def _cost(job: Job) -> CostModel:
 _STAGES: dict[str, Callable[[Job, Workshop], None]] = {
     "base": _base,
     "ledger": _ledger,
+    "figures": _figures,
     "search": _search,
     "evidence": _evidence,
 }

@@ -17,7 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from zoo.criteria.scores import random_scores, taylor_features
+from zoo.criteria.scores import (
+    Scores,
+    channel_scores,
+    labelled_batches,
+    random_scores,
+    taylor_features,
+)
 from zoo.data.batches import DeviceLoader
 from zoo.data.datasets import DATASETS, ImageSet, Splits, load_data
 from zoo.errors import ZooError
@@ -29,7 +35,6 @@ from zoo.tracing.known_groups import reference_groups
 from zoo.training.finetuning import evaluate
 
 __all__ = [
-    "CRITERION",
     "SEARCH_SEEDS",
     "Candidate",
     "Task",
@@ -48,8 +53,6 @@ __all__ = [
 
 SEARCH_SEEDS = (1_000, 2**30)
 """Channel seeds that episodes draw from: [first, last). No episode uses any other seed."""
-
-CRITERION = "random"
 
 
 @dataclass(frozen=True)
@@ -93,18 +96,36 @@ class Task:
                 self._logits[count] = torch.cat([self.module(images) for images, _ in batches])
         return self._logits[count]
 
+    def scores(self, criterion: str) -> Scores:
+        """The base network's channel scores by `criterion`, on `train`; computed once."""
+        if criterion not in self._scores:
+            batches = labelled_batches(self.train, device(), 0)
+            self._scores[criterion] = channel_scores(
+                criterion, self.module, self.groups, 0, batches
+            )
+        return self._scores[criterion]
+
     @cached_property
     def _logits(self) -> dict[int, Tensor]:
+        return {}
+
+    @cached_property
+    def _scores(self) -> dict[str, Scores]:
         return {}
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What an evaluation measures: `task` pruned to `widths`, with channels drawn by `seed`."""
+    """What an evaluation measures: `task` pruned to `widths`.
+
+    The channels are drawn by `seed`, or chosen by another criterion; `seed` is that of the
+    training, too.
+    """
 
     task: Task
     widths: tuple[int, ...]
     seed: int
+    criterion: str = "random"
 
 
 def make_task(
@@ -244,15 +265,16 @@ def sample(data: ImageSet, count: int | None) -> ImageSet:
 
 def plan_of(candidate: Candidate) -> Plan:
     """The plan of a candidate; for one seed, the channels of a smaller width are a subset."""
-    groups, seed = candidate.task.groups, candidate.seed
+    groups, seed, criterion = candidate.task.groups, candidate.seed, candidate.criterion
+    drawn = criterion == "random"
     return make_plan(
         groups,
         dict(zip(groups.names, candidate.widths, strict=True)),
-        random_scores(groups, seed),
+        random_scores(groups, seed) if drawn else candidate.task.scores(criterion),
         profile="search",
         metric="params",
         asked=1.0,
-        criterion=CRITERION,
+        criterion=criterion,
         seed=seed,
     )
 

@@ -22,7 +22,6 @@ from zoo.planning.decisions import FEATURES, Decisions
 from zoo.planning.learned import LearnedPolicy, Training
 from zoo.planning.rankings import BEST_RANKING, RANKINGS
 from zoo.search.evaluation import Evaluate
-from zoo.search.evidence import task_scores
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, say
 from zoo.spec.cost import CostModel, cost_model
 
@@ -108,7 +107,7 @@ def cases(tasks: Sequence[tuple[str, Task]], settings: TransferSettings) -> list
     for arch, task in tasks:
         cost = cost_model(task.groups)
         for metric in settings.metrics:
-            told = task_scores(RANKINGS[BEST_RANKING[metric]].criterion, task)
+            told = task.scores(RANKINGS[BEST_RANKING[metric]].criterion)
             for cf in settings.factors:
                 for scores in (told, None):
                     try:
