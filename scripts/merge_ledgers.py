@@ -18,7 +18,7 @@ from tyro.conf import Positional
 from zoo.common.digests import sha256_of
 from zoo.errors import ZooError
 from zoo.registry.store import folder_name
-from zoo.search.ledger import merge, read
+from zoo.search.ledger import read, write
 from zoo.search.lookup import ledger_path
 from zoo.tracing.known_groups import reference_groups
 
@@ -42,20 +42,16 @@ def main(options: Options) -> None:
         ZooError: for evaluations that are not of the architecture.
     """
     target = ledger_path(options.arch)
-    earlier = [target] if target.is_file() else []
+    earlier = read([target]) if target.is_file() else []
     own = BASES / folder_name(options.arch)
-    networks = {row.key.network for row in read(earlier)}
+    networks = {row.key.network for row in earlier}
     networks |= {sha256_of(path) for path in own.rglob("*.safetensors")}
     rows = read(options.runs)
     wanted = [row for row in rows if options.all or row.key.network in networks]
     groups = reference_groups(options.arch)
     if any(len(row.key.widths) != len(groups.names) for row in wanted):
         raise ZooError(f"There are evaluations that are not of {options.arch}.")
-    count = merge(
-        [*earlier, *options.runs],
-        target,
-        lambda row: options.all or row.key.network in networks,
-    )
+    count = write([*earlier, *wanted], target)
     left = len(rows) - len(wanted)
     print(
         f"{target.name}: {count:,} evaluations, {target.stat().st_size:,} bytes; {left:,} left out"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -32,6 +32,7 @@ from zoo.search.ledger import Row, read
 from zoo.search.ledger_benchmark import LedgerBenchmark
 from zoo.search.lookup import ledger_path
 from zoo.search.reward import landscape
+from zoo.search.summary import at_factor
 from zoo.spec.cost import CostModel, cost_model
 from zoo.tracing.known_groups import reference_groups
 
@@ -39,9 +40,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Name = Literal["fig1", "fig2", "fig3", "fig4", "fig6", "fig9", "fig10", "fig11", "fig12"]
-
-NEAR = 0.02
-"""Largest relative distance from a factor at which a profile counts as being at it."""
 
 REWARDS = {"fig9": "gaussian", "fig10": "n2n", "fig11": "hyperbolic"}
 
@@ -103,11 +101,10 @@ class Evaluations:
         return {own: dict(points) for own, points in found.items()}
 
     def at(self, row: Row) -> float | None:
-        got = self.model.factor(row.key.widths, "params")
-        return next((cf for cf in self.cf if abs(got - cf) <= NEAR * cf), None)
+        return next((cf for cf in self.cf if at_factor([row], self.model, cf, "params")), None)
 
-    def setting(self, wanted: Callable[[Row], bool]) -> tuple[str, str]:
-        """The base network and the fidelity with most of the wanted rows.
+    def like_most(self, wanted: Callable[[Row], bool]) -> Evaluations:
+        """The rows of the base network and the fidelity with most of the wanted rows.
 
         Raises:
             ZooError: if there are none.
@@ -118,7 +115,9 @@ class Evaluations:
                 f"The evaluations of {self.arch} that this figure shows are not there yet: "
                 f"python scripts/campaign.py run, and merge."
             )
-        return counts.most_common(1)[0][0]
+        setting = counts.most_common(1)[0][0]
+        rows = (r for r in self.rows if (r.key.network, r.key.fidelity) == setting)
+        return replace(self, rows=tuple(rows))
 
 
 def lines_of(title: str, of: Evaluations, series: Series) -> tuple[Figure, tuple[str, ...]]:
@@ -156,10 +155,12 @@ def initialisation(options: Options) -> Drawn:
     """Figure 1: pruned networks with the base network's weights, or with new ones."""
     of = Evaluations.of(options)
     scratch = "from scratch, "
-    network, fidelity = of.setting(
-        lambda row: row.source == "equal" and row.key.fidelity.startswith(scratch)
+    key = (
+        of.like_most(lambda row: row.source == "equal" and row.key.fidelity.startswith(scratch))
+        .rows[0]
+        .key
     )
-    trained = fidelity.removeprefix(scratch)
+    network, trained = key.network, key.fidelity.removeprefix(scratch)
     names = {"fine-tune": "weights of the base network", "from scratch": "new weights"}
 
     def name(row: Row) -> str | None:
@@ -180,15 +181,8 @@ def initialisation(options: Options) -> Drawn:
 
 def channels(options: Options) -> Drawn:
     """Figure 2: which channels to keep; pruned at once here, layer by layer in the paper."""
-    of = Evaluations.of(options)
-    setting = of.setting(lambda row: row.key.criterion == "taylor")
-    series = of.series(
-        lambda row: (
-            row.key.criterion
-            if row.source == "equal" and (row.key.network, row.key.fidelity) == setting
-            else None
-        )
-    )
+    of = Evaluations.of(options).like_most(lambda row: row.key.criterion == "taylor")
+    series = of.series(lambda row: row.key.criterion if row.source == "equal" else None)
     figure, table = lines_of(f"{of.arch}: which channels to keep", of, series)
     found = {other: differences(series, other, "random") for other in series if other != "random"}
     gained = [value for values in found.values() for value in values.values()]
@@ -204,16 +198,9 @@ def channels(options: Options) -> Drawn:
 
 def handmade(options: Options) -> Drawn:
     """Figure 3: equal, increasing and decreasing profiles beside random ones."""
-    of = Evaluations.of(options)
+    of = Evaluations.of(options).like_most(lambda row: row.source == "decreasing" and short(row))
     kinds = ("equal", "increasing", "decreasing", "random")
-    setting = of.setting(lambda row: row.source == "decreasing" and short(row))
-    series = of.series(
-        lambda row: (
-            row.source
-            if row.source in kinds and (row.key.network, row.key.fidelity) == setting
-            else None
-        )
-    )
+    series = of.series(lambda row: row.source if row.source in kinds else None)
     figure, table = lines_of(f"{of.arch}: how much to keep", of, series)
     found = differences(series, "decreasing", "equal")
     most = [
@@ -232,15 +219,8 @@ def handmade(options: Options) -> Drawn:
 
 def cloud(options: Options) -> Drawn:
     """Figure 4: every random profile, and the best of each factor."""
-    of = Evaluations.of(options)
-    setting = of.setting(lambda row: row.source == "random" and short(row))
-    series = of.series(
-        lambda row: (
-            row.source
-            if row.source == "random" and (row.key.network, row.key.fidelity) == setting
-            else None
-        )
-    )
+    of = Evaluations.of(options).like_most(random_and_short)
+    series = of.series(lambda row: row.source if row.source == "random" else None)
     points = [(cf, value) for cf, own in series["random"].items() for value in own]
     best = [(cf, max(own)) for cf, own in series["random"].items()]
     figure = accuracy_against_factor(
@@ -269,9 +249,10 @@ def transfer(options: Options) -> Drawn:
     """Figure 6: the best random profiles of one base network on other data that it never saw."""
     of = Evaluations.of(options)
     measured: dict[str, dict[tuple[int, ...], Row]] = defaultdict(dict)
-    home, fidelity = of.setting(lambda row: row.source == "random" and short(row))
+    chosen = of.like_most(random_and_short).rows[0].key
+    home = chosen.network
     for row in of.rows:
-        if (row.source, row.key.fidelity) == ("random", fidelity):
+        if (row.source, row.key.fidelity) == ("random", chosen.fidelity):
             measured[row.key.network][row.key.widths] = row
     away = max(
         (name for name in measured if name != home),
@@ -377,6 +358,10 @@ def over_time(options: Options) -> Drawn:
 def short(row: Row) -> bool:
     """Whether the row's fine-tune is one epoch, as those of random profiles are."""
     return row.key.fidelity.startswith("fine-tune, 1 epochs of 10000 training images")
+
+
+def random_and_short(row: Row) -> bool:
+    return row.source == "random" and short(row)
 
 
 def holds(claim: bool) -> str:

@@ -8,11 +8,11 @@ accuracy that a Gaussian process, fitted to a ledger, predicts for the best prof
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
 from typing import Literal
 
 import tyro
+from evaluations_to_score import cell
 
 from zoo.search.agents import SCREENED, agent
 from zoo.search.ledger_benchmark import LedgerBenchmark
@@ -70,12 +70,7 @@ def main(options: Options) -> None:
     print("|---|" + "---:|" * len(options.at))
     for name in options.agents:
         curves = [curve(name, benchmark, options, seed) for seed in options.seeds]
-        print(f"| {name} | {' | '.join(map(told, zip(*curves, strict=True)))} |", flush=True)
-
-
-def told(values: tuple[float, ...]) -> str:
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * spread:.1f}"
+        print(f"| {name} | {' | '.join(map(cell, zip(*curves, strict=True)))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows has no flock: runs are not guarded there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FILE", "Key", "Ledger", "Row", "merge", "open_alone", "read"]
+__all__ = ["FILE", "Key", "Ledger", "Row", "merge", "open_alone", "read", "write"]
 
 FILE = "ledger.jsonl"
 """the name of a ledger in its run's folder"""
@@ -175,26 +175,30 @@ def read(paths: Iterable[Path]) -> list[Row]:
         DocumentError: for a file that is missing, malformed, of another schema version or suffix.
         ZooError: for a merged ledger, if pyarrow is not installed.
     """
-    rows: dict[Key, Row] = {}
-    for path in paths:
-        for row in _read_file(path):
-            rows.setdefault(row.key, row)
-    return list(rows.values())
+    return _first_of_each(row for path in paths for row in _read_file(path))
 
 
-def merge(
-    paths: Iterable[Path], target: Path, wanted: Callable[[Row], bool] = lambda _: True
-) -> int:
-    """Write the wanted rows of `paths` to one parquet file, atomically, and return their number.
-
-    The same rows give the same bytes, whatever their order.
+def merge(paths: Iterable[Path], target: Path) -> int:
+    """Write the rows of `paths` to one parquet file, atomically, and return their number.
 
     Raises:
         DocumentError, ZooError: as `read`.
     """
+    return write(read(paths), target)
+
+
+def write(rows: Iterable[Row], target: Path) -> int:
+    """Write rows to one parquet file, atomically, and return their number.
+
+    The same rows give the same bytes, whatever their order; of rows with equal keys the first is
+    written.
+
+    Raises:
+        ZooError: if pyarrow is not installed.
+    """
     flat = [
         {**encode(row.key), "accuracy": row.accuracy, "seconds": row.seconds, "source": row.source}
-        for row in filter(wanted, read(paths))
+        for row in _first_of_each(rows)
     ]
     flat.sort(key=lambda row: tuple(map(str, row.values())))
     pyarrow, parquet = _pyarrow()
@@ -204,6 +208,14 @@ def merge(
             table.replace_schema_metadata({"schema_version": str(SCHEMA_VERSION)}), partial
         )
     return len(flat)
+
+
+def _first_of_each(rows: Iterable[Row]) -> list[Row]:
+    """The rows, without those whose key an earlier one has."""
+    found: dict[Key, Row] = {}
+    for row in rows:
+        found.setdefault(row.key, row)
+    return list(found.values())
 
 
 def _read_file(path: Path) -> list[Row]:
