@@ -6,7 +6,8 @@
 
 `run` does the most valuable job that fits into the rest of its budget, then the next; a job that is
 stopped continues in the next run. `merge` copies results into the repository, where every machine
-finds them: base networks and figures into campaign-results/, evaluations into registry/ledger/.
+finds them: base networks and evidence into campaign-results/, evaluations into registry/ledger/,
+profiles with a certificate into registry/<architecture>/.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tyro.conf import Positional, arg
 
 from zoo.common.documents import decode, read_json, write_json
 from zoo.errors import DocumentError, ZooError, integer
-from zoo.registry.store import folder_name
+from zoo.registry.store import folder_name, write_index
 from zoo.search.ledger import FILE, merge, open_alone
 from zoo.search.schedule import (
     Job,
@@ -43,12 +44,14 @@ from zoo.search.schedule import (
     told,
 )
 from zoo.search.settings import parse_budget
-from zoo.search.stages import Workshop, perform
+from zoo.search.stages import PROFILE, Workshop, perform
 from zoo.search.tasks import say
+from zoo.spec.profile import Profile
 
 HERE = Path(__file__).resolve().parent
 TOOK, SPENT = "took.jsonl", "spent.json"
 H100 = "NVIDIA H100 80GB HBM3"
+KEPT = (".json", ".safetensors")
 LARGEST = 5 * 2**20
 """Largest file in bytes that `merge` copies; larger base networks are trained again if needed."""
 
@@ -61,8 +64,8 @@ class Shared:
     """folder of the jobs' folders"""
     merged: Path = HERE / "campaign-results"
     """where merged results are"""
-    ledgers: Path = HERE.parent / "registry" / "ledger"
-    """where merged evaluations are"""
+    registry: Path = HERE.parent / "registry"
+    """where merged evaluations and profiles are"""
 
     @property
     def jobs(self) -> dict[str, Job]:
@@ -71,6 +74,10 @@ class Shared:
     @property
     def took(self) -> list[Took]:
         return read_took([self.merged / TOOK, self.out / TOOK])
+
+    @property
+    def ledgers(self) -> Path:
+        return self.registry / "ledger"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +217,7 @@ def _start(options: Run, job: Job, estimated: float) -> _Running:
     earlier = _read_spent(folder)
     command = [sys.executable, __file__, "one", job.name, "--data-dir", options.data_dir]
     command += ["--plan", options.plan, "--out", options.out]
-    command += ["--merged", options.merged, "--ledgers", options.ledgers]
+    command += ["--merged", options.merged, "--registry", options.registry]
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -325,7 +332,7 @@ def status(options: Shared) -> None:
 
 
 def merge_all(options: Merge) -> None:
-    """Copy the results of finished jobs, and put every evaluation into the ledgers."""
+    """Copy the results of finished jobs, certified profiles and all evaluations."""
     jobs = options.jobs
     known = {row.job for row in read_took([options.merged / TOOK])}
     for folder in options.folders:
@@ -334,11 +341,16 @@ def merge_all(options: Merge) -> None:
         fresh = [r for r in read_took([folder / TOOK]) if r.job not in known and r.job in jobs]
         for row in fresh:
             for file in (folder / row.job).iterdir():
-                wanted = file.suffix in (".json", ".safetensors") and file.name != SPENT
+                wanted = file.suffix in KEPT and file.name not in (SPENT, PROFILE)
                 if wanted and file.stat().st_size <= LARGEST:
                     target = options.merged / row.job / file.name
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(file, target)
+            if (found := folder / row.job / PROFILE).is_file():
+                profile = Profile.read(found)
+                own = options.registry / folder_name(profile.architecture)
+                profile.write(own / f"{profile.name}.json")
+            options.merged.mkdir(parents=True, exist_ok=True)
             with (options.merged / TOOK).open("a") as stream:
                 stream.write(told(row))
         known |= {row.job for row in fresh}
@@ -352,6 +364,7 @@ def merge_all(options: Merge) -> None:
         target = options.ledgers / f"{arch}.parquet"
         earlier = [target] if target.exists() else []
         say(f"{target.name}: {merge([*earlier, *files], target)} evaluations")
+    write_index(options.registry)
 
 
 STEPS = {"run": Run, "status": Status, "merge": Merge, "one": One}

@@ -1,7 +1,8 @@
-"""Print the evidence of the bundled profiles as Markdown, accuracies or all of it, or draw it.
+"""Print the evidence of the bundled profiles as Markdown: accuracies, or all of it; or draw it.
 
 python scripts/evidence/evidence_table.py
 python scripts/evidence/evidence_table.py --details
+python scripts/evidence/evidence_table.py --certificates
 python scripts/evidence/evidence_table.py --figure docs/accuracy.svg
 """
 
@@ -58,6 +59,32 @@ def details() -> str:
     return "\n\n".join(parts)
 
 
+def certificates() -> str:
+    """Every certificate: its verdict, and a table of its comparisons."""
+    parts = []
+    for profile in bundled():
+        found = profile.certificate
+        if found is None:
+            continue
+        ranks = [
+            f"{rank.at_least_as_good} of {rank.profiles} random profiles are as good on "
+            f"{rank.data} ({rank.low:.1%} to {rank.high:.1%})"
+            for rank in found.ranks
+        ]
+        lines = [
+            f"**{_name(profile)}.** {found.verdict} {'; '.join(ranks)}.\n",
+            "| against | points ± sd | base networks | p | Holm |",
+            "|---|---:|---:|---:|---:|",
+        ]
+        lines += [
+            f"| {each.rival} | {100 * each.difference:+.2f} ± {100 * each.sd:.2f} "
+            f"| {each.networks} | {each.p:.2g} | {each.adjusted:.2g} |"
+            for each in found.comparisons
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 def figure() -> Figure:
     """Accuracy against parameters of resnet20-16 on CIFAR-10, one line for each policy."""
     series: dict[str, list[tuple[float, float]]] = defaultdict(list)
@@ -106,6 +133,8 @@ def _accuracy(row: Evidence) -> str:
 class Options:
     details: bool = False
     """print every number of the evidence, in a table for each profile and base network"""
+    certificates: bool = False
+    """print the certificates instead"""
     figure: Path | None = None
     """draw the README's figure into this file instead"""
 
@@ -114,5 +143,7 @@ if __name__ == "__main__":
     options = tyro.cli(Options, description=__doc__)
     if options.figure:
         save(figure(), options.figure)
+    elif options.certificates:
+        print(certificates())
     else:
         print(details() if options.details else table())

@@ -24,7 +24,7 @@ from tyro.conf import OmitArgPrefixes
 from zoo.common.documents import encode
 from zoo.search.evaluation import Evaluator
 from zoo.search.fidelities import Distilled, Fidelity, Recalibration
-from zoo.search.ledger import Ledger
+from zoo.search.ledger import FILE, Ledger, read
 from zoo.search.tasks import Task, load_tasks, say
 from zoo.search.transfer import Played, TransferSettings, cases, learn
 
@@ -37,6 +37,8 @@ class Options:
     """folder of the data sets' files"""
     out: Path
     """folder of the ledger, the episodes and the policy"""
+    known: tuple[Path, ...] = ()
+    """ledgers of other runs, whose evaluations are not repeated"""
     size: int = 32
     """pixels per side"""
     calibration_images: int = 1024
@@ -72,7 +74,7 @@ def main(options: Options) -> None:
             recent = statistics.mean(each.reward for each in played[-100:])
             say(f"{len(played)} episodes, mean reward of the last 100: {recent:+.4f}")
 
-    with Ledger(options.out / "ledger.jsonl") as ledger:
+    with Ledger(options.out / FILE, known=read(options.known)) as ledger:
         evaluator = Evaluator(ledger)
         policy = learn(
             known,

@@ -25,6 +25,7 @@ import tyro
 from tyro.conf import OmitArgPrefixes
 
 from zoo.common.documents import decode
+from zoo.search.ledger import FILE
 from zoo.search.tasks import say
 from zoo.search.transfer import TransferSettings
 from zoo.spec.profile import Evidence
@@ -77,8 +78,9 @@ def main(options: Options) -> None:
 
 def _training(arch: str, out: Path, options: Options) -> learn_policy.Options:
     others = tuple(text for text in options.tasks if text.partition("=")[0] != arch)
+    known = tuple(path for path in options.out.glob(f"*/{FILE}") if path.parent != out)
     return learn_policy.Options(
-        tasks=others, data_dir=options.data_dir, out=out, size=options.size,
+        tasks=others, known=known, data_dir=options.data_dir, out=out, size=options.size,
         distill_steps=options.distill_steps, settings=options.settings,
     )  # fmt: skip
 

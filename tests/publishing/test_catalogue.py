@@ -77,7 +77,10 @@ def test_the_verdict_owns_up_to_rivals_that_did_better(architectures) -> None:
         row("y", 0.7, 1, 1),
     )
     rows = tuple(Row(r, 1, 1, ("x",) if r is searched else ()) for r in (searched, better, level))
-    said = " ".join(shows(dataclasses.replace(found, exams=(Exam("set", "", rows),))))
+    assert found.profile.certificate is not None
+    assert shows(found)[0] == found.profile.certificate.verdict
+    bare = dataclasses.replace(found.profile, certificate=None)
+    said = " ".join(shows(dataclasses.replace(found, profile=bare, exams=(Exam("set", "", rows),))))
     assert "behind `x` (-10.00 points)" in said
     assert "level with `y`" in said
     assert "`x` did better with no more parameters and MACs" in said

@@ -63,7 +63,7 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(plan: Path, out: Path, *more: str) -> subprocess.Popen:
     arguments = ["run", "--plan", plan, "--out", out, "--merged", out.parent / "merged"]
-    arguments += ["--ledgers", out.parent / "ledgers"]
+    arguments += ["--registry", out.parent / "registry"]
     arguments += ["--data-dir", out.parent, "--together", "2", "--device", "cpu", *more]
     script = Path(campaign.__file__)
     return subprocess.Popen(
@@ -115,7 +115,7 @@ def test_a_campaign_that_was_killed_goes_on_and_ends_as_one_that_was_not(plan, t
 
 
 def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_path) -> None:
-    places = {"merged": tmp_path / "merged", "ledgers": tmp_path / "ledgers"}
+    places = {"merged": tmp_path / "merged", "registry": tmp_path / "registry"}
     for name, own in (("one", BASES[:1]), ("two", BASES[1:])):
         done = command(plan, tmp_path / name, "--budget", "3m", "--only", *own)
         told, _ = done.communicate(timeout=200)
@@ -130,7 +130,7 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
     assert {row.job for row in read_took([tmp_path / "three" / campaign.TOOK])} == set(REST)
 
     campaign.merge_all(campaign.Merge(plan=plan, folders=(tmp_path / "three",), **places))
-    merged = read([places["ledgers"] / "cnet.parquet"])
+    merged = read([places["registry"] / "ledger" / "cnet.parquet"])
     # profiles by fidelities; policies by seeds by both; figures by seeds, three of them by both
     assert len(merged) == 2 * 2 + 2 * 2 * 2 + 6 * 2 + 3 * 2
     assert {row.source for row in merged} == {"random", "equal", "increasing", "decreasing"}
@@ -140,7 +140,7 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
     before = (places["merged"] / campaign.TOOK).read_text()
     campaign.merge_all(options)
     assert (places["merged"] / campaign.TOOK).read_text() == before
-    assert read([places["ledgers"] / "cnet.parquet"]) == merged
+    assert read([places["registry"] / "ledger" / "cnet.parquet"]) == merged
 
 
 def test_a_job_that_fails_is_named(tmp_path) -> None:
@@ -164,21 +164,56 @@ def test_a_budget_is_kept(plan, tmp_path) -> None:
     assert time.monotonic() - started < 60
 
 
-def test_evidence_is_beside_what_the_search_found(tmp_path) -> None:
+def test_a_searched_profile_goes_into_the_registry_with_its_certificate(tmp_path) -> None:
     pytest.importorskip("stable_baselines3")
     path = tmp_path / "plan.toml"
-    path.write_text(PLAN.replace("ledger = [", 'episodes = 8\ntasks = ["digits-0"]\nledger = [', 1))
+    path.write_text(
+        PLAN.replace("digits = 2", "digits = 3")
+        .replace('ledger = ["digits-0"]', 'ledger = ["digits-1"]')
+        .replace('exams = ["digits-1"]', 'exams = ["digits-1", "digits-2"]')
+        .replace("random = 2", 'random = 3\nepisodes = 8\ntasks = ["digits-0"]\nstart = "best"')
+        .replace("figures = [", "# [")
+    )
     workshop = Workshop(tmp_path / "out", tmp_path, {"digits": "digits"})
     jobs = jobs_of(Plan.read(path))
-    for name in (*BASES, "search/cnet/8/params-cf2", REST[0]):
-        perform(jobs[name], workshop)
-    profile = Profile.read(workshop.out / "search/cnet/8/params-cf2/params-cf2.json")
-    rows = json.loads((workshop.out / REST[0] / ROWS).read_text())
-    assert [row["policy"] for row in rows] == ["base", "searched", "equal", "increasing"]
+    for job in jobs.values():
+        perform(job, workshop)
+    search, certificate = "search/cnet/8/params-cf2", "certificate/cnet/8/params-cf2"
+    (workshop.out / campaign.TOOK).write_text(
+        told_line(Took(certificate, "certificate", "cnet", 1.0, 1.0, 1.0, "cpu"))
+    )
+    registry = tmp_path / "registry"
+    options = {"plan": path, "merged": tmp_path / "merged", "registry": registry}
+    campaign.merge_all(campaign.Merge(folders=(workshop.out,), **options))
+
+    profile = Profile.read(registry / "cnet" / "params-cf2.json")
+    assert json.loads((registry / "index.json").read_text())["profiles"]
+    assert profile.kept == Profile.read(workshop.out / search / "ppo.json").kept
     groups = stored_groups("cnet")
     assert groups
-    own = cost_model(groups)(tuple(profile.kept[name] for name in groups.names))
-    assert rows[1]["params"] == own.params
+    cost = cost_model(groups)
+    for exam in dict.fromkeys(row.exam for row in profile.evidence):
+        rows = {row.policy: row for row in profile.evidence if row.exam == exam}
+        assert list(rows) == ["base", "searched", "cma-es", "equal", "increasing"]
+        for agent, policy in (("ppo", "searched"), ("cma-es", "cma-es")):
+            kept = Profile.read(workshop.out / search / f"{agent}.json").kept
+            assert rows[policy].params == cost(tuple(kept[name] for name in groups.names)).params
+
+    found = profile.certificate
+    assert found is not None
+    ((ranked,), measured) = found.ranks, read([registry / "ledger" / "cnet.parquet"])
+    assert ranked.data.endswith("8x8), validation split")
+    short = [
+        r for r in measured if (r.key.fidelity, r.key.network) == (ranked.fidelity, ranked.network)
+    ]
+    random = [row for row in short if row.source == "random"]
+    (own,) = (row for row in short if row.source == "searched" and row.key.seed == 0)
+    assert len(random) == ranked.profiles == 3
+    better = [row for row in random if row.accuracy >= own.accuracy]
+    assert len(better) == ranked.at_least_as_good
+    assert [each.rival for each in found.comparisons] == ["cma-es", "equal", "increasing"]
+    assert {each.networks for each in found.comparisons} == {2}
+    assert found.verdict.startswith("Provisional: not surely among the best 5%")
 
 
 def test_a_base_network_that_is_not_at_hand_is_named(plan, tmp_path) -> None:

@@ -8,7 +8,6 @@ import shlex
 from pathlib import Path
 
 import campaign
-import examine
 import pytest
 import torch
 import tyro
@@ -64,6 +63,8 @@ def test_the_tables_are_the_registrys() -> None:
     summary, details = tables["table"](), tables["details"]()
     assert summary in EVIDENCE
     assert details in EVIDENCE
+    assert tables["certificates"]() in EVIDENCE
+    assert "Provisional: " in tables["certificates"]() or "Certified: " in tables["certificates"]()
     assert len(summary.splitlines()) > 6
     assert details.count("| searched |") == len(summary.splitlines()) - 2
 
@@ -91,7 +92,6 @@ def test_every_link_and_file_that_a_document_names_is_there() -> None:
 
 
 SCRIPTS = {
-    "examine": lambda given: tyro.cli(examine.Options, args=given),
     "campaign": lambda given: tyro.extras.subcommand_cli_from_dict(campaign.STEPS, args=given),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -15,9 +16,11 @@ from scipy import stats
 
 from zoo.common.documents import decode, encode
 from zoo.errors import ZooError
-from zoo.search.certificate import Certificate, certify, compare, holm, rank
+from zoo.search.certificate import certify, compare, holm, rank
+from zoo.spec.certificate import Certificate
+from zoo.spec.profile import Evidence
 
-PAIRS = [(network, seed) for network in ("a", "b") for seed in range(3)]
+PAIRS = [(network, 0) for network in "abcdef"]
 
 
 def paired(accuracies):
@@ -81,7 +84,7 @@ def test_p_is_that_of_a_paired_t_test():
     (found,) = compare(BEST, {"worse": WORSE})
     expected = stats.ttest_rel(list(BEST.values()), list(WORSE.values()), alternative="greater")
     assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
-    assert found.pairs == 6
+    assert found.networks == 6
     assert found.difference == pytest.approx(np.mean([0.05, 0.04, 0.05, 0.04, 0.05, 0.04]))
     assert found.sd == pytest.approx(np.std([0.05, 0.04] * 3, ddof=1))
 
@@ -153,32 +156,78 @@ def test_holm_lies_between_no_correction_and_bonferronis(p_values):
         assert a <= b or p > q
 
 
+def test_seeds_on_one_base_network_make_nothing_surer():
+    """Ten seeds that agree count as one: p is that of the networks' means."""
+    generator = np.random.default_rng(2)
+    networks, seeds = "abc", range(10)
+    gaps = dict(zip(networks, (0.01, 0.02, -0.004), strict=True))
+    noise = {(n, s): generator.normal(0, 0.01) for n in networks for s in seeds}
+    rival = dict.fromkeys(noise, 0.5)
+    candidate = {(n, s): 0.5 + gaps[n] + noise[n, s] for n, s in noise}
+    (found,) = compare(candidate, {"rival": rival})
+    means = [np.mean([candidate[n, s] - 0.5 for s in seeds]) for n in networks]
+    assert found.p == pytest.approx(stats.ttest_1samp(means, 0, alternative="greater").pvalue)
+    assert found.networks == 3
+    twice = {(n, s + 10 * k): value for (n, s), value in candidate.items() for k in (0, 1)}
+    (again,) = compare(twice, {"rival": dict.fromkeys(twice, 0.5)})
+    assert again.p == pytest.approx(found.p)
+
+
 # --- certificates ---------------------------------------------------------------------------------
 
 
-def certified(**changes) -> Certificate:
-    arguments = {
-        "candidate": BEST,
-        "rivals": {"equal": WORSE},
-        "accuracy": 0.7,
-        "random": [0.001 * n for n in range(200)],
-    }
-    return certify(**{**arguments, **changes})
+def rows(**policies) -> list[Evidence]:
+    """Evidence of some policies, a row for each base network, dense ones first."""
+    found = []
+    for policy, accuracies in {"base": dict.fromkeys(PAIRS, 0.9), **policies}.items():
+        for (network, seed), accuracy in accuracies.items():
+            found.append(
+                Evidence(
+                    policy, 1, 1, accuracy, 0.0, (seed,), (accuracy,), "fine-tuned", "data",
+                    network=network,
+                )
+            )  # fmt: skip
+    return found
+
+
+def certified(accuracy=0.7, random=tuple(0.001 * n for n in range(200)), **rivals) -> Certificate:
+    found = {"searched": BEST, **(rivals or {"equal": WORSE})}
+    return certify(rows(**found), [rank(accuracy, random, data="tiny, validation split")])
 
 
 def test_a_certificate_needs_the_rank_and_every_rival():
     assert certified().passes
     assert not certified(accuracy=0.19).passes
-    assert not certified(rivals={"equal": WORSE, "greedy": TIED}).passes
-    assert not certified(rivals={"equal": BEST}).passes
+    assert not certified(equal=WORSE, greedy=TIED).passes
+    assert not certified(equal=BEST).passes
+
+
+def test_every_rank_must_pass():
+    good, bad = rank(0.7, [0.1] * 200), rank(0.7, [0.9] * 200)
+    own = rows(searched=BEST, equal=WORSE)
+    assert certify(own, [good, good]).passes
+    assert not certify(own, [good, bad]).passes
+
+
+def test_the_verdict_names_what_is_not_proven():
+    assert certified().verdict == (
+        "Certified: surely among the best 5% of random profiles on 1 base network, and ahead of "
+        "1 rival over 6 base networks."
+    )
+    told = certified(random=[0.8] * 4 + [0.1] * 196, equal=WORSE, greedy=TIED).verdict
+    assert told.startswith("Provisional: not surely among the best 5% of random profiles on tiny,")
+    assert "(4 of 200 are as good)" in told
+    assert "not surely ahead of greedy (" in told
+    assert "equal" not in told
 
 
 def test_the_thresholds_decide():
-    assert not certified(max_rank=0.01).passes
-    assert certified(accuracy=0.19, max_rank=0.2).passes
-    (comparison,) = certified().comparisons
-    assert certified(alpha=comparison.adjusted).passes
-    assert not certified(alpha=comparison.adjusted / 2).passes
+    found = certified()
+    (comparison,) = found.comparisons
+    assert not dataclasses.replace(found, max_rank=0.01).passes
+    assert dataclasses.replace(certified(accuracy=0.19), max_rank=0.9).passes
+    assert dataclasses.replace(found, alpha=comparison.adjusted).passes
+    assert not dataclasses.replace(found, alpha=comparison.adjusted / 2).passes
 
 
 @pytest.mark.parametrize(("better", "passes"), [(0, True), (3, True), (4, False)])
@@ -192,9 +241,7 @@ def test_no_candidate_is_better_than_too_few_random_profiles_can_show():
 
 
 def test_a_certificate_survives_json():
-    found = certified(
-        rivals={"equal": WORSE, "greedy": TIED}, random=np.linspace(0, 1, 50), accuracy=0.9
-    )
+    found = certified(accuracy=0.9, random=np.linspace(0, 1, 50), equal=WORSE, greedy=TIED)
     assert decode(Certificate, json.loads(json.dumps(encode(found))), "certificate") == found
 
 
@@ -204,16 +251,20 @@ def test_a_certificate_survives_json():
         ({"random": []}, "there are none"),
         ({"random": [0.5, math.nan]}, "random profile is nan"),
         ({"accuracy": math.nan}, "candidate is nan"),
-        ({"rivals": {}}, "no rivals"),
-        ({"candidate": paired([0.5])}, "at least two .* got 1"),
-        ({"rivals": {"equal": paired([0.5] * 5)}}, r"'equal'.*\('b', 2\).* the candidate alone"),
-        ({"candidate": paired([0.5] * 5)}, r"'equal'.*\('b', 2\).* the rival alone"),
-        ({"rivals": {"equal": WORSE | {("a", 1): math.nan}}}, "of equal is nan"),
-        ({"candidate": BEST | {("a", 1): 71.0}}, "candidate is 71"),
-        ({"alpha": 0.0}, "alpha=0"),
-        ({"max_rank": math.nan}, "max_rank=nan"),
+        ({"searched": paired([0.5]), "equal": WORSE}, "at least two base networks, got 1"),
+        ({"equal": paired([0.5] * 5)}, r"'equal'.*\('f', 0\).* the candidate alone"),
+        ({"searched": paired([0.5] * 5), "equal": WORSE}, r"'equal'.*\('f', 0\).* the rival alone"),
+        ({"equal": WORSE | {("a", 0): math.nan}}, "of equal is nan"),
+        ({"searched": BEST | {("a", 0): 71.0}, "equal": WORSE}, "candidate is 71"),
     ],
 )
 def test_what_cannot_be_certified_is_one_error(changes, message):
     with pytest.raises(ZooError, match=message):
         certified(**changes)
+
+
+def test_nothing_is_certified_without_ranks_or_rivals():
+    with pytest.raises(ZooError, match="no rivals"):
+        certify(rows(searched=BEST), [rank(0.7, [0.1] * 200)])
+    with pytest.raises(ZooError, match="needs a rank"):
+        certify(rows(searched=BEST, equal=WORSE), [])

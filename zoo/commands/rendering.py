@@ -104,6 +104,8 @@ def print_profile(reference: str, profile: Profile, arch: str | None = None) -> 
         console.print(f"{_provisional(arch, profile.architecture)}\n", highlight=False)
     console.print(_bars(profile))
     _print_evidence(profile.evidence, console)
+    if profile.certificate is not None:
+        console.print(f"\n{profile.certificate.verdict}", highlight=False)
     if profile.provenance is not None:
         console.print(f"\nFound by: {profile.provenance.command}", highlight=False)
     if (origin := profile.published) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from zoo.publishing.catalogue import CataloguedArchitecture, CataloguedProfile, Exam, Row
@@ -36,8 +37,10 @@ def spread(row: Row) -> str:
 
 
 def shows(found: CataloguedProfile) -> tuple[str, ...]:
-    """One sentence or more for each exam; empty without evidence."""
-    return tuple(sentence for exam in found.exams for sentence in _shown(exam, found.origin))
+    """The certificate's verdict, and a sentence or more for each exam; empty without evidence."""
+    certificate = found.profile.certificate
+    proven = () if certificate is None else (certificate.verdict,)
+    return (*proven, *(line for exam in found.exams for line in _shown(exam, found.origin)))
 
 
 def _shown(exam: Exam, policy: str) -> list[str]:
@@ -91,10 +94,12 @@ def _measured(found: CataloguedProfile) -> list[str]:
     exams = found.exams
     seeds = sorted({len(row.evidence.seeds) for exam in exams for row in exam.policies})
     count = " or ".join(map(str, seeds))
-    networks = "one base network" if len(exams) == 1 else "one base network for each data set"
+    most = max(Counter(exam.data for exam in exams).values())
+    networks = "one base network" if most == 1 else f"up to {most} base networks"
+    each = "" if len({exam.data for exam in exams}) == 1 else " for each data set"
     sentences = [
-        f"It was measured on {networks}, with {count} seeds: the spread is that of channels and "
-        "training, not of base networks."
+        f"It was measured on {networks}{each}, with {count} seeds: the spread is that of channels "
+        "and training, not of base networks."
     ]
     if any(not exam.network for exam in exams):
         sentences.append("The checksum of that base network was not recorded.")

@@ -23,6 +23,7 @@ from zoo.models import architecture
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
 from zoo.registry.store import folder_name
+from zoo.search.agents import AGENTS
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
 
@@ -40,11 +41,12 @@ __all__ = [
     "told",
 ]
 
-Stage = Literal["base", "ledger", "figures", "search", "evidence"]
+Stage = Literal["base", "ledger", "figures", "search", "evidence", "certificate"]
 
 WORTH: dict[Stage, float] = {
     "base": 1.0,
     "search": 0.9,
+    "certificate": 0.85,
     "evidence": 0.8,
     "figures": 0.75,
     "ledger": 0.7,
@@ -83,14 +85,19 @@ class Network:
         lr: its peak learning rate.
         tasks, held_back: base networks, as `cifar10-0`, that searches see; no tasks, no search.
         exams: base networks that no search sees, for evidence.
-        ledger: base networks that random profiles are measured on.
+        ledger: base networks that random profiles are measured on; on those that no search sees,
+            searched profiles are ranked among them, for their certificates.
         figures: base networks that the paper's comparisons of initialisations, channels and
             handmade profiles are measured on, by the first metric.
         random: number of random profiles for each metric and factor.
         metrics, cf: metrics and compression factors of the profiles.
+        agents: those that search, on the same terms; the first one's profile goes into the
+            registry, the others' are its rivals.
         episodes: of a search.
         start: the profile that searches start from, as `zoo search --from` takes it; none if left
             out.
+        draws: of channels, for each profile that a search plays.
+        distill_steps: to choose among the best of a search, as `zoo search --distill-steps`.
         policies: measured beside the searched profile; those that rank channels too.
         sibling: whether a network of the widths of `equal` is trained from scratch, beside them, on
             as many images as base network and fine-tune together.
@@ -112,8 +119,11 @@ class Network:
     random: int = 100
     metrics: tuple[str, ...] = ("params", "macs")
     cf: tuple[float, ...] = (2.0, 4.0, 6.0)
+    agents: tuple[str, ...] = ("ppo", "cma-es")
     episodes: int = 320
     start: str | None = None
+    draws: int = 1
+    distill_steps: int | None = None
     policies: tuple[str, ...] = (
         "equal",
         "increasing",
@@ -130,7 +140,9 @@ class Network:
     finetune_images: int = 10_000
 
     def __post_init__(self) -> None:
-        for name in ("size", "epochs", "random", "episodes", "finetune_epochs", "finetune_images"):
+        for name in (
+            "size", "epochs", "random", "episodes", "draws", "finetune_epochs", "finetune_images",
+        ):  # fmt: skip
             integer(f"{self.arch}'s {name}", getattr(self, name), 1)
         for name, numbers, least in (("lr", (self.lr,), 0), ("cf", self.cf, 1)):
             if not all(least < number < float("inf") for number in numbers):
@@ -138,12 +150,19 @@ class Network:
         for name, given, known in (
             ("metric", self.metrics, ("params", "macs")),
             ("policy", self.policies, (*POLICIES, *RANKINGS)),
+            ("agent", self.agents, AGENTS),
         ):
             for value in given:
                 if value not in known:
                     raise unknown(f"{self.arch}'s {name}", value, known)
         if self.sibling and "equal" not in self.policies:
             raise ZooError(f"{self.arch}'s sibling has the widths of 'equal': add it to policies.")
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        """The base networks of `ledger` that no search sees."""
+        seen = {*self.tasks, *self.held_back}
+        return tuple(base for base in self.ledger if base not in seen)
 
 
 @dataclass(frozen=True)
@@ -225,7 +244,7 @@ def jobs_of(plan: Plan) -> dict[str, Job]:
 
 
 def _jobs(network: Network) -> Iterator[Job]:
-    place = f"{folder_name(network.arch)}/{network.size}"
+    place, macs = f"{folder_name(network.arch)}/{network.size}", _macs(network)
 
     def bases(*names: str) -> tuple[str, ...]:
         return tuple(f"base/{place}/{name}" for name in names)
@@ -233,7 +252,7 @@ def _jobs(network: Network) -> Iterator[Job]:
     def job(stage: Stage, part: str, needs: tuple[str, ...], images: float, **own: object) -> Job:
         value = network.value * WORTH[stage]
         name = f"{stage}/{place}/{part}"
-        return Job(name, stage, network, needs, images * _macs(network), value, **own)  # type: ignore[arg-type]
+        return Job(name, stage, network, needs, images * macs, value, **own)  # type: ignore[arg-type]
 
     for base in _bases(network):
         yield job("base", base, (), 3 * BASE_IMAGES * network.epochs, base=base)
@@ -244,8 +263,8 @@ def _jobs(network: Network) -> Iterator[Job]:
             own = {"metric": metric, "cf": cf}
             if network.tasks:
                 seen = bases(*network.tasks, *network.held_back)
-                images = network.episodes * cut * 3_000 + 20 * 3 * 10_000 * cut
-                yield job("search", profile, seen, images, **own)
+                images = network.episodes * network.draws * cut * 3_000 + 20 * 3 * 10_000 * cut
+                yield job("search", profile, seen, len(network.agents) * images, **own)
             for base in network.ledger:
                 images = network.random * cut * (3 * 10_000 + 7_000)
                 yield job("ledger", f"{profile}/{base}", bases(base), images, base=base, **own)
@@ -261,6 +280,12 @@ def _jobs(network: Network) -> Iterator[Job]:
                     images += len(network.seeds) * cut * 3 * BASE_IMAGES * network.epochs
                 needs = (*bases(base), *found)
                 yield job("evidence", f"{profile}/{base}", needs, images, base=base, **own)
+            if found and network.ranked and network.exams:
+                measured = (f"evidence/{place}/{profile}/{base}" for base in network.exams)
+                random = (f"ledger/{place}/{profile}/{base}" for base in network.ranked)
+                needs = (*bases(*network.ranked), *found, *measured, *random)
+                images = len(network.ranked) * cut * 3 * 10_000
+                yield job("certificate", profile, needs, images, **own)
 
 
 def _bases(network: Network) -> list[str]:

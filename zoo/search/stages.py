@@ -1,20 +1,23 @@
-"""What each stage of a plan does: base networks, ledgers, figures, searches, evidence.
+"""What each stage of a plan does, from base networks to certified profiles.
 
 A job writes into its own folder. A killed job continues where it stopped.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from zoo.common.documents import write_json
+from zoo.common.documents import decode, read_json, write_json
 from zoo.data.datasets import Splits, load_data
 from zoo.errors import FactorError, ZooError
 from zoo.loading import create_model
 from zoo.planning.policies import policy_solution
+from zoo.search.agents import STARTING
 from zoo.search.campaign import search_profile
+from zoo.search.certificate import certify, rank
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, policy_widths
@@ -24,18 +27,23 @@ from zoo.search.schedule import FIGURES, Job
 from zoo.search.settings import SearchConfig
 from zoo.search.tasks import Candidate, Task, load_task, say
 from zoo.spec.cost import CostModel, cost_model
-from zoo.spec.profile import Profile
+from zoo.spec.profile import Evidence, Profile
 from zoo.storage.artefacts import save_checkpoint
 from zoo.tracing.known_groups import reference_groups
 from zoo.training.finetuning import evaluate, finetune
 from zoo.training.recipes import Recipe
 
-__all__ = ["BASE", "ROWS", "Workshop", "perform"]
+__all__ = ["BASE", "PROFILE", "ROWS", "Workshop", "perform"]
 
 BASE = "base.safetensors"
 """The file of a base network in its job's folder; its weights are of half precision."""
 ROWS = "evidence.json"
 """The file of the evidence in its job's folder."""
+PROFILE = "profile.json"
+"""The file of the profile with its evidence in its certificate's folder."""
+
+SEARCHED = "searched"
+"""The policy whose evidence is the profile's own."""
 
 Widths = tuple[int, ...]
 
@@ -82,11 +90,19 @@ class Workshop:
 
     def checkpoint(self, job: Job, base: str) -> Path:
         """The file of a base network that the job needs."""
-        (name,) = (name for name in job.needs if name.endswith(f"/{base}"))
+        (name,) = (n for n in job.needs if n.startswith("base/") and n.endswith(f"/{base}"))
         return self.found(name, BASE)
 
     def ledger(self, job: Job) -> Ledger:
-        return Ledger(self.out / job.name / FILE, known=read(self.known))
+        """The job's ledger, which knows those of the jobs that it needs."""
+        own = (self.out / name / FILE for name in job.needs)
+        known = read([*self.known, *(path for path in own if path.exists())])
+        return Ledger(self.out / job.name / FILE, known=known)
+
+    def profile(self, job: Job, agent: str) -> Profile:
+        """What an agent found in the search that the job needs."""
+        (search,) = (name for name in job.needs if name.startswith("search/"))
+        return Profile.read(self.found(search, f"{agent}.json"))
 
     def task(self, job: Job, base: str) -> Task:
         return load_task(job.network.arch, str(self.checkpoint(job, base)), self.splits(job, base))
@@ -130,16 +146,19 @@ def _base(job: Job, workshop: Workshop) -> None:
 
 def _ledger(job: Job, workshop: Workshop) -> None:
     """Random profiles of one factor, after a recalibration and after a short fine-tune."""
-    task, cost = workshop.task(job, job.base), _cost(job)
-    drawn = [
-        policy_solution("random", cost, job.cf, job.metric, seed).widths
-        for seed in range(job.network.random)
-    ]
     with workshop.ledger(job) as ledger:
         evaluator = Evaluator(ledger)
-        for seed, kept in enumerate(drawn):  # one by one: a killed job leaves a random sample
-            for fidelity in (Recalibration(), SHORT):
-                evaluator([Candidate(task, kept, seed)], fidelity, "random")
+        for candidate in _random(job, workshop.task(job, job.base)):
+            for fidelity in (Recalibration(), SHORT):  # one by one, so that the order is random
+                evaluator([candidate], fidelity, "random")
+
+
+def _random(job: Job, task: Task) -> list[Candidate]:
+    cost = _cost(job)
+    return [
+        Candidate(task, policy_solution("random", cost, job.cf, job.metric, seed).widths, seed)
+        for seed in range(job.network.random)
+    ]
 
 
 def _figures(job: Job, workshop: Workshop) -> None:
@@ -164,41 +183,43 @@ def _figures(job: Job, workshop: Workshop) -> None:
 
 
 def _search(job: Job, workshop: Workshop) -> None:
-    network = job.network
+    """Search by every agent on the same terms."""
+    network, folder = job.network, workshop.out / job.name
 
     def references(bases: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"{workshop.checkpoint(job, b)}@{workshop.reference(b)}" for b in bases)
 
-    search_profile(
-        SearchConfig(
-            arch=network.arch,
-            tasks=references(network.tasks),
-            held_back=references(network.held_back),
-            out=workshop.out / job.name,
-            cf=(job.cf,),
-            env=EnvSettings(metric=job.metric),  # type: ignore[arg-type]
-            episodes=network.episodes,
-            start=network.start,
-            resume=True,
-            data_dir=workshop.data_dir,
-            size=network.size,
-            workers=1,
-            known=workshop.known,
+    for name in network.agents:
+        (profile,) = search_profile(
+            SearchConfig(
+                arch=network.arch,
+                tasks=references(network.tasks),
+                held_back=references(network.held_back),
+                out=folder / name,
+                cf=(job.cf,),
+                agent=name,
+                env=EnvSettings(metric=job.metric, draws=network.draws),  # type: ignore[arg-type]
+                episodes=network.episodes,
+                start=network.start if name in STARTING else None,
+                distill_steps=network.distill_steps,
+                resume=True,
+                data_dir=workshop.data_dir,
+                size=network.size,
+                workers=1,
+                known=workshop.known,
+            )
         )
-    )
+        profile.write(folder / f"{name}.json")
 
 
 def _evidence(job: Job, workshop: Workshop) -> None:
-    """Measure every policy, and the searched profile if there is one, on one exam."""
+    """Measure every policy, and what the agents found if they searched, on one exam."""
     network, cost = job.network, _cost(job)
     exam = workshop.task(job, job.base)
     exam = examined(exam, workshop.splits(job, job.base).test)  # type: ignore[arg-type]
     policies: dict[str, Widths] = {}
-    for name in job.needs:
-        if name.startswith("search/"):
-            profile = Profile.read(workshop.found(name, f"{job.metric}-cf{job.cf:g}.json"))
-            groups = reference_groups(network.arch).names
-            policies["searched"] = tuple(profile.kept[group] for group in groups)
+    for number, agent in enumerate(network.agents if network.tasks else ()):
+        policies[agent if number else SEARCHED] = _widths(workshop.profile(job, agent))
     policies |= policy_widths(network.policies, exam, cost, job.cf, job.metric)
     fidelity = FineTuning.of(network.finetune_epochs, network.finetune_images, 0.05)
     sibling = None
@@ -212,6 +233,34 @@ def _evidence(job: Job, workshop: Workshop) -> None:
     write_json(workshop.out / job.name / ROWS, rows)
 
 
+def _certificate(job: Job, workshop: Workshop) -> None:
+    """Rank the first agent's profile among random ones, and add all its evidence to it."""
+    profile = workshop.profile(job, job.network.agents[0])
+    ranks = []
+    with workshop.ledger(job) as ledger:
+        evaluator = Evaluator(ledger)
+        for base in job.network.ranked:
+            task = workshop.task(job, base)
+            own = Candidate(task, _widths(profile), job.network.seeds[0])
+            (accuracy,) = evaluator([own], SHORT, SEARCHED)
+            random = evaluator(_random(job, task), SHORT, "random")
+            told = {"data": f"{task.val.name}, validation split", "network": task.network}
+            ranks.append(rank(accuracy, random, fidelity=SHORT.name, **told))
+    rows: list[Evidence] = []
+    for name in job.needs:
+        if name.startswith("evidence/"):
+            path = workshop.found(name, ROWS)
+            rows += decode(tuple[Evidence, ...], read_json(path), str(path))
+    profile = dataclasses.replace(
+        profile, evidence=tuple(rows), certificate=certify(rows, ranks, policy=SEARCHED)
+    )
+    profile.write(workshop.out / job.name / PROFILE)
+
+
+def _widths(profile: Profile) -> Widths:
+    return tuple(profile.kept[group] for group in reference_groups(profile.architecture).names)
+
+
 def _cost(job: Job) -> CostModel:
     return cost_model(reference_groups(job.network.arch))
 
@@ -222,4 +271,5 @@ _STAGES: dict[str, Callable[[Job, Workshop], None]] = {
     "figures": _figures,
     "search": _search,
     "evidence": _evidence,
+    "certificate": _certificate,
 }

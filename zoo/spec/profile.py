@@ -9,6 +9,7 @@ from typing import Any
 
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError, unknown
+from zoo.spec.certificate import Certificate
 
 __all__ = ["METRICS", "Evidence", "Profile", "Provenance", "Publication", "Reference"]
 
@@ -104,6 +105,7 @@ class Profile:
         reference: the network for which the nominal factor `cf` is exactly `got`.
         policy: `searched` or `published`.
         published: where the channel counts of a `published` one come from.
+        certificate: what its evidence proves.
     """
 
     architecture: str
@@ -117,6 +119,7 @@ class Profile:
     provenance: Provenance | None = None
     evidence: tuple[Evidence, ...] = ()
     published: Publication | None = None
+    certificate: Certificate | None = None
 
     def __post_init__(self) -> None:
         where = f"profile of {self.architecture}"
