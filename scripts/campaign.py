@@ -31,18 +31,9 @@ from tyro.conf import Positional, arg
 from zoo.common.documents import decode, read_json, write_json
 from zoo.errors import DocumentError, ZooError, integer
 from zoo.registry.store import folder_name, write_index
+from zoo.search.estimates import Took, estimate, machine, next_job, read_took, told
 from zoo.search.ledger import FILE, merge, open_alone
-from zoo.search.schedule import (
-    Job,
-    Plan,
-    Took,
-    estimate,
-    jobs_of,
-    machine,
-    next_job,
-    read_took,
-    told,
-)
+from zoo.search.schedule import Job, Plan, jobs_of
 from zoo.search.settings import parse_budget
 from zoo.search.stages import PROFILE, Workshop, perform
 from zoo.search.tasks import say

@@ -15,12 +15,13 @@ import torch
 
 from zoo.errors import ZooError
 from zoo.registry.store import stored_groups
+from zoo.search.estimates import Took, read_took
+from zoo.search.estimates import told as told_line
 from zoo.search.ledger import read
-from zoo.search.schedule import Plan, Took, jobs_of, read_took
-from zoo.search.schedule import told as told_line
+from zoo.search.schedule import Plan, jobs_of
 from zoo.search.stages import BASE, ROWS, Workshop, perform
 from zoo.spec.cost import cost_model
-from zoo.spec.profile import Profile
+from zoo.spec.profile import Evidence, Profile
 
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.slow
@@ -171,6 +172,7 @@ def test_a_searched_profile_goes_into_the_registry_with_its_certificate(tmp_path
         PLAN.replace("digits = 2", "digits = 3")
         .replace('ledger = ["digits-0"]', 'ledger = ["digits-1"]')
         .replace('exams = ["digits-1"]', 'exams = ["digits-1", "digits-2"]')
+        .replace("cf = [2]", 'cf = [2]\nrecipe = ["digits-2"]\nrecipe_epochs = 1')
         .replace("random = 2", 'random = 3\nepisodes = 8\ntasks = ["digits-0"]\nstart = "best"')
         .replace("figures = [", "# [")
     )
@@ -192,12 +194,21 @@ def test_a_searched_profile_goes_into_the_registry_with_its_certificate(tmp_path
     groups = stored_groups("cnet")
     assert groups
     cost = cost_model(groups)
+    tuned: list[Evidence] = []
     for exam in dict.fromkeys(row.exam for row in profile.evidence):
         rows = {row.policy: row for row in profile.evidence if row.exam == exam}
-        assert list(rows) == ["base", "searched", "cma-es", "equal", "increasing"]
+        standard = [f"{name}, recipe standard" for name in ("searched", "global-fisher-per-cost")]
+        assert list(rows) == [
+            "base", "searched", "cma-es", "equal", "increasing",
+            *(standard if len(rows) == 7 else ()),
+        ]  # fmt: skip
+        tuned += [rows[name] for name in standard if name in rows]
         for agent, policy in (("ppo", "searched"), ("cma-es", "cma-es")):
             kept = Profile.read(workshop.out / search / f"{agent}.json").kept
             assert rows[policy].params == cost(tuple(kept[name] for name in groups.names)).params
+
+    assert len(tuned) == 2
+    assert all("teacher" in row.fidelity for row in tuned)
 
     found = profile.certificate
     assert found is not None

@@ -14,7 +14,7 @@ import pytest
 from bench_deploy import read
 from test_campaign import BASES, PLAN, REST
 
-from zoo.search.schedule import read_took
+from zoo.search.estimates import read_took
 from zoo.search.stages import BASE
 
 pytest.importorskip("pyarrow")

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
-from zoo.search.schedule import START, Job, Plan, Took, estimate, jobs_of, next_job, read_took, told
+from zoo.search.estimates import START, Took, estimate, next_job, read_took, told
+from zoo.search.schedule import Job, Plan, jobs_of
 
 PLAN = """
 [data]

@@ -65,6 +65,7 @@ def evidence(
     description = (
         f"fine-tuned {recipe.epochs} epochs of {images or len(exam.train)} images "
         f"({recipe.optimizer}, batch {recipe.batch_size}, lr {recipe.lr:g}), random channels"
+        f"{', the dense network as teacher' if fidelity.taught else ''}"
     )
     dense = [exam.base_accuracy]
     rows = [_row("base", cost.sizes, cost, dense, [0], (), "dense, as trained", exam)]

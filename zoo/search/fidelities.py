@@ -96,10 +96,12 @@ class FineTuning:
     Attributes:
         recipe: how to train.
         train_images: training images to use; all by default.
+        taught: whether the dense network is the teacher; by default there is none.
     """
 
     recipe: Recipe
     train_images: int | None = None
+    taught: bool = False
 
     @classmethod
     def of(cls, epochs: int, train_images: int | None, lr: float) -> Self:
@@ -114,9 +116,10 @@ class FineTuning:
     def _told(self) -> str:
         settings = (TRAINING, sorted(encode(self.recipe).items()))
         digest = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+        taught = ", dense network as teacher" if self.taught else ""
         return (
             f"{self.recipe.epochs} epochs of {self.train_images or 'all'} training "
-            f"images, recipe {digest}, last weights"
+            f"images, recipe {digest}{taught}, last weights"
         )
 
     def start(self, candidate: Candidate) -> nn.Module:
@@ -131,7 +134,7 @@ class FineTuning:
                 module,
                 train,
                 None,
-                teacher=None,
+                teacher=task.module if self.taught else None,
                 recipe=self.recipe,
                 seed=candidate.seed,
                 progress=False,

@@ -1,23 +1,17 @@
-"""A plan of long computations as jobs, and the job to run next on a machine with limited time.
+"""A plan of long computations as jobs.
 
-A plan says which results the zoo should have. A job needs other jobs and has a value. Its cost is
-estimated from the times of earlier jobs.
+A plan says which results the zoo should have. A job needs other jobs, and has a value.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
 import tomllib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from zoo.common.documents import decode, encode
+from zoo.common.documents import decode
 from zoo.errors import DocumentError, ZooError, integer, unknown
 from zoo.models import architecture
 from zoo.planning.policies import POLICIES
@@ -26,28 +20,18 @@ from zoo.registry.store import folder_name
 from zoo.search.agents import AGENTS
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
+from zoo.training.recipes import RECIPES
 
-__all__ = [
-    "FIGURES",
-    "Job",
-    "Network",
-    "Plan",
-    "Took",
-    "estimate",
-    "jobs_of",
-    "machine",
-    "next_job",
-    "read_took",
-    "told",
-]
+__all__ = ["FIGURES", "Job", "Network", "Plan", "jobs_of"]
 
-Stage = Literal["base", "ledger", "figures", "search", "evidence", "certificate"]
+Stage = Literal["base", "ledger", "figures", "search", "evidence", "recipe", "certificate"]
 
 WORTH: dict[Stage, float] = {
     "base": 1.0,
     "search": 0.9,
     "certificate": 0.85,
     "evidence": 0.8,
+    "recipe": 0.78,
     "figures": 0.75,
     "ledger": 0.7,
 }
@@ -66,12 +50,6 @@ FIGURES = (
 BASE_IMAGES = 45_000
 """Images of a training split, roughly."""
 
-START = 6.0
-"""Seconds that a job takes for its imports and for reading its data."""
-
-SECONDS_PER_WORK = {"cpu": 15.0, "cuda": 0.4}
-"""Seconds per `Job.work` on machines without jobs yet: one core, or one H100 with several jobs."""
-
 
 @dataclass(frozen=True)
 class Network:
@@ -89,6 +67,9 @@ class Network:
             searched profiles are ranked among them, for their certificates.
         figures: base networks that the paper's comparisons of initialisations, channels and
             handmade profiles are measured on, by the first metric.
+        recipe: base networks that no search sees, on which the searched profile and `best` are
+            fine-tuned as users do: by the recipe `standard`, with the dense network as teacher.
+        recipe_epochs: of that recipe, if not its own.
         random: number of random profiles for each metric and factor.
         metrics, cf: metrics and compression factors of the profiles.
         agents: those that search, on the same terms; the first one's profile goes into the
@@ -116,6 +97,8 @@ class Network:
     exams: tuple[str, ...] = ()
     ledger: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
+    recipe: tuple[str, ...] = ()
+    recipe_epochs: int = RECIPES["standard"].epochs
     random: int = 100
     metrics: tuple[str, ...] = ("params", "macs")
     cf: tuple[float, ...] = (2.0, 4.0, 6.0)
@@ -141,7 +124,8 @@ class Network:
 
     def __post_init__(self) -> None:
         for name in (
-            "size", "epochs", "random", "episodes", "draws", "finetune_epochs", "finetune_images",
+            "size", "epochs", "recipe_epochs", "random", "episodes", "draws", "finetune_epochs",
+            "finetune_images",
         ):  # fmt: skip
             integer(f"{self.arch}'s {name}", getattr(self, name), 1)
         for name, numbers, least in (("lr", (self.lr,), 0), ("cf", self.cf, 1)):
@@ -159,10 +143,14 @@ class Network:
             raise ZooError(f"{self.arch}'s sibling has the widths of 'equal': add it to policies.")
 
     @property
+    def seen(self) -> set[str]:
+        """The base networks that searches see."""
+        return {*self.tasks, *self.held_back}
+
+    @property
     def ranked(self) -> tuple[str, ...]:
         """The base networks of `ledger` that no search sees."""
-        seen = {*self.tasks, *self.held_back}
-        return tuple(base for base in self.ledger if base not in seen)
+        return tuple(base for base in self.ledger if base not in self.seen)
 
 
 @dataclass(frozen=True)
@@ -203,10 +191,11 @@ class Plan:
                 *network.exams,
                 *network.ledger,
                 *network.figures,
+                *network.recipe,
             ):
                 if name not in known:
                     raise DocumentError(f"{path}: {network.arch} has no base network {name!r}.")
-            if seen := {*network.tasks, *network.held_back} & set(network.exams):
+            if seen := network.seen & {*network.exams, *network.recipe}:
                 raise DocumentError(
                     f"{path}: searches of {network.arch} see the exam {min(seen)!r}."
                 )
@@ -280,10 +269,16 @@ def _jobs(network: Network) -> Iterator[Job]:
                     images += len(network.seeds) * cut * 3 * BASE_IMAGES * network.epochs
                 needs = (*bases(base), *found)
                 yield job("evidence", f"{profile}/{base}", needs, images, base=base, **own)
+            for base in network.recipe:
+                runs = 2 if network.tasks else 1
+                images = runs * (3 * cut + 1) * BASE_IMAGES * network.recipe_epochs
+                needs = (*bases(base), *found)
+                yield job("recipe", f"{profile}/{base}", needs, images, base=base, **own)
             if found and network.ranked and network.exams:
                 measured = (f"evidence/{place}/{profile}/{base}" for base in network.exams)
+                tuned = (f"recipe/{place}/{profile}/{base}" for base in network.recipe)
                 random = (f"ledger/{place}/{profile}/{base}" for base in network.ranked)
-                needs = (*bases(*network.ranked), *found, *measured, *random)
+                needs = (*bases(*network.ranked), *found, *measured, *tuned, *random)
                 images = len(network.ranked) * cut * 3 * 10_000
                 yield job("certificate", profile, needs, images, **own)
 
@@ -296,97 +291,3 @@ def _macs(network: Network) -> float:
     """MACs of the dense network for one image at the network's size, in 10^12."""
     macs = cost_model(reference_groups(network.arch)).dense.macs
     return macs * (network.size / architecture(network.arch).image_size) ** 2 / 1e12
-
-
-# --- what it costs --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Took:
-    """The time that one finished job took, beside its estimate.
-
-    Attributes:
-        job, stage, arch, work: of the job.
-        seconds: wall time of all its runs; `estimated` before the first.
-        machine: the machine that finished it, as `machine()` names it.
-        together: number of jobs that the machine ran at a time.
-    """
-
-    job: str
-    stage: str
-    arch: str
-    work: float
-    seconds: float
-    estimated: float
-    machine: str
-    together: int = 1
-
-
-def read_took(paths: Iterable[Path]) -> list[Took]:
-    """The rows of the files that exist; for each job, the first.
-
-    A line that was cut short is skipped: its job runs again, and continues from its files.
-    """
-    rows: dict[str, Took] = {}
-    for path in paths:
-        for line in path.read_text().splitlines() if path.exists() else ():
-            with suppress(ValueError):
-                row = decode(Took, json.loads(line), str(path))
-                rows.setdefault(row.job, row)
-    return list(rows.values())
-
-
-def told(row: Took) -> str:
-    """The row as one line of JSON, with a newline before it in case the last line was cut short."""
-    return "\n" + json.dumps(encode(row))
-
-
-def machine() -> str:
-    """The name of this machine: that of its CUDA device, or the CPU's instruction set."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}"
-
-
-def estimate(job: Job, rows: Iterable[Took], on: str) -> float:
-    """Estimated seconds of `job` on the machine `on`, at the median rate of similar jobs there.
-
-    Similar jobs have the same stage and architecture; else the same architecture; else the same
-    stage; else they are any. Without jobs on that machine, `SECONDS_PER_WORK` is a guess.
-    """
-    own = [row for row in rows if row.machine == on]
-    for alike in (
-        lambda row: (row.stage, row.arch) == (job.stage, job.network.arch),
-        lambda row: row.arch == job.network.arch,
-        lambda row: row.stage == job.stage,
-        lambda _: True,
-    ):
-        rates = [max(row.seconds - START, 0.0) / row.work for row in own if alike(row)]
-        if rates:
-            return START + job.work * statistics.median(rates)
-    return START + job.work * SECONDS_PER_WORK["cpu" if on.startswith("cpu") else "cuda"]
-
-
-def next_job(
-    jobs: Mapping[str, Job],
-    done: Collection[str],
-    running: Collection[str],
-    seconds: Mapping[str, float],
-    left: float,
-) -> Job | None:
-    """The most valuable job that is ready and takes no longer than `left` seconds.
-
-    A job is worth at least as much as any job that waits for it. Of equally valuable jobs the
-    shortest comes first, then the first in order.
-    """
-    worth = {name: job.value for name, job in jobs.items()}
-    for job in reversed(list(jobs.values())):
-        for needed in job.needs:
-            worth[needed] = max(worth[needed], worth[job.name])
-    ready = [
-        job
-        for name, job in jobs.items()
-        if name not in done and name not in running and all(needed in done for needed in job.needs)
-    ]
-    affordable = [job for job in ready if seconds[job.name] <= left]
-    return max(affordable, key=lambda job: (worth[job.name], -seconds[job.name]), default=None)

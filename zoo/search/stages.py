@@ -14,6 +14,7 @@ from zoo.common.documents import decode, read_json, write_json
 from zoo.data.datasets import Splits, load_data
 from zoo.errors import FactorError, ZooError
 from zoo.loading import create_model
+from zoo.planning.best import best_policies
 from zoo.planning.policies import policy_solution
 from zoo.search.agents import STARTING
 from zoo.search.campaign import search_profile
@@ -31,7 +32,7 @@ from zoo.spec.profile import Evidence, Profile
 from zoo.storage.artefacts import save_checkpoint
 from zoo.tracing.known_groups import reference_groups
 from zoo.training.finetuning import evaluate, finetune
-from zoo.training.recipes import Recipe
+from zoo.training.recipes import RECIPES, Recipe
 
 __all__ = ["BASE", "PROFILE", "ROWS", "Workshop", "perform"]
 
@@ -214,9 +215,7 @@ def _search(job: Job, workshop: Workshop) -> None:
 
 def _evidence(job: Job, workshop: Workshop) -> None:
     """Measure every policy, and what the agents found if they searched, on one exam."""
-    network, cost = job.network, _cost(job)
-    exam = workshop.task(job, job.base)
-    exam = examined(exam, workshop.splits(job, job.base).test)  # type: ignore[arg-type]
+    network, exam, cost = job.network, _exam(job, workshop), _cost(job)
     policies: dict[str, Widths] = {}
     for number, agent in enumerate(network.agents if network.tasks else ()):
         policies[agent if number else SEARCHED] = _widths(workshop.profile(job, agent))
@@ -233,6 +232,29 @@ def _evidence(job: Job, workshop: Workshop) -> None:
     write_json(workshop.out / job.name / ROWS, rows)
 
 
+def _recipe(job: Job, workshop: Workshop) -> None:
+    """What a user gets: the searched profile and `best`, after the recipe `standard`, taught."""
+    network, exam, cost = job.network, _exam(job, workshop), _cost(job)
+    (best, *_) = best_policies(job.metric, data=True)
+    policies = policy_widths([best], exam, cost, job.cf, job.metric)
+    if network.tasks:
+        policies = {SEARCHED: _widths(workshop.profile(job, network.agents[0])), **policies}
+    recipe = dataclasses.replace(
+        RECIPES["standard"], epochs=network.recipe_epochs, lr=network.lr, precision="fp32"
+    )
+    fidelity = FineTuning(recipe, taught=True)
+    named = {f"{name}, recipe standard": widths for name, widths in policies.items()}
+    with workshop.ledger(job) as ledger:
+        rows = evidence(named, exam, Evaluator(ledger), fidelity, network.seeds[:1], cost)
+    write_json(workshop.out / job.name / ROWS, rows)
+
+
+def _exam(job: Job, workshop: Workshop) -> Task:
+    """The job's base network, measured on test images."""
+    task = workshop.task(job, job.base)
+    return examined(task, workshop.splits(job, job.base).test)  # type: ignore[arg-type]
+
+
 def _certificate(job: Job, workshop: Workshop) -> None:
     """Rank the first agent's profile among random ones, and add all its evidence to it."""
     profile = workshop.profile(job, job.network.agents[0])
@@ -246,15 +268,23 @@ def _certificate(job: Job, workshop: Workshop) -> None:
             random = evaluator(_random(job, task), SHORT, "random")
             told = {"data": f"{task.val.name}, validation split", "network": task.network}
             ranks.append(rank(accuracy, random, fidelity=SHORT.name, **told))
-    rows: list[Evidence] = []
-    for name in job.needs:
-        if name.startswith("evidence/"):
-            path = workshop.found(name, ROWS)
-            rows += decode(tuple[Evidence, ...], read_json(path), str(path))
+    rows = {stage: _rows(job, workshop, stage) for stage in ("evidence", "recipe")}
     profile = dataclasses.replace(
-        profile, evidence=tuple(rows), certificate=certify(rows, ranks, policy=SEARCHED)
+        profile,
+        evidence=(*rows["evidence"], *(row for row in rows["recipe"] if row.policy != "base")),
+        certificate=certify(rows["evidence"], ranks, policy=SEARCHED),
     )
     profile.write(workshop.out / job.name / PROFILE)
+
+
+def _rows(job: Job, workshop: Workshop, stage: str) -> list[Evidence]:
+    """The evidence of all jobs of a stage that the job needs."""
+    found: list[Evidence] = []
+    for name in job.needs:
+        if name.startswith(f"{stage}/"):
+            path = workshop.found(name, ROWS)
+            found += decode(tuple[Evidence, ...], read_json(path), str(path))
+    return found
 
 
 def _widths(profile: Profile) -> Widths:
@@ -271,5 +301,6 @@ _STAGES: dict[str, Callable[[Job, Workshop], None]] = {
     "figures": _figures,
     "search": _search,
     "evidence": _evidence,
+    "recipe": _recipe,
     "certificate": _certificate,
 }
