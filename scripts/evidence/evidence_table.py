@@ -21,6 +21,9 @@ from zoo.common.plots import accuracy_against_size, save
 from zoo.registry.store import get_profile, list_profiles
 from zoo.spec.profile import Evidence, Profile
 
+DENSE = "dense, as trained"
+"""The fidelity of base networks."""
+
 
 def table() -> str:
     """One row per profile and base network, one column per policy; accuracies as mean ± sd."""
@@ -34,7 +37,7 @@ def table() -> str:
     for profile, own in measured:
         rows = {row.policy: row for row in own}
         cells = " | ".join(_accuracy(rows[p]) if p in rows else "" for p in policies)
-        lines.append(f"| {_name(profile)} | {_data(own[0])} | {_training(own[-1])} | {cells} |")
+        lines.append(f"| {_name(profile)} | {_data(own[0])} | {_training(own[1])} | {cells} |")
     return "\n".join(lines)
 
 
@@ -43,7 +46,8 @@ def details() -> str:
     parts = []
     for profile in bundled():
         for own in by_exam(profile.evidence):
-            title = f"{_name(profile)}, {own[0].data}, {own[-1].fidelity}"
+            usual = own[1].fidelity
+            title = f"{_name(profile)}, {own[0].data}, {usual}"
             lines = [
                 f"**{title}**\n",
                 "| policy | parameters | MACs | without training | fine-tuned | seeds |",
@@ -52,8 +56,13 @@ def details() -> str:
             for row in own:
                 before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
                 costs = f"{row.params:,} | {row.macs:,}"
+                named = (
+                    row.policy
+                    if row.fidelity in (usual, DENSE)
+                    else f"{row.policy} ({row.fidelity})"
+                )
                 lines.append(
-                    f"| {row.policy} | {costs} | {before} | {_accuracy(row)} | {len(row.seeds)} |"
+                    f"| {named} | {costs} | {before} | {_accuracy(row)} | {len(row.seeds)} |"
                 )
             parts.append("\n".join(lines))
     return "\n\n".join(parts)
@@ -126,7 +135,7 @@ def _training(row: Evidence) -> str:
 
 
 def _accuracy(row: Evidence) -> str:
-    return f"{row.mean:.2%} ± {100 * row.sd:.2f}" if row.before else f"{row.mean:.2%}"
+    return f"{row.mean:.2%} ± {100 * row.sd:.2f}" if len(row.seeds) > 1 else f"{row.mean:.2%}"
 
 
 @dataclass(frozen=True)

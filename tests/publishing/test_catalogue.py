@@ -7,12 +7,19 @@ import dataclasses
 import pytest
 
 import zoo
-from zoo.publishing.catalogue import CataloguedArchitecture, Exam, Row, catalogue, dominates
+from zoo.publishing.catalogue import (
+    CataloguedArchitecture,
+    Exam,
+    Row,
+    catalogue,
+    dominates,
+    exam_rows,
+)
 from zoo.publishing.verdicts import limits, shows
 from zoo.registry.store import list_architectures, stored_groups
 from zoo.registry.weights import list_weights
 from zoo.spec.cost import cost_model
-from zoo.spec.profile import Evidence
+from zoo.spec.profile import STANDARD, Evidence
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +92,18 @@ def test_the_verdict_owns_up_to_rivals_that_did_better(architectures) -> None:
     assert "level with `y`" in said
     assert "`x` did better with no more parameters and MACs" in said
     assert "ahead" not in said
+
+
+def test_what_was_trained_longer_is_no_rival_of_what_was_not(architectures) -> None:
+    found = architectures["resnet20-16"].profiles[0]
+    evidence = (row("searched", 0.7, 100, 100), row(f"searched{STANDARD}", 0.8, 100, 100))
+    model = cost_model(stored_groups("resnet20-16"))
+    exam = Exam("set", "", exam_rows(list(evidence), model))
+    assert [own.dominated_by for own in exam.rows] == [(), ()]
+    said = " ".join(shows(dataclasses.replace(found, exams=(exam,))))
+    assert "ahead of" not in said.partition("On set")[2]
+    assert "behind" not in said
+    assert "recipe `standard`, with the dense network as teacher: `searched` 80.00%" in said
 
 
 def test_what_was_not_measured_is_said(architectures) -> None:

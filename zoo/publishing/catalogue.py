@@ -18,7 +18,7 @@ from zoo.registry.store import (
 from zoo.registry.weights import BundledWeights, list_weights
 from zoo.spec.cost import Cost, CostModel, cost_model
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.profile import Evidence, Profile
+from zoo.spec.profile import STANDARD, Evidence, Profile
 
 __all__ = [
     "BASE",
@@ -31,6 +31,7 @@ __all__ = [
     "catalogue",
     "comparable",
     "dominates",
+    "exam_rows",
     "factor_name",
 ]
 
@@ -271,21 +272,22 @@ def _profile(reference: str, model: CostModel) -> CataloguedProfile:
         params_factor=model.dense.params / cost.params,
         macs_factor=model.dense.macs / cost.macs,
         exams=tuple(
-            Exam(*exam, _rows([row for row in profile.evidence if row.exam == exam], model))
+            Exam(*exam, exam_rows([row for row in profile.evidence if row.exam == exam], model))
             for exam in exams
         ),
     )
 
 
-def _rows(rows: list[Evidence], model: CostModel) -> tuple[Row, ...]:
-    policies = [row for row in rows if row.policy != BASE]
+def exam_rows(rows: list[Evidence], model: CostModel) -> tuple[Row, ...]:
+    """The rows of one exam, beside the dense network and each other."""
+    policies = [row for row in rows if row.policy != BASE and not row.policy.endswith(STANDARD)]
     return tuple(
         Row(
             evidence=row,
             params_factor=model.dense.params / row.params,
             macs_factor=model.dense.macs / row.macs,
             dominated_by=()
-            if row.policy == BASE
+            if row not in policies
             else tuple(other.policy for other in policies if dominates(other, row)),
         )
         for row in rows

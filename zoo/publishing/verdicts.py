@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from zoo.publishing.catalogue import CataloguedArchitecture, CataloguedProfile, Exam, Row
+from zoo.spec.profile import STANDARD
 
 __all__ = ["LEVEL", "limits", "percent", "shows", "spread"]
 
@@ -54,7 +55,7 @@ def _shown(exam: Exam, policy: str) -> list[str]:
     level: list[str] = []
     behind: list[str] = []
     for row in exam.policies:
-        if row is own:
+        if row is own or row.evidence.policy.endswith(STANDARD):
             continue
         gap = own.evidence.mean - row.evidence.mean
         words = f"`{row.evidence.policy}` ({100 * gap:+.2f} points)"
@@ -71,6 +72,15 @@ def _shown(exam: Exam, policy: str) -> list[str]:
     if own.dominated_by:
         better = listed([f"`{name}`" for name in own.dominated_by])
         sentences.append(f"There {better} did better with no more parameters and MACs.")
+    standard = [
+        f"`{name.removesuffix(STANDARD)}` {spread(row)}"
+        for row in exam.policies
+        if (name := row.evidence.policy).endswith(STANDARD)
+    ]
+    if standard:
+        sentences.append(
+            f"After the recipe `standard`, with the dense network as teacher: {listed(standard)}."
+        )
     return sentences
 
 

@@ -28,7 +28,7 @@ from zoo.search.schedule import FIGURES, Job
 from zoo.search.settings import SearchConfig
 from zoo.search.tasks import Candidate, Task, load_task, say
 from zoo.spec.cost import CostModel, cost_model
-from zoo.spec.profile import Evidence, Profile
+from zoo.spec.profile import STANDARD, Evidence, Profile
 from zoo.storage.artefacts import save_checkpoint
 from zoo.tracing.known_groups import reference_groups
 from zoo.training.finetuning import evaluate, finetune
@@ -243,7 +243,7 @@ def _recipe(job: Job, workshop: Workshop) -> None:
         RECIPES["standard"], epochs=network.recipe_epochs, lr=network.lr, precision="fp32"
     )
     fidelity = FineTuning(recipe, taught=True)
-    named = {f"{name}, recipe standard": widths for name, widths in policies.items()}
+    named = {f"{name}{STANDARD}": widths for name, widths in policies.items()}
     with workshop.ledger(job) as ledger:
         rows = evidence(named, exam, Evaluator(ledger), fidelity, network.seeds[:1], cost)
     write_json(workshop.out / job.name / ROWS, rows)
