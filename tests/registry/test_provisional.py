@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -111,3 +112,18 @@ def test_the_commands_call_it_provisional(tmp_path, capsys):
     options = ["--cf", "4", "--size", "64", "--weights", str(tmp_path / "m.pt")]
     assert main(["prune", "torchvision:resnet18", *options, "--out", str(tmp_path / "out")]) == 0
     assert f"by {TWIN} (provisional): asked 4x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metric", ["params", "macs"])
+def test_a_wider_network_takes_the_keep_ratios_of_a_narrow_one_at_its_own_factor(metric, capsys):
+    dense = build_model("resnet20-64", 10)
+    model = zoo.load("resnet20-64", 4, dense, metric=metric, profile="searched")
+    narrow = zoo.get_profile(f"bundled:resnet20-16/{metric}-cf4")
+    plan = model.pruning.plan
+    assert plan.got == pytest.approx(4, rel=0.01)
+    ratios = [width / sizes_of("resnet20-64")[name] for name, width in plan.widths.items()]
+    scaled = np.array(ratios) / [narrow.keep_ratios[name] for name in plan.widths]
+    assert np.std(scaled) < 0.15  # one common factor, but for the bounds and whole channels
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    main(["list", "--arch", "resnet20-64"])
+    assert "Provisional for resnet20-64, whose layers have other widths" in capsys.readouterr().out

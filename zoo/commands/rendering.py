@@ -223,9 +223,12 @@ def comparison_table(rows: Sequence[ComparisonRow]) -> Table:
 
 
 def _provisional(arch: str, other: str) -> str:
-    return (
-        f"Provisional for {arch}, which has the same channel groups: found and measured on {other}."
-    )
+    from zoo.models import architecture  # imports torch, which other calls do not need
+
+    alike = "which has the same channel groups"
+    if architecture(arch).rescaled:
+        alike = "whose layers have other widths, so that the keep ratios are scaled"
+    return f"Provisional for {arch}, {alike}: found and measured on {other}."
 
 
 def _bars(profile: Profile) -> Table:

@@ -46,6 +46,8 @@ class Architecture:
         flatten_stride: the total stride, if the classifier reads a flattened map.
         profiles_from: an architecture with the same channel groups, whose profiles this one uses
             if it has none; provisionally, because they were measured there.
+        rescaled: whether that one's layers are of other widths, so that its keep ratios are scaled
+            to the factor instead of its counts being taken.
         auxiliary: prefixes of a checkpoint's tensor names that are ignored.
         classifier_dims: dimensions of the classifier's weight; 4 if it is a 1x1 convolution.
     """
@@ -57,6 +59,7 @@ class Architecture:
     image_size: int = 32
     flatten_stride: int | None = None
     profiles_from: str = ""
+    rescaled: bool = False
     auxiliary: tuple[str, ...] = ()
     classifier_dims: int = 2
     build_for: Callable[[int, int], nn.Module] | None = None
@@ -103,9 +106,19 @@ class Architecture:
 
 
 def _resnet(
-    name: str, blocks: int, shortcut: Shortcut, widths: tuple[int, int, int] = (16, 32, 64)
+    name: str,
+    blocks: int,
+    shortcut: Shortcut,
+    widths: tuple[int, int, int] = (16, 32, 64),
+    narrower: str = "",
 ) -> Architecture:
-    return Architecture(name, lambda classes, _: ResNet(classes, widths, blocks, shortcut), "fc")
+    return Architecture(
+        name,
+        lambda classes, _: ResNet(classes, widths, blocks, shortcut),
+        "fc",
+        profiles_from=narrower,
+        rescaled=bool(narrower),
+    )
 
 
 def _small_stem(name: str, member: str, maxpool: bool = False) -> Architecture:
@@ -126,7 +139,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     for known in (
         Architecture("cnet", CNet, "fc", flatten_stride=8),
         _resnet("resnet20-16", 3, "B1", (16, 32, 128)),
-        _resnet("resnet20-64", 3, "B1", (64, 128, 512)),
+        _resnet("resnet20-64", 3, "B1", (64, 128, 512), "resnet20-16"),
         _resnet("resnet20", 3, "A"),
         _resnet("resnet32", 5, "A"),
         _resnet("resnet44", 7, "A"),

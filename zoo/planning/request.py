@@ -94,7 +94,7 @@ def request(
                 _check_verbatim(name, resolved, arch, resolved.cf, metric)
             cf, metric = resolved.cf, resolved.metric
         limited = align not in (None, 1) or bool(floor) or bool(keep)
-        refit = refit or (profile == BEST and limited)
+        refit = refit or (profile == BEST and limited) or _rescaled(resolved, arch)
         if not refit:
             _check_verbatim(name, resolved, arch, cf, metric)
             if limited:
@@ -154,6 +154,12 @@ def _resolved(
     if arch and found.architecture not in (untagged, architecture(arch).profiles_from):
         raise FactorError(f"The profile {name} is for {found.architecture}, not {arch}.")
     return name, found
+
+
+def _rescaled(profile: Profile, arch: str) -> bool:
+    """Whether `arch` borrows the profile of a network of other widths."""
+    known = architecture(arch) if arch else None
+    return known is not None and known.rescaled and profile.architecture == known.profiles_from
 
 
 def _check_verbatim(name: str, profile: Profile, arch: str, cf: float, metric: str) -> None:
