@@ -25,6 +25,7 @@ from zoo.common.documents import encode
 from zoo.search.evaluation import Evaluator
 from zoo.search.fidelities import Distilled, Fidelity, Recalibration
 from zoo.search.ledger import FILE, Ledger, read
+from zoo.search.provenance import shortened
 from zoo.search.tasks import Task, load_tasks, say
 from zoo.search.transfer import Played, TransferSettings, cases, learn
 
@@ -81,7 +82,7 @@ def main(options: Options) -> None:
             lambda candidates: evaluator(candidates, fidelity, "learned"),
             options.settings,
             fidelity=fidelity.name,
-            command=shlex.join(["python", *sys.argv]),
+            command=shlex.join(["python", *map(shortened, sys.argv)]),
             on_episode=on_episode,
         )
     policy.write(options.out)

@@ -26,6 +26,7 @@ from tyro.conf import OmitArgPrefixes
 
 from zoo.common.documents import decode
 from zoo.search.ledger import FILE
+from zoo.search.provenance import shortened
 from zoo.search.tasks import say
 from zoo.search.transfer import TransferSettings
 from zoo.spec.profile import Evidence
@@ -111,7 +112,7 @@ def table(rows: list[tuple[str, str, float, list[Evidence]]]) -> str:
         for row in own:
             merged[arch, metric, cf].setdefault(row.policy, []).append(row.mean)
     lines = [
-        f"<!-- {shlex.join(['python', *sys.argv])} -->",
+        f"<!-- {shlex.join(['python', *map(shortened, sys.argv)])} -->",
         f"| left out | factor | {' | '.join(columns)} |",
         "|---|---|" + "---:|" * len(columns),
     ]

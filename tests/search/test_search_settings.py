@@ -14,7 +14,7 @@ from zoo.errors import ZooError
 from zoo.models import build_model
 from zoo.search.campaign import SearchConfig
 from zoo.search.env import EnvSettings
-from zoo.search.provenance import command_of
+from zoo.search.provenance import command_of, shortened
 from zoo.search.settings import parse_budget
 from zoo.search.tasks import task_data
 from zoo.storage.artefacts import save_checkpoint
@@ -46,6 +46,11 @@ def test_the_command_of_a_profile_is_its_search(tmp_path):
     absolute = dataclasses.replace(config, tasks=("/x/y/s0.pt@imagefolder:/data/tiny[:50]",))
     assert "s0.pt@imagefolder:tiny[:50]" in command_of(absolute, 1)
     assert "/x" not in command_of(absolute, 1)
+    assert (
+        shortened("cnet=/x/y/s0.pt@imagefolder:/data/tiny[:50]")
+        == "cnet=s0.pt@imagefolder:tiny[:50]"
+    )
+    assert shortened("--out") == "--out"
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ PACKAGES = (
     "pymoo",
 )
 
-__all__ = ["Found", "as_first_found", "command_of", "profile_of"]
+__all__ = ["Found", "as_first_found", "command_of", "profile_of", "shortened"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Found:
 def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Profile:
     """The profile of `found`, at the architecture's reference, with its provenance."""
     known, env = architecture(config.arch), config.env
-    start = "" if config.start is None else f", from {_shortened(config.start)}"
+    start = "" if config.start is None else f", from {shortened(config.start)}"
     judged = () if found.judges == found.tasks else found.judges
     return Profile(
         architecture=config.arch,
@@ -140,14 +140,17 @@ def _flags(settings: Any) -> Iterator[str]:
         elif value != item.default:
             yield flag
             for word in value if isinstance(value, tuple) else (value,):
-                yield _shortened(str(word))
+                yield shortened(str(word))
 
 
-def _shortened(reference: str) -> str:
-    """`/some/folder/file@imagefolder:/other/data[:50]` as `file@imagefolder:data[:50]`."""
+def shortened(reference: str) -> str:
+    """A word of a command line without absolute folders, which are those of one machine.
+
+    `arch=/some/folder/file@imagefolder:/other/data[:50]` is `arch=file@imagefolder:data[:50]`.
+    """
     if "://" in reference:
         return reference
-    return re.sub(r"(^|[@:])/[^@:]*/", r"\1", reference)
+    return re.sub(r"(^|[@:=])/[^@:]*/", r"\1", reference)
 
 
 def _machine() -> str:

@@ -14,6 +14,7 @@ from typing import Literal
 from zoo.common.documents import decode
 from zoo.errors import DocumentError, ZooError, integer, unknown
 from zoo.models import architecture
+from zoo.planning.learned import LEARNED
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
 from zoo.registry.store import folder_name
@@ -133,7 +134,7 @@ class Network:
                 raise ZooError(f"{self.arch}'s {name} must be over {least}, got {numbers}.")
         for name, given, known in (
             ("metric", self.metrics, ("params", "macs")),
-            ("policy", self.policies, (*POLICIES, *RANKINGS)),
+            ("policy", self.policies, (*POLICIES, *RANKINGS, LEARNED)),
             ("agent", self.agents, AGENTS),
         ):
             for value in given:
