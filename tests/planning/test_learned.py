@@ -191,6 +191,15 @@ def test_broken_weights_are_refused(
         learned_policy(f"learned:{tmp_path}")
 
 
+def test_the_bundled_one_says_where_it_comes_from() -> None:
+    training = learned_policy().training
+    assert len(training.architectures) >= 3
+    assert len(training.networks) >= len(training.architectures)
+    assert training.episodes >= 300
+    assert "/" not in training.command.replace("scripts/evidence/", "")
+    assert sum(file.stat().st_size for file in learned.bundled_folder().iterdir()) < 1_000_000
+
+
 # --- on a live network ----------------------------------------------------------------------------
 
 

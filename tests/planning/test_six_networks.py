@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 import zoo
 from zoo.models import build_model
 from zoo.planning import best
+from zoo.planning.learned import LEARNED
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
 from zoo.planning.request import planned, request
@@ -44,14 +45,15 @@ def test_every_policy_meets_the_factor_and_leaves_the_network_alone(
 ) -> None:
     before = copy.deepcopy(network.state_dict())
     groups = traced_groups(network, (X[:1],))[1]
-    for name in (*POLICIES, *RANKINGS):
+    for name in (*POLICIES, *RANKINGS, LEARNED):
         if name in UNREACHABLE:
             continue
         asked = request(name, cf=2, metric=metric, seed=3)
         plan = planned(network, groups, asked, DATA)
         assert plan.got == pytest.approx(2, rel=0.01), name
-        if name in ("random", "greedy", "global", "knapsack"):
+        if name in ("random", "greedy", "global", "knapsack", LEARNED):
             assert plan == planned(network, groups, asked, DATA), name
+    assert planned(network, groups, asked, None).got == pytest.approx(2, rel=0.01)
     assert all(torch.equal(before[name], own) for name, own in network.state_dict().items())
 
 

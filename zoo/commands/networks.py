@@ -117,8 +117,8 @@ class PruneCommand:
     profile: str = "best"
     """best; searched; a reference (bundled:ARCH/NAME, published:NAME, file:PATH, hf:ORG/REPO); or a
     policy: equal, increasing, decreasing, residual-dense, random, greedy, global-l2, global-lamp,
-    global-bn, learned:FOLDER; or, with --data, knapsack, global, global-fisher, global-per-cost,
-    global-fisher-per-cost"""
+    global-bn, learned, learned:FOLDER; or, with --data, knapsack, global, global-fisher,
+    global-per-cost, global-fisher-per-cost"""
     metric: Metric = "params"
     """cost that the factor refers to; latency is measured once on this machine, in PyTorch on the
     CPU at batch 1, or in ONNX Runtime with --provider"""

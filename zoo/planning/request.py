@@ -148,7 +148,7 @@ def _resolved(
     else:
         sources = ("bundled:...", "published:...", "file:...", "hf:...")
         known = [BEST, *(["searched"] if arch else [])]
-        choices = [*known, *POLICIES, *RANKINGS, f"{LEARNED}:...", *sources]
+        choices = [*known, *POLICIES, *RANKINGS, LEARNED, f"{LEARNED}:...", *sources]
         raise unknown("profile", profile, choices)
     untagged = arch.partition(".")[0] if arch.startswith("timm:") else arch
     if arch and found.architecture not in (untagged, architecture(arch).profiles_from):

@@ -83,4 +83,5 @@ def start_ratios(
 
 def _choices(arch: str) -> str:
     own = [entry.reference for entry in list_profiles(arch=arch)]
-    return f"Known: {', '.join([*POLICIES, *RANKINGS, f'{LEARNED}:<folder>', *own])}, file:<path>."
+    known = [*POLICIES, *RANKINGS, LEARNED, f"{LEARNED}:<folder>", *own, "file:<path>"]
+    return f"Known: {', '.join(known)}."
