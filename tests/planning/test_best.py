@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import zoo
 from zoo.cli import main
 from zoo.errors import FactorError, GraphError, ZooError
 from zoo.models import build_model
-from zoo.planning.best import best_policies, reason
+from zoo.planning.best import WITH_DATA, best_policies, reason
+from zoo.planning.learned import LEARNED
 from zoo.planning.policies import POLICIES
-from zoo.planning.rankings import BEST_RANKING, RANKINGS
+from zoo.planning.rankings import RANKINGS
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +53,19 @@ def test_a_searched_profile_is_taken_where_there_is_one(dense: nn.Module) -> Non
 def test_images_put_the_ranking_first(dense: nn.Module, images: TensorDataset) -> None:
     for metric in ("params", "macs"):
         plan = zoo.load("resnet20-16", 4, dense, metric=metric, data=images).pruning.plan
-        assert plan.profile == BEST_RANKING[metric]
+        assert plan.profile == WITH_DATA[metric][0]
         assert plan.got == pytest.approx(4, rel=0.01)
+
+
+def test_the_learned_policy_is_asked_for_factors_that_it_knows(
+    dense: nn.Module, images: TensorDataset
+) -> None:
+    for cf, name in ((1.5, "global"), (2, "learned"), (6, "learned"), (7, "global")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            plan = zoo.load("resnet20-16", cf, dense, metric="macs", data=images).pruning.plan
+        assert plan.profile == name
+        assert plan.got == pytest.approx(cf, rel=0.01)
 
 
 def test_limits_rescale_the_searched_profile(dense: nn.Module) -> None:
@@ -112,7 +125,7 @@ def test_one_line_says_what_was_taken_and_what_else_there_is(
         assert main([*asked, "--out", str(tmp_path / cf)]) == 0
         (line,) = [own for own in capsys.readouterr().out.splitlines() if own.startswith("best")]
         assert f"best took {name}" in line
-        assert BEST_RANKING["params"] in line
+        assert WITH_DATA["params"][0] in line
     assert "measured on 2 networks" in reason("bundled:resnet20-16/params-cf4", "params")
     assert main([*asked, "--profile", "equal", "--out", str(tmp_path / "equal")]) == 0
     assert "best" not in capsys.readouterr().out
@@ -129,8 +142,8 @@ def test_the_logger_says_it_once(dense: nn.Module, caplog: pytest.LogCaptureFixt
 
 
 def test_every_policy_that_it_names_exists() -> None:
-    for metric in BEST_RANKING:
+    for metric in WITH_DATA:
         for data in (True, False):
-            for name in best_policies(metric, data=data):
-                assert name in (*POLICIES, *RANKINGS)
+            for name in best_policies(metric, 4, data=data):
+                assert name in (*POLICIES, *RANKINGS, LEARNED)
                 assert reason(name, metric).count("\n") == 0

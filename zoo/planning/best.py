@@ -1,11 +1,12 @@
 """`best`: what the evidence puts first (docs/evidence.md, "Where nothing was searched").
 
-With labelled images that is the ranking of the network's own channels; without, the searched
-profile, or where there is none a policy.
+With labelled images that is a policy that looks at the network's own channels; without, the
+searched profile, or where there is none a policy.
 """
 
 from __future__ import annotations
 
+from zoo.planning.learned import LEARNED, learned_policy
 from zoo.planning.rankings import BEST_RANKING
 from zoo.registry.store import get_profile, searched_profile
 from zoo.spec.profile import Profile
@@ -13,6 +14,13 @@ from zoo.spec.profile import Profile
 __all__ = ["BEST", "best_policies", "best_profile", "reason"]
 
 BEST = "best"
+
+WITH_DATA = {
+    "params": (BEST_RANKING["params"],),
+    "macs": (LEARNED, BEST_RANKING["macs"]),
+    "latency": (BEST_RANKING["latency"],),
+}
+"""Metric -> the policies with images, each for where those before it do not work."""
 
 WITHOUT_DATA = {
     "params": ("global-lamp", "increasing", "equal"),
@@ -31,14 +39,22 @@ def best_profile(
     return searched_profile(arch, cf, metric)
 
 
-def best_policies(metric: str, *, data: bool) -> tuple[str, ...]:
+def best_policies(metric: str, cf: float, *, data: bool) -> tuple[str, ...]:
     """The policies to try in turn where nothing was searched.
+
+    The learned policy is among them at the factors that it was trained for.
 
     Args:
         metric: what the factor counts.
+        cf: the factor.
         data: whether there are labelled images to score channels with.
     """
-    return (*((BEST_RANKING[metric],) if data else ()), *WITHOUT_DATA[metric])
+    found = (*(WITH_DATA[metric] if data else ()), *WITHOUT_DATA[metric])
+    if LEARNED in found:
+        factors = learned_policy().training.factors
+        if not min(factors) <= cf <= max(factors):
+            return tuple(name for name in found if name != LEARNED)
+    return found
 
 
 def reason(name: str, metric: str) -> str:
@@ -48,11 +64,16 @@ def reason(name: str, metric: str) -> str:
         name: of the profile or policy that was taken.
         metric: what the factor counts.
     """
-    better = f"with data, {BEST_RANKING[metric]!r} ranks the channels of these weights instead"
+    better = f"with data, {WITH_DATA[metric][0]!r} looks at the channels of these weights instead"
     if ":" in name:
         exams = len({row.exam for row in get_profile(name).evidence})
         evidence = f"measured on {exams} networks that it did not see" if exams else "not measured"
         return f"best took {name}: found by a search on other data, {evidence}; {better}."
-    if name == BEST_RANKING[metric]:
+    if name == LEARNED:
+        seen = ", ".join(learned_policy().training.architectures)
+        return (
+            f"best took {name!r}, trained by reinforcement learning on {seen} (docs/evidence.md)."
+        )
+    if name in WITH_DATA[metric]:
         return f"best took {name!r}, which ranks the channels of these weights (docs/evidence.md)."
     return f"best took {name!r}: nothing was searched for this network and factor; {better}."

@@ -198,6 +198,8 @@ def planned(
     if request.name == BEST:
         return _best(module, groups, request, data, clock)
     ranking = RANKINGS.get(request.name) if request.profile is None else None
+    if request.name.partition(":")[0] == LEARNED and data is not None:
+        ranking = learned_policy(request.name).ranking(request.metric)
     if ranking is not None and CRITERIA[ranking.criterion].needs_data and data is None:
         raise ZooError(
             f"The policy {request.name!r} ranks channels by {ranking.criterion!r}, which needs "
@@ -240,7 +242,7 @@ def _best(
     clock: Clock | None,
 ) -> Plan:
     """The plan of the first of the best policies that works here and reaches the factor."""
-    *first, last = best_policies(request.metric, data=data is not None)
+    *first, last = best_policies(request.metric, request.cf, data=data is not None)
     for name in first:
         with suppress(FactorError, GraphError):
             return planned(module, groups, replace(request, name=name), data, clock)

@@ -235,7 +235,7 @@ def _evidence(job: Job, workshop: Workshop) -> None:
 def _recipe(job: Job, workshop: Workshop) -> None:
     """What a user gets: the searched profile and `best`, after the recipe `standard`, taught."""
     network, exam, cost = job.network, _exam(job, workshop), _cost(job)
-    (best, *_) = best_policies(job.metric, data=True)
+    (best, *_) = best_policies(job.metric, job.cf, data=True)
     policies = policy_widths([best], exam, cost, job.cf, job.metric)
     if network.tasks:
         policies = {SEARCHED: _widths(workshop.profile(job, network.agents[0])), **policies}

@@ -49,7 +49,7 @@ def check_start(
             f"of {arch}. {_choices(arch)}"
         )
     if asked.name == BEST:
-        return best_policies(metric, data=True)[0], None
+        return best_policies(metric, cf, data=True)[0], None
     return asked.name, profile
 
 
