@@ -105,24 +105,29 @@ def _read(path: Path) -> list[tuple[str, str, float, list[Evidence]]]:
 
 
 def table(rows: list[tuple[str, str, float, list[Evidence]]]) -> str:
-    """A line for each architecture, metric and factor: the mean accuracy by every policy."""
+    """A line for each architecture, metric and factor: every policy's accuracy, mean and sd.
+
+    Over several base networks of an architecture both are means.
+    """
     columns = list(dict.fromkeys(row.policy for *_, own in rows for row in own))
-    merged: dict[tuple[str, str, float], dict[str, list[float]]] = defaultdict(dict)
+    merged: dict[tuple[str, str, float], dict[str, list[Evidence]]] = defaultdict(dict)
     for arch, metric, cf, own in rows:
         for row in own:
-            merged[arch, metric, cf].setdefault(row.policy, []).append(row.mean)
+            merged[arch, metric, cf].setdefault(row.policy, []).append(row)
     lines = [
         f"<!-- {shlex.join(['python', *map(shortened, sys.argv)])} -->",
         f"| left out | factor | {' | '.join(columns)} |",
         "|---|---|" + "---:|" * len(columns),
     ]
     for (arch, metric, cf), found in merged.items():
-        best = max(statistics.mean(own) for name, own in found.items() if name != "base")
+        means = {name: statistics.mean(row.mean for row in own) for name, own in found.items()}
+        best = max(mean for name, mean in means.items() if name != "base")
         cells = []
         for name in columns:
-            mean = statistics.mean(found[name]) if name in found else None
-            told = "" if mean is None else f"{mean:.2%}"
-            cells.append(f"**{told}**" if mean == best else told)
+            told = f"{100 * means[name]:.1f}" if name in means else ""
+            if name in means and name != "base":
+                told += f" ± {100 * statistics.mean(row.sd for row in found[name]):.1f}"
+            cells.append(f"**{told}**" if means.get(name) == best else told)
         lines.append(f"| {arch} | {cf:g}x {metric} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

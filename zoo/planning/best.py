@@ -16,7 +16,7 @@ __all__ = ["BEST", "best_policies", "best_profile", "reason"]
 BEST = "best"
 
 WITH_DATA = {
-    "params": (BEST_RANKING["params"],),
+    "params": (LEARNED, BEST_RANKING["params"]),
     "macs": (LEARNED, BEST_RANKING["macs"]),
     "latency": (BEST_RANKING["latency"],),
 }
