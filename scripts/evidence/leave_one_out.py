@@ -33,6 +33,7 @@ from zoo.spec.profile import Evidence
 
 RIVALS = (
     "equal", "increasing", "residual-dense", "global", "global-fisher-per-cost", "knapsack",
+    "global-bn", "global-lamp",
 )  # fmt: skip
 
 
