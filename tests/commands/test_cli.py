@@ -20,6 +20,7 @@ from zoo import cli
 from zoo.cli import COMMANDS, main
 from zoo.criteria.scores import CRITERIA
 from zoo.models import ARCHITECTURES, STORED, build_model, parameter_count
+from zoo.planning.learned import learned_policy
 from zoo.search.ledger import Key, Ledger, Row
 from zoo.spec.profile import Evidence, Profile, Reference
 from zoo.storage.artefacts import save_checkpoint
@@ -123,6 +124,16 @@ def test_prune_writes_what_load_makes(base, pruned, capsys):
     with torch.inference_mode():
         assert torch.equal(model(images), expected(images))
     assert capsys.readouterr().err == ""
+
+
+def test_show_says_how_the_learned_policy_was_trained(tmp_path, capsys):
+    assert main(["show", "learned"]) == 0
+    out = capsys.readouterr().out
+    training = learned_policy().training
+    for told in (*training.architectures, training.command, f"{training.episodes}, each"):
+        assert told in out
+    assert main(["show", f"learned:{tmp_path}"]) == 1
+    assert "No learned policy in" in capsys.readouterr().err
 
 
 def test_prune_shows_the_criterion_images_of_the_checkpoints_size(base, tmp_path, capsys):

@@ -70,7 +70,7 @@ class ShowCommand:
 
     profile: Annotated[Positional[str], arg(metavar="REFERENCE")]
     """of a profile (bundled:resnet20-16/params-cf4, published:resrep, file:PATH), an architecture
-    with --cf, or a pruned network: its folder or hf:ORG/REPO"""
+    with --cf, a pruned network (its folder or hf:ORG/REPO), or learned: the policy of that name"""
     cf: float | None = None
     """compression factor, with an architecture"""
     metric: Metric = "params"
@@ -85,6 +85,9 @@ def show(command: ShowCommand) -> None:
     if command.cf is not None:
         arch = command.profile
         reference, profile = find_profile(arch, command.cf, command.metric)
+    elif command.profile.partition(":")[0] == "learned":
+        _show_learned(command.profile)
+        return
     elif is_registry(command.profile) or Path(command.profile).is_dir():
         _show_repository(command.profile)
         return
@@ -93,6 +96,26 @@ def show(command: ShowCommand) -> None:
     else:
         raise ZooError(f"Which factor of {command.profile!r}? Add --cf, or give a reference.")
     print_profile(reference, profile, arch)
+
+
+def _show_learned(name: str) -> None:
+    """How a learned policy was trained."""
+    from zoo.planning.learned import learned_policy
+
+    own = learned_policy(name).training
+    known = ", ".join(f"{ranking} by {metric}" for metric, ranking in own.known.items())
+    factors = ", ".join(f"{factor:g}x" for factor in own.factors)
+    print(
+        printable(
+            f"{name}: a policy network, trained by PPO over several architectures; it prunes any "
+            f"network by any factor\n\n"
+            f"trained on    {', '.join(own.architectures)}; {', '.join(own.data)}\n"
+            f"for           {factors} of {', '.join(own.metrics)}\n"
+            f"corrects      {known}; equal without images\n"
+            f"episodes      {own.episodes}, each measured by {own.fidelity}\n\n"
+            f"Found by: {own.command}"
+        )
+    )
 
 
 def _show_repository(what: str) -> None:
