@@ -132,7 +132,7 @@ def test_show_says_how_the_learned_policy_was_trained(tmp_path, capsys):
     training = learned_policy().training
     for told in (*training.architectures, training.command, f"{training.episodes}, each"):
         assert told in out
-    assert main(["show", f"learned:{tmp_path}"]) == 1
+    assert main(["show", f"learned:{tmp_path}"]) == 2
     assert "No learned policy in" in capsys.readouterr().err
 
 
