@@ -21,9 +21,6 @@ from zoo.common.plots import accuracy_against_size, save
 from zoo.registry.store import get_profile, list_profiles
 from zoo.spec.profile import Evidence, Profile
 
-DENSE = "dense, as trained"
-"""The fidelity of base networks."""
-
 
 def table() -> str:
     """One row per profile and base network, one column per policy; accuracies as mean ± sd."""
@@ -56,11 +53,8 @@ def details() -> str:
             for row in own:
                 before = f"{sum(row.before) / len(row.before):.2%}" if row.before else ""
                 costs = f"{row.params:,} | {row.macs:,}"
-                named = (
-                    row.policy
-                    if row.fidelity in (usual, DENSE)
-                    else f"{row.policy} ({row.fidelity})"
-                )
+                same = row.policy == "base" or row.fidelity == usual
+                named = row.policy if same else f"{row.policy} ({row.fidelity})"
                 lines.append(
                     f"| {named} | {costs} | {before} | {_accuracy(row)} | {len(row.seeds)} |"
                 )

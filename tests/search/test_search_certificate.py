@@ -225,7 +225,7 @@ def test_the_thresholds_decide():
     found = certified()
     (comparison,) = found.comparisons
     assert not dataclasses.replace(found, max_rank=0.01).passes
-    assert dataclasses.replace(certified(accuracy=0.19), max_rank=0.9).passes
+    assert dataclasses.replace(certified(accuracy=0.19), max_rank=0.2).passes
     assert dataclasses.replace(found, alpha=comparison.adjusted).passes
     assert not dataclasses.replace(found, alpha=comparison.adjusted / 2).passes
 
@@ -261,6 +261,20 @@ def test_a_certificate_survives_json():
 def test_what_cannot_be_certified_is_one_error(changes, message):
     with pytest.raises(ZooError, match=message):
         certified(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"alpha": 0.0}, "alpha=0"),
+        ({"max_rank": math.nan}, "max_rank=nan"),
+        ({"ranks": ()}, "a rank and a rival"),
+        ({"comparisons": ()}, "a rank and a rival"),
+    ],
+)
+def test_a_document_that_proves_nothing_is_refused(changes, message):
+    with pytest.raises(ZooError, match=message):
+        dataclasses.replace(certified(), **changes)
 
 
 def test_nothing_is_certified_without_ranks_or_rivals():

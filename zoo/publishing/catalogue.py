@@ -18,7 +18,7 @@ from zoo.registry.store import (
 from zoo.registry.weights import BundledWeights, list_weights
 from zoo.spec.cost import Cost, CostModel, cost_model
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.profile import STANDARD, Evidence, Profile
+from zoo.spec.profile import Evidence, Profile
 
 __all__ = [
     "BASE",
@@ -280,7 +280,7 @@ def _profile(reference: str, model: CostModel) -> CataloguedProfile:
 
 def exam_rows(rows: list[Evidence], model: CostModel) -> tuple[Row, ...]:
     """The rows of one exam, beside the dense network and each other."""
-    policies = [row for row in rows if row.policy != BASE and not row.policy.endswith(STANDARD)]
+    policies = [row for row in rows if row.policy != BASE and not row.standard]
     return tuple(
         Row(
             evidence=row,

@@ -55,7 +55,7 @@ def _shown(exam: Exam, policy: str) -> list[str]:
     level: list[str] = []
     behind: list[str] = []
     for row in exam.policies:
-        if row is own or row.evidence.policy.endswith(STANDARD):
+        if row is own or row.evidence.standard:
             continue
         gap = own.evidence.mean - row.evidence.mean
         words = f"`{row.evidence.policy}` ({100 * gap:+.2f} points)"
@@ -73,9 +73,9 @@ def _shown(exam: Exam, policy: str) -> list[str]:
         better = listed([f"`{name}`" for name in own.dominated_by])
         sentences.append(f"There {better} did better with no more parameters and MACs.")
     standard = [
-        f"`{name.removesuffix(STANDARD)}` {spread(row)}"
+        f"`{row.evidence.policy.removesuffix(STANDARD)}` {spread(row)}"
         for row in exam.policies
-        if (name := row.evidence.policy).endswith(STANDARD)
+        if row.evidence.standard
     ]
     if standard:
         sentences.append(

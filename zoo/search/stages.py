@@ -190,7 +190,8 @@ def _search(job: Job, workshop: Workshop) -> None:
     def references(bases: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(f"{workshop.checkpoint(job, b)}@{workshop.reference(b)}" for b in bases)
 
-    for name in network.agents:
+    for number, name in enumerate(network.agents):
+        earlier = (folder / other / FILE for other in network.agents[:number])
         (profile,) = search_profile(
             SearchConfig(
                 arch=network.arch,
@@ -207,7 +208,7 @@ def _search(job: Job, workshop: Workshop) -> None:
                 data_dir=workshop.data_dir,
                 size=network.size,
                 workers=1,
-                known=workshop.known,
+                known=(*workshop.known, *earlier),
             )
         )
         profile.write(folder / f"{name}.json")
@@ -266,13 +267,15 @@ def _certificate(job: Job, workshop: Workshop) -> None:
             own = Candidate(task, _widths(profile), job.network.seeds[0])
             (accuracy,) = evaluator([own], SHORT, SEARCHED)
             random = evaluator(_random(job, task), SHORT, "random")
-            told = {"data": f"{task.val.name}, validation split", "network": task.network}
-            ranks.append(rank(accuracy, random, fidelity=SHORT.name, **told))
-    rows = {stage: _rows(job, workshop, stage) for stage in ("evidence", "recipe")}
+            data = f"{task.val.name}, validation split"
+            ranks.append(
+                rank(accuracy, random, data=data, fidelity=SHORT.name, network=task.network)
+            )
+    rows, tuned = (_rows(job, workshop, stage) for stage in ("evidence", "recipe"))
     profile = dataclasses.replace(
         profile,
-        evidence=(*rows["evidence"], *(row for row in rows["recipe"] if row.policy != "base")),
-        certificate=certify(rows["evidence"], ranks, policy=SEARCHED),
+        evidence=(*rows, *(row for row in tuned if row.standard)),
+        certificate=certify(rows, ranks, policy=SEARCHED),
     )
     profile.write(workshop.out / job.name / PROFILE)
 

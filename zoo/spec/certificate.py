@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from zoo.errors import DocumentError
+
 __all__ = ["Certificate", "Comparison", "Rank"]
 
 
@@ -71,6 +73,13 @@ class Certificate:
     comparisons: tuple[Comparison, ...]
     max_rank: float = 0.05
     alpha: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.ranks or not self.comparisons:
+            raise DocumentError("A certificate needs a rank and a rival.")
+        for name in ("max_rank", "alpha"):
+            if not 0 < (threshold := getattr(self, name)) < 1:
+                raise DocumentError(f"{name}={threshold}: a threshold must be in (0, 1).")
 
     @property
     def passes(self) -> bool:

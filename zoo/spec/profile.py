@@ -59,6 +59,11 @@ class Evidence:
     network: str = ""
 
     @property
+    def standard(self) -> bool:
+        """Whether it was trained as users do, so that other rows are no rivals of it."""
+        return self.policy.endswith(STANDARD)
+
+    @property
     def exam(self) -> tuple[str, str]:
         """What rows must share to be compared: the data and the base network."""
         return self.data, self.network
