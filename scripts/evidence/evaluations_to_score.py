@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -68,7 +69,9 @@ class Options:
     metrics: tuple[str, ...] = ("macs", "params")
     """metrics"""
     evaluations: int = 640
-    """of every search"""
+    """of every search, at most"""
+    stop_at_mark: bool = False
+    """end a search with its first score at the mark; in the table the score stands on"""
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     """of the agents"""
     draws: int = 1
@@ -100,10 +103,10 @@ class Setting:
         """Name -> the agent, and the keep ratios that it starts from."""
         policy = self.options.policy or self._known("learned") or "global"
         found: dict[str, tuple[str, Ratios | None]] = {
-            "PPO": ("ppo", None),
-            f"PPO from {policy}": ("ppo", self._start(policy)),
             COLD: ("cma-es", None),
             f"{COLD} from global": ("cma-es", self._start("global")),
+            "PPO": ("ppo", None),
+            f"PPO from {policy}": ("ppo", self._start(policy)),
         }
         earlier = [
             entry.reference
@@ -115,8 +118,8 @@ class Setting:
             found[f"{COLD} from earlier optima"] = "cma-es", tuple(map(statistics.fmean, each))
         return found
 
-    def curve(self, name: str, start: Ratios | None, seed: int) -> Curve:
-        """Search, and score the best profile at every doubling of the evaluations."""
+    def curve(self, name: str, start: Ratios | None, seed: int, mark: float = math.inf) -> Curve:
+        """Search, and score the best profile at every doubling, up to the first score at `mark`."""
         options = self.options
         starts = None if start is None else {self.cf: start}
         settings = EnvSettings(metric=self.metric, draws=options.draws)  # type: ignore[arg-type]
@@ -129,18 +132,23 @@ class Setting:
             FIRST,
         )  # fmt: skip
         played: list[tuple[float, tuple[int, ...]]] = []
-        own = {"screen": options.screen} if name in SCREENED else {}
-        agent(name)(
-            env, options.evaluations // options.draws, seed=seed,
-            on_episode=lambda episode: played.append((episode["reward"], episode["widths"])), **own,
-        )  # fmt: skip
-        best = {
-            count: max(played[: max(1, count // options.draws)])[1]
-            for count in doublings(options.evaluations)
-        }
+        scores: Curve = {}
+
+        def on_episode(episode: Mapping[str, Any]) -> None:
+            played.append((episode["reward"], episode["widths"]))
+            for count in doublings(options.evaluations):
+                if len(played) == max(1, count // options.draws):
+                    scores[count] = self._score(max(played)[1])
+
         if start is not None:
-            best[0] = solve(cost, scale_curve(start), self.cf, self.metric).widths
-        return {count: self._score(best[count]) for count in sorted(best)}
+            scores[0] = self._score(solve(cost, scale_curve(start), self.cf, self.metric).widths)
+        if not reached(mark, scores):
+            own = {"screen": options.screen} if name in SCREENED else {}
+            agent(name)(
+                env, options.evaluations // options.draws, seed=seed,
+                on_episode=on_episode, stop=lambda: reached(mark, scores), **own,
+            )  # fmt: skip
+        return scores
 
     def _measure(self, candidates: Sequence[Candidate]) -> list[float]:
         return self.evaluator(candidates, Recalibration(1024, self.options.val_images), "search")
@@ -196,17 +204,27 @@ def measured(setting: Setting) -> dict[str, list[Curve]]:
     """Search -> one curve per seed."""
     curves: dict[str, list[Curve]] = {}
     for name, (kind, start) in setting.searches().items():
+        mark = final(curves[COLD]) if setting.options.stop_at_mark and curves else math.inf
         curves[name] = []
         for seed in setting.options.seeds:
-            curves[name].append(setting.curve(kind, start, seed))
-            reached = " ".join(f"{count}: {s:.1%}" for count, s in curves[name][-1].items())
-            say(f"{setting.cf:g}x {setting.metric}, {name}, seed {seed}: {reached}")
+            curves[name].append(setting.curve(kind, start, seed, mark))
+            scores = " ".join(f"{count}: {s:.1%}" for count, s in curves[name][-1].items())
+            say(f"{setting.cf:g}x {setting.metric}, {name}, seed {seed}: {scores}")
     return curves
+
+
+def final(curves: Sequence[Curve]) -> float:
+    """Mean score after all evaluations."""
+    return statistics.fmean(curve[max(curve)] for curve in curves)
+
+
+def reached(mark: float, curve: Curve) -> bool:
+    return evaluations_to(mark, curve) < math.inf
 
 
 def table(curves: Mapping[str, Sequence[Curve]]) -> str:
     """Mean scores by evaluations, and the evaluations to the mark: the median over the seeds."""
-    mark = statistics.fmean(curve[max(curve)] for curve in curves[COLD])
+    mark = final(curves[COLD])
     counts = sorted({count for own in curves.values() for curve in own for count in curve})
     heads = ["start" if count == 0 else f"{count}" for count in counts]
     lines = [
@@ -214,11 +232,16 @@ def table(curves: Mapping[str, Sequence[Curve]]) -> str:
         f"|---|{'---:|' * (len(counts) + 2)}",
     ]
     for name, own in curves.items():
-        cells = [cell([curve[n] for curve in own if n in curve]) for n in counts]
+        cells = [cell([at(n, curve) for curve in own if min(curve) <= n]) for n in counts]
         needed = [evaluations_to(mark, curve) for curve in own]
-        reach = f"{sum(count < math.inf for count in needed)} of {len(own)}"
+        reach = f"{sum(reached(mark, curve) for curve in own)} of {len(own)}"
         lines.append(f"| {' | '.join([name, *cells, told(needed, max(counts)), reach])} |")
     return "\n".join(lines)
+
+
+def at(count: int, curve: Curve) -> float:
+    """The score after `count` evaluations; that of a search which ended before them stands on."""
+    return curve[max(n for n in curve if n <= count)]
 
 
 def cell(scores: Sequence[float]) -> str:
