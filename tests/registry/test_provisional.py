@@ -14,9 +14,11 @@ import zoo.registry.store as registry
 from zoo.cli import main
 from zoo.errors import FactorError
 from zoo.models import ARCHITECTURES, TWINS, architecture, build_model
+from zoo.planning.borrowed import carried
 from zoo.registry.store import find_profile, write_index
 from zoo.spec.profile import Profile, Reference
 from zoo.tracing.graph import channel_groups
+from zoo.tracing.known_groups import reference_groups
 
 TWIN = "bundled:resnet18-cifar/params-cf4"
 
@@ -126,4 +128,34 @@ def test_a_wider_network_takes_the_keep_ratios_of_a_narrow_one_at_its_own_factor
     assert np.std(scaled) < 0.15  # one common factor, but for the bounds and whole channels
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
     main(["list", "--arch", "resnet20-64"])
-    assert "Provisional for resnet20-64, whose layers have other widths" in capsys.readouterr().out
+    told = "Provisional for resnet20-64, whose layers differ in width or shortcut"
+    assert told in capsys.readouterr().out
+
+
+def test_a_projected_shortcut_takes_what_the_padded_one_keeps_of_every_layer():
+    padded, projected = reference_groups("resnet20"), reference_groups("resnet20-b1")
+    kept = dict(zip(padded.names, padded.sizes, strict=True))
+    assert set(carried(kept, padded, projected).values()) == {1.0}
+    kept |= {"conv1": 4, "layer2.0.conv1": 8, "layer2.0.conv2": 1, "layer2.0.conv2[1]": 3}
+    ratios = carried(kept, padded, projected)
+    assert ratios["layer1.0.conv2"] == ratios["conv1"] == 4 / 16  # one stream beside the padding
+    assert ratios["layer2.0.conv1"] == 8 / 32
+    assert ratios["layer2.0.conv2"] == (4 + 1 + 3) / 32  # the stream of the stage before, and both
+    assert ratios["layer3.0.conv2"] == (4 + 1 + 3 + 16 + 16) / 64  # sides of the padding
+    assert {n for n, ratio in ratios.items() if ratio == 1} == {
+        name for name in projected.names if "conv1" in name and name in kept
+    } - {"conv1", "layer2.0.conv1"}
+
+
+@pytest.mark.parametrize("arch", ["resnet20-b", "resnet20-b1"])
+def test_a_projected_twin_is_pruned_at_its_own_factor_and_named_provisional(arch):
+    plan = zoo.plan(build_model("resnet20", 10), torch.zeros(1, 3, 32, 32), cf=4, seed=1)
+    found = Profile(
+        "resnet20", "params", 4.0, plan.got, Reference(10, 32), plan.keep_ratios, plan.widths
+    )
+    model = zoo.load(arch, 4, build_model(arch, 10), profile=found)
+    assert model.pruning.plan.got == pytest.approx(4, rel=0.01)
+    assert model.pruning.plan.profile == "resnet20/params-cf4"
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    with pytest.raises(FactorError, match="is for resnet20, not resnet32-b"):
+        zoo.load("resnet32-b", 4, {}, profile=found)

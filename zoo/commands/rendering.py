@@ -227,7 +227,7 @@ def _provisional(arch: str, other: str) -> str:
 
     alike = "which has the same channel groups"
     if architecture(arch).rescaled:
-        alike = "whose layers have other widths, so that the keep ratios are scaled"
+        alike = "whose layers differ in width or shortcut, so that the keep ratios are scaled"
     return f"Provisional for {arch}, {alike}: found and measured on {other}."
 
 

@@ -44,10 +44,10 @@ class Architecture:
         num_classes: of the reference.
         image_size: of the reference, in pixels; images are 3 x image_size x image_size.
         flatten_stride: the total stride, if the classifier reads a flattened map.
-        profiles_from: an architecture with the same channel groups, whose profiles this one uses
-            if it has none; provisionally, because they were measured there.
-        rescaled: whether that one's layers are of other widths, so that its keep ratios are scaled
-            to the factor instead of its counts being taken.
+        profiles_from: an architecture with the same modules, whose profiles this one uses if it has
+            none; provisionally, because they were measured there.
+        rescaled: whether that one's layers have other widths or other channel groups, so that keep
+            ratios are carried over layer by layer and scaled to the factor; else its counts hold.
         auxiliary: prefixes of a checkpoint's tensor names that are ignored.
         classifier_dims: dimensions of the classifier's weight; 4 if it is a 1x1 convolution.
     """
@@ -110,14 +110,14 @@ def _resnet(
     blocks: int,
     shortcut: Shortcut,
     widths: tuple[int, int, int] = (16, 32, 64),
-    narrower: str = "",
+    lender: str = "",
 ) -> Architecture:
     return Architecture(
         name,
         lambda classes, _: ResNet(classes, widths, blocks, shortcut),
         "fc",
-        profiles_from=narrower,
-        rescaled=bool(narrower),
+        profiles_from=lender,
+        rescaled=bool(lender),
     )
 
 
@@ -139,22 +139,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     for known in (
         Architecture("cnet", CNet, "fc", flatten_stride=8),
         _resnet("resnet20-16", 3, "B1", (16, 32, 128)),
-        _resnet("resnet20-64", 3, "B1", (64, 128, 512), "resnet20-16"),
+        _resnet("resnet20-64", 3, "B1", (64, 128, 512), lender="resnet20-16"),
         _resnet("resnet20", 3, "A"),
         _resnet("resnet32", 5, "A"),
         _resnet("resnet44", 7, "A"),
         _resnet("resnet56", 9, "A"),
         _resnet("resnet110", 18, "A"),
-        _resnet("resnet20-b", 3, "B"),
-        _resnet("resnet32-b", 5, "B"),
-        _resnet("resnet44-b", 7, "B"),
-        _resnet("resnet56-b", 9, "B"),
-        _resnet("resnet110-b", 18, "B"),
-        _resnet("resnet20-b1", 3, "B1"),
-        _resnet("resnet32-b1", 5, "B1"),
-        _resnet("resnet44-b1", 7, "B1"),
-        _resnet("resnet56-b1", 9, "B1"),
-        _resnet("resnet110-b1", 18, "B1"),
+        _resnet("resnet20-b", 3, "B", lender="resnet20"),
+        _resnet("resnet32-b", 5, "B", lender="resnet32"),
+        _resnet("resnet44-b", 7, "B", lender="resnet44"),
+        _resnet("resnet56-b", 9, "B", lender="resnet56"),
+        _resnet("resnet110-b", 18, "B", lender="resnet110"),
+        _resnet("resnet20-b1", 3, "B1", lender="resnet20"),
+        _resnet("resnet32-b1", 5, "B1", lender="resnet32"),
+        _resnet("resnet44-b1", 7, "B1", lender="resnet44"),
+        _resnet("resnet56-b1", 9, "B1", lender="resnet56"),
+        _resnet("resnet110-b1", 18, "B1", lender="resnet110"),
         _small_stem("resnet18-cifar", "resnet18"),
         _small_stem("resnet50-cifar", "resnet50"),
         _small_stem("resnet18-cifar-maxpool", "resnet18", maxpool=True),

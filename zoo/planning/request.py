@@ -19,6 +19,7 @@ from zoo.criteria.weight_scores import Scores
 from zoo.errors import FactorError, GraphError, ZooError, integer, unknown
 from zoo.models import architecture
 from zoo.planning.best import BEST, best_policies, best_profile, reason
+from zoo.planning.borrowed import borrowed
 from zoo.planning.decisions import Decisions
 from zoo.planning.latency import Clock, latency_table
 from zoo.planning.learned import LEARNED, learned_policy, play
@@ -94,7 +95,9 @@ def request(
                 _check_verbatim(name, resolved, arch, resolved.cf, metric)
             cf, metric = resolved.cf, resolved.metric
         limited = align not in (None, 1) or bool(floor) or bool(keep)
-        refit = refit or (profile == BEST and limited) or _rescaled(resolved, arch)
+        own = borrowed(resolved, arch) if arch else None
+        refit = refit or (profile == BEST and limited) or own is not None
+        resolved = own or resolved
         if not refit:
             _check_verbatim(name, resolved, arch, cf, metric)
             if limited:
@@ -154,12 +157,6 @@ def _resolved(
     if arch and found.architecture not in (untagged, architecture(arch).profiles_from):
         raise FactorError(f"The profile {name} is for {found.architecture}, not {arch}.")
     return name, found
-
-
-def _rescaled(profile: Profile, arch: str) -> bool:
-    """Whether `arch` borrows the profile of a network of other widths."""
-    known = architecture(arch) if arch else None
-    return known is not None and known.rescaled and profile.architecture == known.profiles_from
 
 
 def _check_verbatim(name: str, profile: Profile, arch: str, cf: float, metric: str) -> None:
