@@ -111,7 +111,7 @@ class Network:
     policies: tuple[str, ...] = (
         "equal",
         "increasing",
-        "greedy",
+        "learned",
         "global",
         "global-fisher-per-cost",
         "global-bn",
