@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from bench_search import Pictures
@@ -52,7 +53,7 @@ class Train:
 
 
 def bench_train(config: Train) -> None:
-    """Print images per second of both sides, the time of a whole training, and where it goes."""
+    """Print images per second of every side, the time of a whole training, and where it goes."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     print(f"{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -66,17 +67,17 @@ def bench_train(config: Train) -> None:
     def theirs() -> None:
         textbook(copy.deepcopy(network).to(device), data, config, device)
 
-    sides: dict[str, Callable[[], object]] = {"zoo.finetune": ours, "textbook loop, fp32": theirs}
-    rates = images_per_second(sides, config)
-    for name, rate in rates.items():
-        print(f"{name:<24}{rate:10,.0f} images/s  {rate / rates['textbook loop, fp32']:6.2f}x")
+    def measure(batch_size: int | None = None) -> None:
+        zoo.evaluate(network.to(device), val, batch_size=batch_size)
+
+    val, seen = noise(config, config.val_images), config.images - config.images % config.batch_size
+    compare({"zoo.finetune": ours, "textbook loop, fp32": theirs}, config.epochs * seen, config)
+    large = partial(measure, 500)
+    compare({"zoo.evaluate": measure, "in batches of 500": large}, config.val_images, config)
     if cuda:
         rate = captured(copy.deepcopy(network).to(device), data, config.batch_size)
-        print(
-            f"{'CUDA graph of a step':<24}{rate:10,.0f} images/s, with no data loaded: "
-            f"{rate / rates['zoo.finetune']:.2f}x zoo.finetune"
-        )
-    whole = ours(noise(config, config.val_images))
+        print(f"{'CUDA graph of a step':<24}{rate:10,.0f} images/s, with no data loaded")
+    whole = ours(val)
     print(
         f"{config.epochs} epochs of {config.images:,} images, with the set-up and a validation on "
         f"{config.val_images:,} after each: {whole.seconds:.1f} s"
@@ -146,10 +147,12 @@ def captured(model: nn.Module, data: ImageSet, batch_size: int, steps: int = 200
     return steps * batch_size / (time.perf_counter() - started)
 
 
-def images_per_second(sides: dict[str, Callable[[], object]], config: Train) -> dict[str, float]:
-    """Median images per second; the sides take turns, and the first round is not counted."""
+def compare(sides: dict[str, Callable[[], object]], images: int, config: Train) -> None:
+    """Print the median images per second of each side, and its ratio to that of the last one.
+
+    The sides take turns, and the first round is not counted.
+    """
     rates: dict[str, list[float]] = {name: [] for name in sides}
-    seen = config.epochs * (config.images - config.images % config.batch_size)
     for turn in range(config.rounds + 1):
         for name, side in sides.items():
             started = time.perf_counter()
@@ -157,8 +160,11 @@ def images_per_second(sides: dict[str, Callable[[], object]], config: Train) -> 
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             if turn:
-                rates[name].append(seen / (time.perf_counter() - started))
-    return {name: statistics.median(own) for name, own in rates.items()}
+                rates[name].append(images / (time.perf_counter() - started))
+    medians = {name: statistics.median(own) for name, own in rates.items()}
+    *_, last = medians.values()
+    for name, rate in medians.items():
+        print(f"{name:<24}{rate:10,.0f} images/s  {rate / last:6.2f}x")
 
 
 def outside(side: Callable[[], TrainResult], cuda: bool) -> float:

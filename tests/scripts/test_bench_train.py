@@ -14,9 +14,10 @@ def test_both_sides_and_a_whole_training_are_timed(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert shown.startswith(device_name(device))
-    rows = dict(re.findall(r"^(zoo\.finetune|textbook).* images/s +([\d.]+)x$", shown, re.M))
-    assert float(rows["textbook"]) == 1
+    rows = dict(re.findall(r"^(\S+) .* images/s +([\d.]+)x$", shown, re.M))
+    assert float(rows["textbook"]) == float(rows["in"]) == 1
     assert float(rows["zoo.finetune"]) > 0
+    assert float(rows["zoo.evaluate"]) > 0
     assert re.search(r"^2 epochs of 70 images, .* on 20 after each: [\d.]+ s$", shown, re.M)
     share = re.search(r"([\d.]+)% is outside convolution", shown)
     assert share

@@ -27,6 +27,11 @@ Data = Dataset[Any] | DataLoader[Any] | str
 EVALUATED_AT_ONCE, PIXELS_AT_ONCE = 500, 2**22
 """Largest batches in evaluation, in images and in pixels of all of them."""
 
+PIXELS_PER_THREAD, LEAST_PER_THREAD = 2**14, 4
+"""Of a batch in evaluation on a CPU, in pixels and at least images: so many that the activations of
+most networks stay in its cache. Larger ones take up to 2.8 times as long (docs/benchmarks.md).
+"""
+
 
 def found(data: Data, split: str, model: nn.Module) -> Dataset[Any] | DataLoader[Any]:
     """`data` itself, or the `split` of the data set that it names.
@@ -110,7 +115,7 @@ def measured_batches(
     """Batches of `data` in order, of a size that fits most memories; given batches unchanged."""
     if isinstance(data, AnyImages):
         pixels = math.prod(sides(data.image_size))
-        return DeviceLoader(data, batch_size or _at_once(pixels), device=device)
+        return DeviceLoader(data, batch_size or _at_once(pixels, device), device=device)
     if isinstance(data, IterableDataset):
         return DataLoader(data, batch_size or EVALUATED_AT_ONCE, collate_fn=collated)
     if isinstance(data, Dataset):
@@ -138,7 +143,7 @@ def _loader(
     elsewhere = device.type == "cuda" and not first.is_cuda
     return DataLoader(
         data,
-        batch_size or _at_once(first[0].numel()),
+        batch_size or _at_once(first[0].numel(), device),
         shuffle=shuffle,
         num_workers=min(WORKERS, os.cpu_count() or 1) if elsewhere else 0,
         generator=torch.Generator().manual_seed(seed),
@@ -148,6 +153,9 @@ def _loader(
     )
 
 
-def _at_once(pixels: int) -> int:
+def _at_once(pixels: int, device: torch.device) -> int:
     """The batch size of evaluation for images of `pixels` pixels each."""
-    return max(1, min(EVALUATED_AT_ONCE, PIXELS_AT_ONCE // max(1, pixels)))
+    most = max(1, min(EVALUATED_AT_ONCE, PIXELS_AT_ONCE // max(1, pixels)))
+    if device.type != "cpu":
+        return most
+    return min(most, torch.get_num_threads() * max(LEAST_PER_THREAD, PIXELS_PER_THREAD // pixels))
