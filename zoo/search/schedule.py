@@ -30,13 +30,17 @@ Stage = Literal["base", "ledger", "figures", "search", "evidence", "recipe", "ce
 WORTH: dict[Stage, float] = {
     "base": 1.0,
     "search": 0.9,
-    "certificate": 0.85,
-    "evidence": 0.8,
-    "recipe": 0.78,
     "figures": 0.75,
-    "ledger": 0.7,
+    "certificate": 0.45,
+    "evidence": 0.42,
+    "recipe": 0.4,
+    "ledger": 0.35,
 }
-"""The value of each stage, as a share of its network's value."""
+"""The value of each stage, as a share of its network's value.
+
+A profile takes minutes and its evidence takes hours, so that a network of half the value is
+searched before the evidence of the first is measured.
+"""
 
 FIGURES = (
     ("equal", "random", True),
