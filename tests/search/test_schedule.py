@@ -34,7 +34,7 @@ cf = [2, 4]
 [[network]]
 arch = "resnet20"
 size = 32
-value = 1
+value = 0.5
 epochs = 10
 bases = { a = 1 }
 """
