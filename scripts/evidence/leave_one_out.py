@@ -74,7 +74,7 @@ def main(options: Options) -> None:
             say(f"{arch} is left out: training on {', '.join(sorted(set(names) - {arch}))}")
             learn_policy.main(_training(arch, out, options))
         policies.main(_exam(arch, out, options))
-        rows += _read(out / "rows.jsonl")
+        rows += _read(out / policies.ROWS)
     print(table(rows))
 
 

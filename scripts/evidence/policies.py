@@ -34,6 +34,10 @@ from zoo.spec.profile import Evidence
 
 Widths = tuple[int, ...]
 
+ROWS = "rows.jsonl"
+"""The file of the tables' rows in the output folder: the latest of each base network, metric and
+factor. A run leaves the others alone."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -75,8 +79,8 @@ def main(options: Options) -> None:
     if options.sibling_epochs:
         sibling = FromScratch.of(options.sibling_epochs, None, options.lr)
     learned = None if options.learned is None else LearnedPolicy.read(options.learned)
-    rows = options.out / "rows.jsonl"
-    rows.unlink(missing_ok=True)
+    rows = options.out / ROWS
+    done = {_which(line): line for line in rows.read_text().splitlines()} if rows.exists() else {}
     with Ledger(options.out / "evidence.jsonl") as ledger:
         evaluator = Evaluator(ledger)
         for reference in options.exams:
@@ -97,9 +101,16 @@ def main(options: Options) -> None:
                     )
                     print(f"\n**{options.arch}, {cf:g}x {metric}, {found[0].data}**\n")
                     print(table(found, cost), flush=True)
-                    with rows.open("a") as stream:
-                        told = {"metric": metric, "cf": cf, "rows": [encode(row) for row in found]}
-                        stream.write(json.dumps({"arch": options.arch, **told}) + "\n")
+                    told = {"metric": metric, "cf": cf, "rows": [encode(row) for row in found]}
+                    line = json.dumps({"arch": options.arch, **told})
+                    done[_which(line)] = line
+                    rows.write_text("".join(f"{each}\n" for each in done.values()))
+
+
+def _which(line: str) -> tuple[str, float, str]:
+    """The metric, factor and base network that a line of `ROWS` is about."""
+    told = json.loads(line)
+    return told["metric"], told["cf"], told["rows"][0]["network"]
 
 
 def by_learned(

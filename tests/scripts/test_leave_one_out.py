@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import leave_one_out
+import policies
 import pytest
 from learnt import base_networks
 
@@ -59,6 +61,11 @@ def test_what_was_left_out_was_not_trained_on(tasks, tmp_path: Path, capsys) -> 
     leave_one_out.main(options)
     assert measured() == before
     assert capsys.readouterr().out.partition("<!--")[2] == table
+
+    rows = tmp_path / "out" / "cnet" / policies.ROWS
+    whole = rows.read_text()
+    policies.main(replace(leave_one_out._exam("cnet", rows.parent, options), metrics=("params",)))
+    assert rows.read_text() == whole  # those by MACs, too
 
 
 def test_what_cannot_be_left_out_is_an_error(tasks, tmp_path: Path) -> None:
