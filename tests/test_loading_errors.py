@@ -48,6 +48,31 @@ def test_a_factor_that_is_none_is_refused(small: nn.Module, cf) -> None:
         zoo.plan(small, IMAGES, cf=cf)
 
 
+@pytest.mark.parametrize("keep", [["conv1"], "conv1", {1: 0.5}, 0.5])
+def test_pins_that_are_no_dict_by_name_are_refused(small: nn.Module, keep) -> None:
+    with pytest.raises(ZooError, match="a dict from module names to keep ratios is needed"):
+        zoo.load("cnet", 2, "/nowhere/never-read.pt", profile="equal", keep=keep)
+    with pytest.raises(ZooError, match="a dict from module names to keep ratios is needed"):
+        zoo.plan(small, IMAGES, cf=2, keep=keep)
+
+
+def test_what_is_no_path_and_no_network_is_refused_by_name() -> None:
+    with pytest.raises(ZooError, match="folder's path, not 3"):
+        zoo.load_pruned(3)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="got None"):
+        zoo.load_data(None)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="and 3"):
+        zoo.load_data("cifar10", 3)  # type: ignore[arg-type]
+    with pytest.raises(ZooError, match=r"not str: zoo\.load_pruned reads a folder"):
+        zoo.evaluate("pruned", zoo.load_data("digits", size=8).val)  # type: ignore[arg-type]
+
+
+def test_a_data_set_prints_in_one_line() -> None:
+    shown = repr(zoo.load_data("digits", size=8))
+    assert len(shown) < 400
+    assert "10 classes" in shown
+
+
 def test_a_factor_out_of_reach_names_the_range(small: nn.Module) -> None:
     for policy in ("equal", "greedy"):
         with pytest.raises(FactorError, match=r"factor of 1e\+09 cannot .*reaches 1 to \d+"):
@@ -88,7 +113,7 @@ def test_a_mistake_is_named_before_the_weights_are_read(options: dict, message: 
 
 
 def test_prune_has_no_searched_profile_and_says_what_it_has(small: nn.Module) -> None:
-    with pytest.raises(ZooError, match=r"Unknown profile 'searched'\..*equal.*bundled:"):
+    with pytest.raises(ZooError, match=r"'searched' is the profile of an architecture.*bundled:"):
         zoo.prune(small, IMAGES, cf=4, profile="searched")
     with pytest.raises(FactorError, match="needs a compression factor"):
         zoo.prune(small, IMAGES)

@@ -7,6 +7,7 @@ in `zoo.commands`.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given[0] == "--version":
         print(f"zoo {zoo.__version__}")
         return 0
+    own, warnings.formatwarning = warnings.formatwarning, _plain_warning
     try:
         if given[0] not in COMMANDS and not given[0].startswith("-"):
             raise unknown("command", given[0], COMMANDS)
@@ -88,6 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)
         return INTERRUPTED
+    finally:
+        warnings.formatwarning = own
+
+
+def _plain_warning(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as one line, without the line of code that gave it."""
+    return f"zoo: warning: {printable(as_flags(' '.join(str(message).split())))}\n"
 
 
 def _flags(name: str, given: Sequence[str]) -> Any:

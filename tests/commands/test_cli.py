@@ -126,6 +126,31 @@ def test_prune_writes_what_load_makes(base, pruned, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_missed_factor_is_said_with_what_helps(base, tmp_path, capsys):
+    for cf, flags, told in (
+        ("4", [], "--refit scales them"),
+        ("3", ["--profile", "equal", "--align", "16"], "--align, --floor and --keep allow"),
+        ("2", ["--refit"], None),
+    ):
+        asked = ["prune", "cnet", "--cf", cf, "--weights", str(base), *flags]
+        assert main([*asked, "--out", str(tmp_path / cf)]) == 0
+        shown = capsys.readouterr().out.splitlines()
+        lines = [line for line in shown if line.startswith(f"not {cf}x: ")]
+        if told is None:
+            assert not lines
+        else:
+            assert told in lines[0]
+
+
+def test_a_relative_checkpoint_teaches_from_any_folder(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base.parent)
+    out = tmp_path / "out"
+    assert main(["prune", "cnet", "--cf", "2", "--weights", base.name, "--out", str(out)]) == 0
+    monkeypatch.chdir(tmp_path)
+    data = ["--data", "digits", "--epochs", "1"]
+    assert main(["finetune", str(out), *data, "--teacher", "source"]) == 0
+
+
 def test_show_says_how_the_learned_policy_was_trained(tmp_path, capsys):
     assert main(["show", "learned"]) == 0
     out = capsys.readouterr().out
@@ -321,4 +346,4 @@ def test_the_installed_command_runs():
     command = [str(Path(sys.executable).parent / "zoo"), "show", "resnet20-16"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("zoo: error: Which factor")
+    assert done.stderr.startswith("zoo: error: Which profile of resnet20-16? Add --cf")

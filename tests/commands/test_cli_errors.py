@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,11 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
         (["show", "bundled:resnet20-16/params-cf5"], "Unknown profile"),
         (["show", "resnet20-16", "--cf", "5"], "--profile best"),
         (["show", "file:/nowhere/p.json"], "does not exist"),
+        (["show", "nosuch"], "Unknown architecture 'nosuch'"),
+        (["show", "torchvision:resnet18"], "has no searched profile"),
+        (["show", "torchvision:resnet50", "--cf", "2"], "Published by others: published:"),
+        (["prune", "cnet", "--weights", "/no.pt", "--profile", "learned:", "--cf", "2", "--out",
+          "OUT"], "names no folder"),
         (["list", "--arch", "resnet"], "Unknown architecture"),
         (["train", "--arch", "resnet20_16", *TINY, "--out", "OUT"], "Did you mean 'resnet20-16'?"),
         (["train", "--arch", "cnet", "--data", "digts", "--out", "OUT"], "Did you mean 'digits'?"),
@@ -52,6 +59,19 @@ def test_a_users_error_is_one_clear_line_and_exit_code_two(arguments, message, t
     assert message in captured.err
     assert "Traceback" not in captured.out + captured.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_warning_is_one_line_without_code(base, tmp_path):
+    asked = ["--cf", "8", "--weights", str(base), "--profile", "learned"]
+    command = [sys.executable, "-m", "zoo", "prune", "cnet", *asked, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    told = "zoo: warning: The learned policy was trained for factors of 2 to 6; 8 is outside.\n"
+    assert done.stderr == told
+
+
+def test_images_of_other_classes_are_not_measured(base, capsys):
+    assert main(["evaluate", str(base), "--data", "digits[:5]"]) == 2
+    assert "has 5 classes, the network 10 outputs" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["list", "--metric", "parms"], ["prune"], ["--nonsense"]])

@@ -126,7 +126,8 @@ def test_one_line_says_what_was_taken_and_what_else_there_is(
         (line,) = [own for own in capsys.readouterr().out.splitlines() if own.startswith("best")]
         assert f"best took {name}" in line
         assert WITH_DATA["params"][0] in line
-    assert "measured on 2 networks" in reason("bundled:resnet20-16/params-cf4", "params")
+    told = reason("bundled:resnet20-16/params-cf4", "params", 4)
+    assert "measured on 2 networks of resnet20-16 that it did not see" in told
     assert main([*asked, "--profile", "equal", "--out", str(tmp_path / "equal")]) == 0
     assert "best" not in capsys.readouterr().out
 
@@ -146,4 +147,13 @@ def test_every_policy_that_it_names_exists() -> None:
         for data in (True, False):
             for name in best_policies(metric, 4, data=data):
                 assert name in (*POLICIES, *RANKINGS, LEARNED)
-                assert reason(name, metric).count("\n") == 0
+                assert reason(name, metric, 4).count("\n") == 0
+
+
+@pytest.mark.parametrize("cf", [1.5, 8])
+def test_outside_its_factors_learned_is_not_advised_and_the_line_says_why(cf: float) -> None:
+    first, *_ = best_policies("macs", cf, data=True)
+    assert first == "global"
+    assert "with data, 'global' looks" in reason("global-bn", "macs", cf)
+    assert "'learned' was trained for 2x to 6x alone" in reason(first, "macs", cf)
+    assert "trained for" not in reason("equal", "macs", cf)

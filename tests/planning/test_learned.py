@@ -162,6 +162,9 @@ def test_what_is_no_policy_of_this_version_is_refused(tmp_path: Path) -> None:
     policy_of(known={"macs": "global-best"}).write(tmp_path)
     with pytest.raises(DocumentError, match="'global-best'"):
         learned_policy(f"learned:{tmp_path}")
+    policy_of(factors=()).write(tmp_path)
+    with pytest.raises(DocumentError, match="names no factor"):
+        learned_policy(f"learned:{tmp_path}")
     policy_of().write(tmp_path)
     document = json.loads((tmp_path / "policy.json").read_text())
     (tmp_path / "policy.json").write_text(json.dumps({**document, "schema_version": 7}))
@@ -234,14 +237,14 @@ def test_any_network_is_pruned_by_it_and_left_as_it_was(
         )  # fmt: skip
         plan = pruned.pruning.plan
         assert plan.got == pytest.approx(2, rel=0.07)  # sixteen channels have coarse steps
-        assert plan.profile == f"learned:{tmp_path}"
+        assert plan.profile == f"learned:{tmp_path}{'' if data else ', no data'}"
     assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_what_it_was_not_trained_for_is_said_and_solved() -> None:
     policy = policy_of()
     model = cost_model(groups_of("torchvision:vgg16_bn"))
-    with pytest.warns(UserWarning, match="trained for factors of 2 to 6; 8 is beyond"):
+    with pytest.warns(UserWarning, match="trained for factors of 2 to 6; 8 is outside"):
         found = play(policy, Decisions(groups_of("torchvision:vgg16_bn"), model, 8.0))
     assert found.got == pytest.approx(8, rel=0.01)
     macs_alone = policy_of(metrics=("macs",))
@@ -266,4 +269,7 @@ def test_without_a_bundled_policy_the_folder_has_to_be_named(
     with pytest.raises(ZooError, match="as learned:FOLDER"):
         zoo.prune(Two(), torch.zeros(1, 3, 8, 8), cf=2, profile="learned")
     policy_of().write(tmp_path / "policy")
-    assert zoo.plan(Two(), torch.zeros(1, 3, 8, 8), cf=2, profile="learned").profile == "learned"
+    plan = zoo.plan(Two(), torch.zeros(1, 3, 8, 8), cf=2, profile="learned")
+    assert plan.profile == "learned, no data"
+    with pytest.raises(ZooError, match="names no folder: write learned:FOLDER"):
+        zoo.plan(Two(), torch.zeros(1, 3, 8, 8), cf=2, profile="learned:")

@@ -197,7 +197,7 @@ def prune(command: PruneCommand) -> None:
     record: Any = model.pruning
     print(pruning_summary(record))
     if command.profile == BEST:
-        print(reason(record.plan.profile, record.plan.metric))
+        print(reason(record.plan.profile, record.plan.metric, record.plan.asked))
     print(f"Wrote {command.out}")
 
 

@@ -13,6 +13,9 @@ from zoo.commands.shared import Metric, printable
 from zoo.errors import ZooError
 from zoo.registry.hub import HubReference, download, files_of
 
+LIBRARIES = ("torchvision", "timm")
+"""Prefixes of architectures; any other is a source of profiles."""
+
 __all__ = ["ListCommand", "ShowCommand", "list_profiles", "show"]
 
 
@@ -81,20 +84,24 @@ def show(command: ShowCommand) -> None:
     from zoo.commands.rendering import print_profile
     from zoo.registry.store import find_profile, is_registry
 
-    arch = None
-    if command.cf is not None:
-        arch = command.profile
+    what, arch = command.profile, None
+    source, colon, _ = what.partition(":")
+    if source == "learned":
+        _show_learned(what)
+        return
+    if is_registry(what) or Path(what).is_dir():
+        _show_repository(what)
+        return
+    if colon and source not in LIBRARIES:
+        reference, profile = what, zoo.get_profile(what)
+    elif command.cf is not None:
+        arch = what
         reference, profile = find_profile(arch, command.cf, command.metric)
-    elif command.profile.partition(":")[0] == "learned":
-        _show_learned(command.profile)
-        return
-    elif is_registry(command.profile) or Path(command.profile).is_dir():
-        _show_repository(command.profile)
-        return
-    elif ":" in command.profile:
-        reference, profile = command.profile, zoo.get_profile(command.profile)
     else:
-        raise ZooError(f"Which factor of {command.profile!r}? Add --cf, or give a reference.")
+        own = [f"{entry.cf:g}x {entry.metric}" for entry in zoo.list_profiles(arch=what)]
+        if not own:
+            raise ZooError(f"{what} has no searched profile; a policy prunes it by any factor.")
+        raise ZooError(f"Which profile of {what}? Add --cf and --metric: it has {', '.join(own)}.")
     print_profile(reference, profile, arch)
 
 

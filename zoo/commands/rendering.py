@@ -35,6 +35,9 @@ __all__ = [
 BAR = 32
 """characters of the bar of keep ratio 1"""
 
+NEAR = 0.01
+"""Factors within this of the one asked for need no word."""
+
 
 def print_profiles(entries: Sequence[ProfileEntry], arch: str | None = None) -> None:
     """Print one line per profile: its reference, and the factors asked for and met.
@@ -142,6 +145,10 @@ def pruning_summary(record: PruningRecord) -> str:
         f"{record.num_classes} classes, {plan.input_size}",
         *(f"{name}: {old:,} -> {new:,} ({old / new:.2f}x)" for name, old, new in costs),
     ]
+    if abs(plan.got / plan.asked - 1) > NEAR:
+        verbatim = "the profile's counts are for its reference, --refit scales them to this network"
+        limits = "whole channels, --align, --floor and --keep allow no nearer factor"
+        lines.append(f"not {plan.asked:g}x: {verbatim if ':' in plan.profile else limits}")
     if record.new_classifier:
         lines.append(
             f"the classifier is new, because the source has none for these {record.num_classes} "

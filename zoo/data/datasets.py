@@ -294,6 +294,10 @@ def load_data(name: str, root: str | Path | None = None, *, size: Size = 32) -> 
         DataError: for an unknown name, missing or unreadable files, pictures whose value range is
             unknown, or a slice of fewer than two classes.
     """
+    if not isinstance(name, str) or not isinstance(root, str | Path | None):
+        raise DataError(
+            f"A data set is named by a string, its folder by a path; got {name!r} and {root!r}."
+        )
     size = checked_size("size", size)
     chosen = _CLASSES.search(name)
     if chosen:

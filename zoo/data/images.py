@@ -64,6 +64,10 @@ class _Images(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.labels)
 
+    def __repr__(self) -> str:
+        count, classes = f"{len(self):,} images", f"{len(self.classes)} classes"
+        return f"{type(self).__name__}({self.name!r}, {count}, {classes})"
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.normalise(self.gather(torch.tensor([index])))[0], int(self.labels[index])
 
@@ -97,7 +101,7 @@ def _zoomed(images: Tensor, boxes: Tensor) -> Tensor:
     return pixels.round().to(torch.uint8)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageSet(_Images):
     """Images in memory, all of one size.
 
@@ -134,7 +138,7 @@ class ImageSet(_Images):
         return state.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageFiles(_Images):
     """Image files too many to hold in memory, decoded one by one.
 

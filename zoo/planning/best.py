@@ -57,17 +57,21 @@ def best_policies(metric: str, cf: float, *, data: bool) -> tuple[str, ...]:
     return found
 
 
-def reason(name: str, metric: str) -> str:
+def reason(name: str, metric: str, cf: float) -> str:
     """One line: what `best` took, with what evidence, and what else there is.
 
     Args:
         name: of the profile or policy that was taken.
         metric: what the factor counts.
+        cf: the factor.
     """
-    better = f"with data, {WITH_DATA[metric][0]!r} looks at the channels of these weights instead"
+    first, *_ = best_policies(metric, cf, data=True)
+    better = f"with data, {first!r} looks at the channels of these weights instead"
     if ":" in name:
-        exams = len({row.exam for row in get_profile(name).evidence})
-        evidence = f"measured on {exams} networks that it did not see" if exams else "not measured"
+        profile = get_profile(name)
+        exams = len({row.exam for row in profile.evidence})
+        networks = f"{exams} network{'s' if exams > 1 else ''} of {profile.architecture}"
+        evidence = f"measured on {networks} that it did not see" if exams else "not measured"
         return f"best took {name}: found by a search on other data, {evidence}; {better}."
     if name == LEARNED:
         seen = ", ".join(learned_policy().training.architectures)
@@ -75,5 +79,12 @@ def reason(name: str, metric: str) -> str:
             f"best took {name!r}, trained by reinforcement learning on {seen} (docs/evidence.md)."
         )
     if name in WITH_DATA[metric]:
-        return f"best took {name!r}, which ranks the channels of these weights (docs/evidence.md)."
+        outside = ""
+        if LEARNED in WITH_DATA[metric] and first != LEARNED:
+            factors = learned_policy().training.factors
+            outside = f"; {LEARNED!r} was trained for {min(factors):g}x to {max(factors):g}x alone"
+        return (
+            f"best took {name!r}, which ranks the channels of these weights "
+            f"(docs/evidence.md){outside}."
+        )
     return f"best took {name!r}: nothing was searched for this network and factor; {better}."

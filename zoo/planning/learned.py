@@ -95,8 +95,12 @@ class LearnedPolicy:
         """
         document, weights = (Path(folder) / f"policy.{end}" for end in ("json", "safetensors"))
         if not document.is_file() or not weights.is_file():
-            raise ZooError(f"No learned policy in {folder}: policy.json and policy.safetensors.")
+            raise ZooError(
+                f"No learned policy in {folder}: it would hold policy.json and policy.safetensors."
+            )
         training = decode_document(Training, read_json(document), str(document))
+        if not training.factors:
+            raise DocumentError(f"{document}: it names no factor that the policy was trained for.")
         if training.features != FEATURES:
             raise DocumentError(
                 f"{document}: this policy observes other features than this version's; train again."
@@ -126,7 +130,9 @@ def learned_policy(name: str = LEARNED) -> LearnedPolicy:
         ZooError: when there is none.
         DocumentError: for one of another version, or a broken one.
     """
-    _, _, folder = name.partition(":")
+    _, colon, folder = name.partition(":")
+    if colon and not folder:
+        raise ZooError(f"{name!r} names no folder: write {LEARNED}:FOLDER, or {LEARNED}.")
     if not folder and not bundled_folder().is_dir():
         raise ZooError("No learned policy is bundled: name the folder of yours as learned:FOLDER.")
     return LearnedPolicy.read(Path(folder).expanduser() if folder else bundled_folder())
@@ -146,7 +152,7 @@ def play(policy: LearnedPolicy, decisions: Decisions) -> Solution:
     if not min(factors) <= decisions.cf <= max(factors):
         warnings.warn(
             f"The learned policy was trained for factors of {min(factors):g} to "
-            f"{max(factors):g}; {decisions.cf:g} is beyond them.",
+            f"{max(factors):g}; {decisions.cf:g} is outside.",
             stacklevel=2,
         )
     if decisions.metric not in policy.training.metrics:

@@ -83,6 +83,10 @@ def request(
         raise unknown("metric", metric, METRICS)
     if criterion not in CRITERIA:
         raise unknown("criterion", criterion, CRITERIA)
+    if not isinstance(keep, Mapping | None) or not all(
+        isinstance(name, str) for name in keep or ()
+    ):
+        raise ZooError(f"keep={keep!r}: a dict from module names to keep ratios is needed.")
     seed, align = integer("seed", seed), None if align is None else integer("align", align, 1)
     if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 <= floor <= 1:
         raise ZooError(f"floor={floor!r}: the least keep ratio of a group must be in [0, 1].")
@@ -145,6 +149,11 @@ def _resolved(
         if cf is None:
             raise FactorError(f"{profile!r} has several profiles: pass cf=.")
         name, found = find_profile(arch, cf, metric, profile)
+    elif profile == "searched":
+        raise ZooError(
+            "'searched' is the profile of an architecture, which zoo.load is given; for a live "
+            "network give the profile's reference, such as 'bundled:resnet20-16/params-cf4'."
+        )
     elif ":" in profile or "/" in profile or profile.endswith(".json"):
         name = pinned(profile)
         found = get_profile(name)
@@ -224,10 +233,12 @@ def planned(
     except FactorError as error:
         bound = " keep= or floor= bound the widths." if request.keep or request.floor else ""
         raise FactorError(f"{error}{bound}{_stays_whole(groups.unprunable)}") from None
+    if request.profile is None and request.name.partition(":")[0] == LEARNED and data is None:
+        request = replace(request, name=f"{request.name}, no data")
     plan = plan_of(request, groups, widths, scores_by(request.criterion), latency)
     log = logging.getLogger("zoo")
     if request.best and log.isEnabledFor(logging.INFO):
-        log.info(reason(plan.profile, plan.metric))
+        log.info(reason(plan.profile, plan.metric, plan.asked))
     return plan
 
 

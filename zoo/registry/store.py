@@ -144,15 +144,18 @@ def find_profile(
     found = searched_profile(arch, cf, metric, source)
     if found is not None:
         return found
-    own = [f"{e.cf:g}x {e.metric}" for e in list_profiles(arch=arch, source=source)]
+    entries = list_profiles(arch=arch, source=source)
+    own = [f"{e.cf:g}x {e.metric}" for e in entries]
     listing = f"it has {', '.join(own)}" if own else f"{arch} has none"
     if source != "bundled":
         raise FactorError(f"{source} has no profile of {arch} at {cf:g}x {metric}: {listing}.")
     published = [entry.reference for entry in list_profiles(arch=arch, source="published")]
-    others = f" Others published {', '.join(published)}." if published else ""
+    others = f" Published by others: {', '.join(published)}." if published else ""
+    near = [entry.reference for entry in entries if entry.metric == metric]
+    rescaled = f", {near[0]!r} with refit=True too" if near else ""
     raise FactorError(
         f"No searched profile of {arch} at {cf:g}x {metric}: {listing}.{others} "
-        f"profile='best' (or a policy, such as 'equal') works at any factor."
+        f"profile='best' (or a policy, such as 'equal') works at any factor{rescaled}."
     )
 
 

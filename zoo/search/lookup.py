@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from operator import gt
 from pathlib import Path
 from statistics import fmean
@@ -77,11 +78,13 @@ def ledger_lookup(
 ) -> list[EvaluatedProfile]:
     """The evaluated profiles of an architecture that are nearest to a profile, nearest first.
 
+    A profile that was measured on several networks or in several ways comes once for each.
+
     Args:
         architecture: a name of the registry.
         profile: a `Profile`, the reference of one, or keep ratios: per channel group by name, or
             in the order of the groups.
-        nearest: how many.
+        nearest: how many distinct profiles.
         network: the first digits of a base network's sha256; by default any.
         fidelity: how its name begins, such as `recalibration` or `fine-tune`; by default any.
         ledger: a file of evaluations; by default that of the registry.
@@ -95,8 +98,14 @@ def ledger_lookup(
     wanted = _ratios(profile, reference_groups(architecture))
     ratios = np.array([tuple(each.keep_ratios.values()) for each in found])
     distances = np.sqrt(((ratios - wanted) ** 2).mean(axis=1))
-    order = np.argsort(distances, kind="stable")[:nearest]
-    return [replace(found[at], distance=float(distances[at])) for at in order]
+    order = np.argsort(distances, kind="stable").tolist()
+    distinct = dict.fromkeys(tuple(found[at].kept.values()) for at in order)
+    chosen = set(islice(distinct, nearest))
+    return [
+        replace(found[at], distance=float(distances[at]))
+        for at in order
+        if tuple(found[at].kept.values()) in chosen
+    ]
 
 
 def evaluated_profiles(

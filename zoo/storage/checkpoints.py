@@ -147,7 +147,8 @@ def _locate(weights: str | Path) -> tuple[Path, str]:
     if str(weights).startswith("bundled:"):
         return weights_path(str(weights)), str(weights)
     if not str(weights).startswith("hf:"):
-        return Path(weights).expanduser(), str(weights)
+        path = Path(weights).expanduser().absolute()  # a teacher is found from any folder
+        return path, str(path)
     reference = hub.HubReference.parse(str(weights))
     if reference.path is None:
         files, reference = hub.files_of(reference)

@@ -129,7 +129,7 @@ class Engine:
                 self._logits = first_logits(self.model, images[:1])
             if own:
                 check_labels(self.batches.labels, self._logits)
-                _check_classes(self.batches.data, self._logits)
+                check_classes(self.batches.data, self._logits)
         if not own:
             check_labels(labels, self._logits)
         return images, labels.to(self.accelerator.device, torch.long, non_blocking=True)
@@ -286,7 +286,8 @@ def _is_frozen_norm(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) and bool(own) and not any(p.requires_grad for p in own)
 
 
-def _check_classes(data: AnyImages, logits: Tensor) -> None:
+def check_classes(data: AnyImages, logits: Tensor) -> None:
+    """Refuse images of more or fewer classes than the network has outputs."""
     if len(data.classes) != logits.shape[1]:
         raise DataError(
             f"{data.name} has {len(data.classes)} classes, the network {logits.shape[1]} outputs."

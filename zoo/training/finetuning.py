@@ -19,10 +19,11 @@ from torch.nn import functional
 from zoo.common.seeding import seeded
 from zoo.common.strides import laid_out
 from zoo.data.batches import check_labels, checked_batch
+from zoo.data.datasets import AnyImages
 from zoo.errors import DataError, DivergenceError, ZooError, integer
 from zoo.surgery.surgery import evaluating
 from zoo.training.accelerators import make_accelerator, separate_state
-from zoo.training.engine import Engine, first_logits, runs_channels_last
+from zoo.training.engine import Engine, check_classes, first_logits, runs_channels_last
 from zoo.training.loaders import Data, found, measured_batches, training_batches
 from zoo.training.recipes import Recipe, read_recipe
 from zoo.training.reporting import check_trackers, progress_bar, tracking
@@ -260,6 +261,10 @@ def evaluate(
         DataError: when the data is empty, is not of float images and integer labels, or a label
             does not fit the network's outputs.
     """
+    if not isinstance(model, nn.Module):
+        raise ZooError(
+            f"A network is measured, not {type(model).__name__}: zoo.load_pruned reads a folder."
+        )
     parameter = next(model.parameters(), None)
     device = parameter.device if parameter is not None else torch.device("cpu")
     if isinstance(data, str):
@@ -278,6 +283,8 @@ def evaluate(
                 images = images.contiguous()
             labels = labels.to(device, torch.long, non_blocking=True)
             output = model(images) if count else first_logits(model, images)
+            if count == 0 and isinstance(data, AnyImages):
+                check_classes(data, output)
             check_labels(labels, output)
             logits = output.float()
             loss += functional.cross_entropy(logits, labels, reduction="sum")
