@@ -107,6 +107,32 @@ def test_it_computes_what_the_module_does_and_shares_its_tensors() -> None:
     assert {id(p) for p in program.parameters()} == own
 
 
+@pytest.mark.parametrize(
+    ("layer", "images"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=8), IMAGES),  # depthwise: as many groups as channels are kept
+        (nn.Conv2d(8, 16, 3, groups=8, padding="same"), IMAGES),
+        (nn.Conv2d(8, 12, 1, groups=2), IMAGES),  # two groups, which become narrower
+        (nn.Conv1d(8, 8, 3, groups=8), torch.rand(2, 3, 16)),
+    ],
+)
+def test_grouped_convolutions_follow_the_widths(layer: nn.Module, images: Tensor) -> None:
+    first = nn.Conv1d(3, 8, 1) if images.ndim == 3 else nn.Conv2d(3, 8, 1)
+    module = randomised(
+        Net(
+            lambda n, x: n.head(F.relu(n.b(F.relu(n.a(x)))).flatten(2).mean(2)),
+            a=first, b=layer, head=nn.Linear(layer.out_channels, 4),
+        )
+    )  # fmt: skip
+    plain, program = (
+        zoo.prune(module, double(images), cf=1.3, profile="equal", rewrite=rewrite)
+        for rewrite in (False, True)
+    )
+    assert plain.pruning.plan.widths == program.pruning.plan.widths
+    assert plain.pruning.plan.widths["a"] < 8
+    torch.testing.assert_close(program(double(images)), plain(double(images)))
+
+
 def test_it_trains_with_batch_norm_and_dropout_as_they_do() -> None:
     run = lambda n, x: n.head(n.d(body(n, x).view(-1, 512)))  # noqa: E731
     module = constant(run, d=nn.Dropout(0.5), **FLAT)()

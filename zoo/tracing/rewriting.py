@@ -23,6 +23,9 @@ __all__ = ["SizedOperator", "rewritten"]
 SWITCHES = ("training", "train")
 """The names of operators' arguments that switch to training mode."""
 
+CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
+"""Operators whose groups follow the width of their input; those of transposed ones stay."""
+
 
 def rewritten(module: nn.Module, inputs: Inputs) -> nn.Module:
     """The traced program of `module` as a module, for any batch size; no tensor is copied.
@@ -75,8 +78,15 @@ def _operator(node: fx.Node) -> nn.Module | None:
         return SizedOperator(node.target, node.args, node.kwargs)
     schema = getattr(node.target, "_schema", None)
     for index, argument in enumerate(schema.arguments if schema else ()):
-        if argument.name in SWITCHES and index < len(node.args) and node.args[index] is False:
+        given = node.args[index] if index < len(node.args) else None
+        if argument.name in SWITCHES and given is False:
             return SwitchedOperator(node.target, node.args, node.kwargs, index)
+        if (
+            operator_name(node) in CONVOLUTIONS
+            and argument.name == "groups"
+            and given not in (None, 1)
+        ):
+            return GroupedOperator(node.target, node.args, node.kwargs, index)
     return None
 
 
@@ -112,6 +122,23 @@ class SwitchedOperator(nn.Module):
         args, kwargs = _filled(self._arguments, iter(given), [])
         args = (*args[: self._index], self.training, *args[self._index + 1 :])
         return self.target(*args, **kwargs)
+
+
+class GroupedOperator(nn.Module):
+    """A grouped convolution that counts its groups: input channels by those of a filter."""
+
+    def __init__(
+        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
+    ) -> None:
+        super().__init__()
+        self.target = target
+        self._arguments, self._index = _template((args, kwargs), None), index
+
+    def forward(self, *given: Any) -> Any:
+        images, weight, *_ = given
+        args, kwargs = _filled(self._arguments, iter(given), [])
+        groups = images.shape[1] // weight.shape[1]
+        return self.target(*args[: self._index], groups, *args[self._index + 1 :], **kwargs)
 
 
 # --- arguments with gaps --------------------------------------------------------------------------
