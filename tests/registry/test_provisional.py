@@ -130,6 +130,10 @@ def test_a_wider_network_takes_the_keep_ratios_of_a_narrow_one_at_its_own_factor
     main(["list", "--arch", "resnet20-64"])
     told = "Provisional for resnet20-64, whose layers differ in width or shortcut"
     assert told in capsys.readouterr().out
+    main(["show", "resnet20-64", "--cf", "4", "--metric", metric])
+    shown = capsys.readouterr().out
+    assert told in shown
+    assert f"{round(512 * narrow.keep_ratios['layer3.0.conv1'])}/512" in shown
 
 
 def test_a_projected_shortcut_takes_what_the_padded_one_keeps_of_every_layer():

@@ -97,6 +97,10 @@ def show(command: ShowCommand) -> None:
     elif command.cf is not None:
         arch = what
         reference, profile = find_profile(arch, command.cf, command.metric)
+        if arch != profile.architecture:
+            from zoo.planning.borrowed import borrowed  # imports torch
+
+            profile = borrowed(profile, arch) or profile
     else:
         own = [f"{entry.cf:g}x {entry.metric}" for entry in zoo.list_profiles(arch=what)]
         if not own:
