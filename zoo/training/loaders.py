@@ -29,7 +29,7 @@ EVALUATED_AT_ONCE, PIXELS_AT_ONCE = 500, 2**22
 
 PIXELS_PER_THREAD, LEAST_PER_THREAD = 2**14, 4
 """Of a batch in evaluation on a CPU, in pixels and at least images: so many that the activations of
-most networks stay in its cache. Larger ones take up to 2.8 times as long (docs/benchmarks.md).
+most networks stay in its cache. Larger ones are slower (docs/benchmarks.md).
 """
 
 
