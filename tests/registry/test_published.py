@@ -161,7 +161,7 @@ def test_what_others_published_is_found_by_the_architecture_with_or_without_a_ta
     for arch in ("timm:efficientnet_b1", "timm:efficientnet_b1.ft_in1k"):
         (entry,) = zoo.list_profiles(arch=arch, source="published")
         assert entry.reference == "published:efficientnet_b1_pruned"
-        with pytest.raises(FactorError, match=f"published {entry.reference}"):
+        with pytest.raises(FactorError, match=f"Published by others: {entry.reference}"):
             find_profile(arch, 4)
     with pytest.raises(ZooError, match="Unknown published profile"):
         zoo.get_profile("published:")
