@@ -308,9 +308,7 @@ def load_pruned(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.
         record, pinned = hub.download(hub.HubReference.parse(folder).alone().file(RECORD))
         hub.download(pinned.file(MODEL))
         return read_model(record.parent, skeleton=skeleton)
-    if not isinstance(folder, str | Path):
-        raise ZooError(f"A pruned network is read from a folder's path, not {folder!r}.")
-    return read_model(Path(folder).expanduser(), skeleton=skeleton)
+    return read_model(folder, skeleton=skeleton)
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,8 @@ def best_policies(metric: str, cf: float, *, data: bool) -> tuple[str, ...]:
         data: whether there are labelled images to score channels with.
     """
     found = (*(WITH_DATA[metric] if data else ()), *WITHOUT_DATA[metric])
-    if LEARNED in found:
-        factors = learned_policy().training.factors
-        if not min(factors) <= cf <= max(factors):
-            return tuple(name for name in found if name != LEARNED)
+    if LEARNED in found and not learned_policy().training.covers(cf):
+        return tuple(name for name in found if name != LEARNED)
     return found
 
 

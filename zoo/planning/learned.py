@@ -59,6 +59,10 @@ class Training:
     fidelity: str
     command: str
 
+    def covers(self, cf: float) -> bool:
+        """Whether a factor is in the range of those that it was trained for."""
+        return min(self.factors) <= cf <= max(self.factors)
+
 
 @dataclass(frozen=True)
 class LearnedPolicy:
@@ -149,7 +153,7 @@ def play(policy: LearnedPolicy, decisions: Decisions) -> Solution:
     A factor that no training saw is decided on all the same, with a warning.
     """
     factors = policy.training.factors
-    if not min(factors) <= decisions.cf <= max(factors):
+    if not policy.training.covers(decisions.cf):
         warnings.warn(
             f"The learned policy was trained for factors of {min(factors):g} to "
             f"{max(factors):g}; {decisions.cf:g} is outside.",

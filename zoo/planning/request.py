@@ -55,6 +55,11 @@ class Request:
     refit: bool
     best: bool = False
 
+    @property
+    def learned(self) -> bool:
+        """Whether it asks for a learned policy, bundled or not."""
+        return self.profile is None and self.name.partition(":")[0] == LEARNED
+
 
 def request(
     profile: str | Profile,
@@ -204,7 +209,7 @@ def planned(
     if request.name == BEST:
         return _best(module, groups, request, data, clock)
     ranking = RANKINGS.get(request.name) if request.profile is None else None
-    if request.name.partition(":")[0] == LEARNED and data is not None:
+    if request.learned and data is not None:
         ranking = learned_policy(request.name).ranking(request.metric)
     if ranking is not None and CRITERIA[ranking.criterion].needs_data and data is None:
         raise ZooError(
@@ -233,7 +238,7 @@ def planned(
     except FactorError as error:
         bound = " keep= or floor= bound the widths." if request.keep or request.floor else ""
         raise FactorError(f"{error}{bound}{_stays_whole(groups.unprunable)}") from None
-    if request.profile is None and request.name.partition(":")[0] == LEARNED and data is None:
+    if request.learned and data is None:
         request = replace(request, name=f"{request.name}, no data")
     plan = plan_of(request, groups, widths, scores_by(request.criterion), latency)
     log = logging.getLogger("zoo")
@@ -280,7 +285,7 @@ def _widths(
         ranking = RANKINGS[request.name]
         scores = scores_by(ranking.criterion)
         solved = ranking_solution(ranking, scores, model, request.cf, request.metric, limits)
-    elif profile is None and request.name.partition(":")[0] == LEARNED:
+    elif request.learned:
         policy = learned_policy(request.name)
         ranking = policy.ranking(request.metric)
         decisions = Decisions(

@@ -253,7 +253,9 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
         CheckpointError: if a file is missing or damaged, or the tensors do not fit the record.
         DocumentError: if pruning.json has an unknown key or another schema version.
     """
-    folder = Path(folder)
+    if not isinstance(folder, str | Path):
+        raise CheckpointError(f"A pruned network is read from a folder's path, not {folder!r}.")
+    folder = Path(folder).expanduser()
     for name in (RECORD, MODEL):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} holds no pruned model: {name} is missing.")

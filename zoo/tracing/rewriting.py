@@ -108,8 +108,8 @@ class SizedOperator(nn.Module):
         return self.target(*args, **kwargs)
 
 
-class SwitchedOperator(nn.Module):
-    """An operator whose training argument follows the mode of this module."""
+class _AdaptedOperator(nn.Module):
+    """An operator one of whose arguments is computed at every call."""
 
     def __init__(
         self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
@@ -118,27 +118,28 @@ class SwitchedOperator(nn.Module):
         self.target = target
         self._arguments, self._index = _template((args, kwargs), None), index
 
+    def argument(self, *given: Any) -> Any:
+        """The argument, from the values of the program that the operator is given."""
+        raise NotImplementedError
+
     def forward(self, *given: Any) -> Any:
         args, kwargs = _filled(self._arguments, iter(given), [])
-        args = (*args[: self._index], self.training, *args[self._index + 1 :])
+        args = (*args[: self._index], self.argument(*given), *args[self._index + 1 :])
         return self.target(*args, **kwargs)
 
 
-class GroupedOperator(nn.Module):
+class SwitchedOperator(_AdaptedOperator):
+    """An operator whose training argument follows the mode of this module."""
+
+    def argument(self, *_: Any) -> bool:
+        return self.training
+
+
+class GroupedOperator(_AdaptedOperator):
     """A grouped convolution that counts its groups: input channels by those of a filter."""
 
-    def __init__(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int
-    ) -> None:
-        super().__init__()
-        self.target = target
-        self._arguments, self._index = _template((args, kwargs), None), index
-
-    def forward(self, *given: Any) -> Any:
-        images, weight, *_ = given
-        args, kwargs = _filled(self._arguments, iter(given), [])
-        groups = images.shape[1] // weight.shape[1]
-        return self.target(*args[: self._index], groups, *args[self._index + 1 :], **kwargs)
+    def argument(self, images: Tensor, weight: Tensor, *_: Any) -> int:
+        return images.shape[1] // weight.shape[1]
 
 
 # --- arguments with gaps --------------------------------------------------------------------------
