@@ -50,8 +50,9 @@ def list_profiles(command: ListCommand) -> None:
     ]
     print_profiles(entries, command.arch)
     if command.arch is None and command.source in (None, "bundled"):
-        listed = {entry.architecture for entry in zoo.list_profiles()}
-        print_policies([name for name in list_architectures() if name not in listed])
+        listed = {entry.architecture for entry in zoo.list_profiles(metric=command.metric)}
+        missing = [name for name in list_architectures() if name not in listed]
+        print_policies(missing, command.metric)
     if command.source in (None, "bundled"):
         print_weights(list_weights(command.arch))
 

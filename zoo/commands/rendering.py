@@ -66,10 +66,11 @@ def print_tables(tables: Iterable[Table]) -> None:
         console.print(table)
 
 
-def print_policies(architectures: Sequence[str]) -> None:
-    """Print the `architectures` without a searched profile, and how to prune them."""
+def print_policies(architectures: Sequence[str], metric: str | None = None) -> None:
+    """Print the `architectures` without a searched profile, of `metric` if given; how to prune."""
+    by = f" by {metric}" if metric else ""
     _console().print(
-        f"\nNot searched; the best policy prunes them at any factor: "
+        f"\nNot searched{by}; the best policy prunes them at any factor: "
         f"{', '.join(architectures)}, and any other torchvision:NAME or timm:NAME.",
         highlight=False,
     )
