@@ -69,6 +69,8 @@ class Options:
     """folder of a learned policy, measured with the training images and without"""
     sibling_epochs: int = 0
     """epochs of all training images for the sibling, which starts from scratch; 0 for none"""
+    sibling_lr: float = 0.1
+    """its peak learning rate, as of the base networks"""
 
 
 def main(options: Options) -> None:
@@ -77,7 +79,7 @@ def main(options: Options) -> None:
     fidelity = FineTuning.of(options.epochs, options.images, options.lr)
     sibling = None
     if options.sibling_epochs:
-        sibling = FromScratch.of(options.sibling_epochs, None, options.lr)
+        sibling = FromScratch.of(options.sibling_epochs, None, options.sibling_lr)
     learned = None if options.learned is None else LearnedPolicy.read(options.learned)
     rows = options.out / ROWS
     done = {_which(line): line for line in rows.read_text().splitlines()} if rows.exists() else {}
@@ -147,8 +149,9 @@ def table(rows: tuple[Evidence, ...], cost: CostModel) -> str:
     for row in sorted(policies, key=lambda row: -row.mean):
         better = [other.policy for other in policies if dominates(other, row)]
         factors = f"{cost.dense.params / row.params:.2f}x | {cost.dense.macs / row.macs:.2f}x"
+        spread = f" ± {100 * row.sd:.2f}" if len(row.seeds) > 1 else ""
         lines.append(
-            f"| {row.policy} | {row.mean:.2%} ± {100 * row.sd:.2f} | {factors} "
+            f"| {row.policy} | {row.mean:.2%}{spread} | {factors} "
             f"| {', '.join(better[:2])}{', ...' if len(better) > 2 else ''} |"
         )
     return "\n".join(lines)

@@ -202,6 +202,19 @@ def test_a_certificate_needs_the_rank_and_every_rival():
     assert not certified(equal=BEST).passes
 
 
+def test_a_sibling_is_trained_once_for_each_base_network():
+    """Its seed is no pair's: the candidate's mean over seeds is compared with it."""
+    own = {(n, s): 0.7 + 0.01 * k + 0.03 * s for k, n in enumerate("abc") for s in (0, 1)}
+    once = {("a", 7): 0.69, ("b", 8): 0.71, ("c", 9): 0.68}
+    ranks = [rank(0.7, [0.1] * 200)]
+    (found,) = certify(rows(searched=own, sibling=once), ranks).comparisons
+    differences = [0.715 - 0.69, 0.725 - 0.71, 0.735 - 0.68]
+    assert found.p == pytest.approx(stats.ttest_1samp(differences, 0, alternative="greater").pvalue)
+    del once["c", 9]
+    with pytest.raises(ZooError, match="not paired"):
+        certify(rows(searched=own, sibling=once), ranks)
+
+
 def test_every_rank_must_pass():
     good, bad = rank(0.7, [0.1] * 200), rank(0.7, [0.9] * 200)
     own = rows(searched=BEST, equal=WORSE)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from zoo.errors import ZooError
 from zoo.spec.certificate import Certificate, Comparison, Rank
-from zoo.spec.profile import Evidence
+from zoo.spec.profile import SIBLING, Evidence
 
 try:
     from scipy.special import betaincinv, stdtr
@@ -48,6 +48,9 @@ def certify(
             measured = zip(row.seeds, row.accuracies, strict=True)
             pairs[row.policy] |= {(row.network, seed): accuracy for seed, accuracy in measured}
     own = pairs.pop(policy, {})
+    if SIBLING in pairs:  # trained once for each base network
+        once = {network: accuracy for (network, _), accuracy in pairs[SIBLING].items()}
+        pairs[SIBLING] = {pair: once[pair[0]] for pair in own if pair[0] in once}
     found = tuple(ranks)
     if not found:
         raise ZooError("A certificate needs a rank among random profiles: there is none.")

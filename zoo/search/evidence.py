@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from zlib import crc32
 
 from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError, GraphError
@@ -16,7 +17,7 @@ from zoo.search.evaluation import Evaluator
 from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
 from zoo.search.tasks import Candidate, Task, say
 from zoo.spec.cost import CostModel
-from zoo.spec.profile import Evidence
+from zoo.spec.profile import SIBLING, Evidence
 from zoo.training.finetuning import evaluate
 
 __all__ = ["evidence", "examined", "learned_widths", "policy_widths"]
@@ -55,7 +56,8 @@ def evidence(
         seeds: seeds of the channels and of the training, the same for every policy.
         cost: cost model of the architecture's reference, for parameters and MACs.
         sibling: how to train a network of the widths of the policy `equal` from scratch; it should
-            see as many images as the base network and the fine-tune together.
+            see as many images as the base network and the fine-tune together. It has nothing of
+            the base network, so that it is trained once for each, with a seed of its own.
 
     Returns:
         `base` first, then the policies in order, then the sibling. Standard deviations divide by
@@ -78,13 +80,13 @@ def evidence(
         rows.append(_row(policy, widths, cost, after[own], seeds, before[own], description, exam))
     if sibling is not None:
         widths = policies["equal"]
-        smaller = [Candidate(exam, widths, seed) for seed in seeds]
-        accuracies = evaluator(smaller, sibling, "sibling")
+        seed = crc32(exam.network.encode()) % 2**31
+        accuracies = evaluator([Candidate(exam, widths, seed)], sibling, "sibling")
         description = (
             f"trained from scratch {sibling.recipe.epochs} epochs of "
             f"{sibling.train_images or len(exam.train)} images"
         )
-        rows.append(_row("sibling", widths, cost, accuracies, seeds, (), description, exam))
+        rows.append(_row(SIBLING, widths, cost, accuracies, [seed], (), description, exam))
     return tuple(rows)
 
 

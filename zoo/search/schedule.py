@@ -271,7 +271,7 @@ def _jobs(network: Network) -> Iterator[Job]:
                 runs = len(network.seeds) * (len(network.policies) + 1)
                 images = runs * cut * 3 * network.finetune_epochs * network.finetune_images
                 if network.sibling:
-                    images += len(network.seeds) * cut * 3 * BASE_IMAGES * network.epochs
+                    images += cut * 3 * BASE_IMAGES * network.epochs
                 needs = (*bases(base), *found)
                 yield job("evidence", f"{profile}/{base}", needs, images, base=base, **own)
             for base in network.recipe:

@@ -11,9 +11,21 @@ from zoo.common.documents import decode_document, encode_document, read_json, wr
 from zoo.errors import DocumentError, unknown
 from zoo.spec.certificate import Certificate
 
-__all__ = ["METRICS", "STANDARD", "Evidence", "Profile", "Provenance", "Publication", "Reference"]
+__all__ = [
+    "METRICS",
+    "SIBLING",
+    "STANDARD",
+    "Evidence",
+    "Profile",
+    "Provenance",
+    "Publication",
+    "Reference",
+]
 
 METRICS = ("params", "macs", "latency")
+
+SIBLING = "sibling"
+"""The policy of evidence that was trained from scratch, once for each base network."""
 
 STANDARD = ", recipe standard"
 """Ends the policy of evidence that was trained as users do; other rows share one short recipe."""
@@ -36,8 +48,9 @@ class Evidence:
     """Accuracy of one policy at this profile's factor: mean and standard deviation over seeds.
 
     Attributes:
-        policy: `searched`, `equal`, `greedy`, ...; `base` is the dense network; with `STANDARD` at
-            its end it was trained longer and with a teacher.
+        policy: `searched`, `equal`, `greedy`, ...; `base` is the dense network; `SIBLING` was
+            trained from scratch; with `STANDARD` at its end it was trained longer and with a
+            teacher.
         params, macs: of the network measured, at the reference.
         accuracies: in [0, 1], one per seed.
         before: accuracies before any fine-tuning (batch-norm statistics recalibrated).
