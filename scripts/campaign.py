@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -64,7 +64,9 @@ class Shared:
 
     @property
     def took(self) -> list[Took]:
-        return read_took([self.merged / TOOK, self.out / TOOK])
+        """What jobs took; the work of those in the plan is what the plan says now."""
+        rows, jobs = read_took([self.merged / TOOK, self.out / TOOK]), self.jobs
+        return [replace(row, work=jobs.get(row.job, row).work) for row in rows]
 
     @property
     def ledgers(self) -> Path:

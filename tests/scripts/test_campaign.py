@@ -229,6 +229,15 @@ def test_a_searched_profile_goes_into_the_registry_with_its_certificate(tmp_path
     assert found.verdict.startswith("Provisional: not surely among the best 5%")
 
 
+def test_the_work_of_earlier_jobs_is_what_the_plan_says_now(plan, tmp_path) -> None:
+    """Rates stay right when a stage's work is counted otherwise than when its jobs ran."""
+    kept = Took("no/longer/planned", "base", "cnet", 3.0, 9.0, 9.0, "cpu")
+    old = Took(BASES[0], "base", "cnet", 1.0, 60.0, 60.0, "cpu")
+    (tmp_path / campaign.TOOK).write_text(told_line(old) + told_line(kept))
+    rows = campaign.Shared(plan=plan, merged=tmp_path, out=tmp_path / "out").took
+    assert [row.work for row in rows] == [jobs_of(Plan.read(plan))[BASES[0]].work, kept.work]
+
+
 def test_a_base_network_that_is_not_at_hand_is_named(plan, tmp_path) -> None:
     job = jobs_of(Plan.read(plan))[REST[1]]
     with pytest.raises(ZooError, match=r"base/cnet/8/digits-0 is done, but its base\.safetensors"):

@@ -257,8 +257,8 @@ def _jobs(network: Network) -> Iterator[Job]:
             own = {"metric": metric, "cf": cf}
             if network.tasks:
                 seen = bases(*network.tasks, *network.held_back)
-                images = network.episodes * network.draws * cut * 3_000 + 20 * 3 * 10_000 * cut
-                yield job("search", profile, seen, len(network.agents) * images, **own)
+                images = len(network.agents) * cut * _searching(network)
+                yield job("search", profile, seen, images, **own)
             for base in network.ledger:
                 images = network.random * cut * (3 * 10_000 + 7_000)
                 yield job("ledger", f"{profile}/{base}", bases(base), images, base=base, **own)
@@ -286,6 +286,12 @@ def _jobs(network: Network) -> Iterator[Job]:
                 needs = (*bases(*network.ranked), *found, *measured, *tuned, *random)
                 images = len(network.ranked) * cut * 3 * 10_000
                 yield job("certificate", profile, needs, images, **own)
+
+
+def _searching(network: Network) -> int:
+    """Images of one agent's search, roughly: its episodes, then the choice among their best."""
+    choice = 30 * 6_000 + 10 * 3 * 10_000 + 14 * 3 * 128 * (network.distill_steps or 0)
+    return network.episodes * network.draws * 3_000 + len(network.tasks) * choice
 
 
 def _bases(network: Network) -> list[str]:
