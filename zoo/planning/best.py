@@ -22,12 +22,8 @@ WITH_DATA = {
 }
 """Metric -> the policies with images, each for where those before it do not work."""
 
-WITHOUT_DATA = {
-    "params": ("global-lamp", "increasing", "equal"),
-    "macs": ("global-bn", "increasing", "equal"),
-    "latency": ("global-bn", "increasing", "equal"),
-}
-"""Metric -> the policies without images, each for where those before it do not work."""
+WITHOUT_DATA = ("global-lamp", "equal")
+"""The policies without images, each for where those before it do not work."""
 
 
 def best_profile(
@@ -49,7 +45,7 @@ def best_policies(metric: str, cf: float, *, data: bool) -> tuple[str, ...]:
         cf: the factor.
         data: whether there are labelled images to score channels with.
     """
-    found = (*(WITH_DATA[metric] if data else ()), *WITHOUT_DATA[metric])
+    found = (*(WITH_DATA[metric] if data else ()), *WITHOUT_DATA)
     if LEARNED in found and not learned_policy().training.covers(cf):
         return tuple(name for name in found if name != LEARNED)
     return found
