@@ -30,7 +30,7 @@ from zoo.search.fidelities import FineTuning, FromScratch
 from zoo.search.ledger import Ledger
 from zoo.search.tasks import Task, load_tasks, say, task_data
 from zoo.spec.cost import CostModel, cost_model
-from zoo.spec.profile import Evidence
+from zoo.spec.profile import STANDARD, Evidence
 
 Widths = tuple[int, ...]
 
@@ -69,17 +69,20 @@ class Options:
     """folder of a learned policy, measured with the training images and without"""
     sibling_epochs: int = 0
     """epochs of all training images for the sibling, which starts from scratch; 0 for none"""
-    sibling_lr: float = 0.1
-    """its peak learning rate, as of the base networks"""
+    base_lr: float = 0.1
+    """peak learning rate of the base networks, and so of the sibling and of `standard`"""
+    standard: tuple[str, ...] = ()
+    """policies to measure after the recipe `standard` too, by the first seed"""
 
 
 def main(options: Options) -> None:
     """Measure what is missing; a table for each base network, metric and factor."""
     options.out.mkdir(parents=True, exist_ok=True)
     fidelity = FineTuning.of(options.epochs, options.images, options.lr)
+    standard = FineTuning.standard(options.base_lr)
     sibling = None
     if options.sibling_epochs:
-        sibling = FromScratch.of(options.sibling_epochs, None, options.sibling_lr)
+        sibling = FromScratch.of(options.sibling_epochs, None, options.base_lr)
     learned = None if options.learned is None else LearnedPolicy.read(options.learned)
     rows = options.out / ROWS
     done = {_which(line): line for line in rows.read_text().splitlines()} if rows.exists() else {}
@@ -101,6 +104,9 @@ def main(options: Options) -> None:
                     found = evidence(
                         policies, exam, evaluator, fidelity, options.seeds, cost, sibling=sibling
                     )
+                    own = {f"{n}{STANDARD}": policies[n] for n in options.standard if n in policies}
+                    _, *longer = evidence(own, exam, evaluator, standard, options.seeds[:1], cost)
+                    found = (*found, *longer)
                     print(f"\n**{options.arch}, {cf:g}x {metric}, {found[0].data}**\n")
                     print(table(found, cost), flush=True)
                     told = {"metric": metric, "cf": cf, "rows": [encode(row) for row in found]}
@@ -139,15 +145,19 @@ def searched(arch: str, task: Task, metric: str, cf: float) -> dict[str, Widths]
 
 
 def table(rows: tuple[Evidence, ...], cost: CostModel) -> str:
-    """Best first. A row is dominated when another is no worse in accuracy, params and MACs."""
+    """Best first. A row is dominated when another is no worse in accuracy, params and MACs.
+
+    What was trained by the recipe `standard` dominates none.
+    """
     dense, *policies = rows
+    alike = [row for row in policies if not row.standard]
     lines = [
         "| policy | accuracy | params | MACs | dominated by |",
         "|---|---:|---:|---:|---|",
         f"| dense | {dense.mean:.2%} | 1x | 1x | |",
     ]
     for row in sorted(policies, key=lambda row: -row.mean):
-        better = [other.policy for other in policies if dominates(other, row)]
+        better = [other.policy for other in alike if dominates(other, row)]
         factors = f"{cost.dense.params / row.params:.2f}x | {cost.dense.macs / row.macs:.2f}x"
         spread = f" ± {100 * row.sd:.2f}" if len(row.seeds) > 1 else ""
         lines.append(

@@ -68,6 +68,29 @@ def test_what_was_left_out_was_not_trained_on(tasks, tmp_path: Path, capsys) -> 
     assert rows.read_text() == whole  # those by MACs, too
 
 
+def test_the_sibling_and_the_recipe_of_users_are_rows_beside_the_policies(
+    tasks, tmp_path: Path, capsys
+) -> None:
+    policies.main(
+        policies.Options(
+            arch="cnet", exams=(tasks[0].partition("=")[2],), data_dir=tmp_path,
+            out=tmp_path / "out", size=8, cf=(3.0,), metrics=("params",), epochs=1, images=200,
+            policies=("equal",), sibling_epochs=1, standard=("equal", "increasing"),
+        )
+    )  # fmt: skip
+    shown = capsys.readouterr().out.splitlines()
+    (line,) = (tmp_path / "out" / policies.ROWS).read_text().splitlines()
+    base, equal, sibling, longer = json.loads(line)["rows"]
+    assert [row["policy"] for row in (base, equal, sibling, longer)] == [
+        "base", "equal", "sibling", "equal, recipe standard",
+    ]  # fmt: skip
+    assert [len(row["seeds"]) for row in (equal, sibling, longer)] == [2, 1, 1]
+    assert equal["params"] == sibling["params"] == longer["params"] < base["params"]
+    assert "dense network as teacher" in longer["fidelity"]
+    assert longer["mean"] > equal["mean"]
+    assert not any(row.endswith("recipe standard |") for row in shown)  # it dominates none
+
+
 def test_what_cannot_be_left_out_is_an_error(tasks, tmp_path: Path) -> None:
     options = leave_one_out.Options(
         tasks=tasks, data_dir=tmp_path, out=tmp_path, turns=("resnet56",)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
 from typing import Protocol, Self
 
@@ -32,7 +32,7 @@ from zoo.surgery.initialisation import reinitialise
 from zoo.surgery.masking import masked
 from zoo.training.finetuning import evaluate, finetune
 from zoo.training.optimization import distillation, make_optimizer, warmup_cosine
-from zoo.training.recipes import Recipe
+from zoo.training.recipes import RECIPES, Recipe
 
 __all__ = [
     "Distilled",
@@ -107,6 +107,12 @@ class FineTuning:
     def of(cls, epochs: int, train_images: int | None, lr: float) -> Self:
         """A fine-tune by the plain recipe in fp32, which rankings and evidence use."""
         return cls(Recipe(epochs=epochs, lr=lr, precision="fp32"), train_images)
+
+    @classmethod
+    def standard(cls, lr: float, epochs: int | None = None) -> Self:
+        """What users do: the recipe `standard`, the dense network as teacher; in fp32."""
+        recipe = replace(RECIPES["standard"], lr=lr, precision="fp32")
+        return cls(replace(recipe, epochs=epochs or recipe.epochs), taught=True)
 
     @property
     def name(self) -> str:

@@ -32,7 +32,7 @@ from zoo.spec.profile import STANDARD, Evidence, Profile
 from zoo.storage.artefacts import save_checkpoint
 from zoo.tracing.known_groups import reference_groups
 from zoo.training.finetuning import evaluate, finetune
-from zoo.training.recipes import RECIPES, Recipe
+from zoo.training.recipes import Recipe
 
 __all__ = ["BASE", "PROFILE", "ROWS", "Workshop", "perform"]
 
@@ -240,10 +240,7 @@ def _recipe(job: Job, workshop: Workshop) -> None:
     policies = policy_widths([best], exam, cost, job.cf, job.metric)
     if network.tasks:
         policies = {SEARCHED: _widths(workshop.profile(job, network.agents[0])), **policies}
-    recipe = dataclasses.replace(
-        RECIPES["standard"], epochs=network.recipe_epochs, lr=network.lr, precision="fp32"
-    )
-    fidelity = FineTuning(recipe, taught=True)
+    fidelity = FineTuning.standard(network.lr, network.recipe_epochs)
     named = {f"{name}{STANDARD}": widths for name, widths in policies.items()}
     with workshop.ledger(job) as ledger:
         rows = evidence(named, exam, Evaluator(ledger), fidelity, network.seeds[:1], cost)
