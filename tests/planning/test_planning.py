@@ -63,13 +63,14 @@ def test_a_layer_that_can_only_stay_whole_is_listed():
 
 def test_pinned_groups_keep_their_ratio_and_the_others_pay():
     module = build_model("resnet20-16", 10)
-    pruned = zoo.prune(module, IMAGES, cf=2, metric="macs", keep={"layer1": 1.0, "conv1": 0.5})
+    asked = {"cf": 2, "profile": "equal", "metric": "macs"}
+    pruned = zoo.prune(module, IMAGES, **asked, keep={"layer1": 1.0, "conv1": 0.5})
     widths = pruned.pruning.plan.widths
     assert {widths[n] for n in widths if n.startswith("layer1")} == {16}
     assert widths["conv1"] == 8
     assert pruned.conv1.out_channels == 8
     assert pruned.pruning.plan.got == pytest.approx(2, rel=0.01)
-    free = zoo.plan(module, IMAGES, cf=2, metric="macs").widths
+    free = zoo.plan(module, IMAGES, **asked).widths
     assert widths["layer3.0.conv1"] < free["layer3.0.conv1"]
 
 
