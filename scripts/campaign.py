@@ -22,6 +22,7 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, BinaryIO
 
@@ -58,7 +59,7 @@ class Shared:
     registry: Path = HERE.parent / "registry"
     """where merged evaluations and profiles are"""
 
-    @property
+    @cached_property
     def jobs(self) -> dict[str, Job]:
         return jobs_of(Plan.read(self.plan))
 

@@ -18,6 +18,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from zoo.common.plots import accuracy_against_size, save
+from zoo.publishing.verdicts import spread
 from zoo.registry.store import get_profile, list_profiles
 from zoo.spec.profile import Evidence, Profile
 
@@ -33,7 +34,7 @@ def table() -> str:
     ]
     for profile, own in measured:
         rows = {row.policy: row for row in own}
-        cells = " | ".join(_accuracy(rows[p]) if p in rows else "" for p in policies)
+        cells = " | ".join(spread(rows[p]) if p in rows else "" for p in policies)
         lines.append(f"| {_name(profile)} | {_data(own[0])} | {_training(own[1])} | {cells} |")
     return "\n".join(lines)
 
@@ -55,9 +56,7 @@ def details() -> str:
                 costs = f"{row.params:,} | {row.macs:,}"
                 same = row.policy == "base" or row.fidelity == usual
                 named = row.policy if same else f"{row.policy} ({row.fidelity})"
-                lines.append(
-                    f"| {named} | {costs} | {before} | {_accuracy(row)} | {len(row.seeds)} |"
-                )
+                lines.append(f"| {named} | {costs} | {before} | {spread(row)} | {len(row.seeds)} |")
             parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -126,10 +125,6 @@ def _training(row: Evidence) -> str:
     """`<epochs> x <images>` of the fidelity that `zoo.search.evidence` states."""
     found = re.match(r"fine-tuned (\d+) epochs of (\d+) images", row.fidelity)
     return f"{found[1]} x {int(found[2]):,}" if found else row.fidelity
-
-
-def _accuracy(row: Evidence) -> str:
-    return f"{row.mean:.2%} ± {100 * row.sd:.2f}" if len(row.seeds) > 1 else f"{row.mean:.2%}"
 
 
 @dataclass(frozen=True)

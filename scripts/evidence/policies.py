@@ -23,6 +23,7 @@ from zoo.planning.learned import LearnedPolicy
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
 from zoo.publishing.catalogue import dominates
+from zoo.publishing.verdicts import spread
 from zoo.registry.store import find_profile
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, learned_widths, policy_widths
@@ -159,9 +160,8 @@ def table(rows: tuple[Evidence, ...], cost: CostModel) -> str:
     for row in sorted(policies, key=lambda row: -row.mean):
         better = [other.policy for other in alike if dominates(other, row)]
         factors = f"{cost.dense.params / row.params:.2f}x | {cost.dense.macs / row.macs:.2f}x"
-        spread = f" ± {100 * row.sd:.2f}" if len(row.seeds) > 1 else ""
         lines.append(
-            f"| {row.policy} | {row.mean:.2%}{spread} | {factors} "
+            f"| {row.policy} | {spread(row)} | {factors} "
             f"| {', '.join(better[:2])}{', ...' if len(better) > 2 else ''} |"
         )
     return "\n".join(lines)

@@ -67,7 +67,7 @@ def print_tables(tables: Iterable[Table]) -> None:
 
 
 def print_policies(architectures: Sequence[str], metric: str | None = None) -> None:
-    """Print the `architectures` without a searched profile, of `metric` if given; how to prune."""
+    """Print the `architectures` without a searched profile (by `metric`), and how to prune them."""
     by = f" by {metric}" if metric else ""
     _console().print(
         f"\nNot searched{by}; the best policy prunes them at any factor: "

@@ -213,7 +213,7 @@ def _line(row: Row) -> str:
     seeds = ", ".join(map(str, own.seeds)) if not row.is_base else ""
     costs = f"{own.params:,} ({row.params_factor:.2f}x) | {own.macs:,} ({row.macs_factor:.2f}x)"
     others = ", ".join(f"`{policy}`" for policy in row.dominated_by)
-    cells = f"`{name}`", spread(row), before, costs, seeds, others
+    cells = f"`{name}`", spread(row.evidence), before, costs, seeds, others
     return f"| {' | '.join(cells)} |"
 
 

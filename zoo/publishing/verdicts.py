@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from zoo.publishing.catalogue import CataloguedArchitecture, CataloguedProfile, Exam, Row
-from zoo.spec.profile import STANDARD
+from zoo.publishing.catalogue import CataloguedArchitecture, CataloguedProfile, Exam
+from zoo.spec.profile import SIBLING, STANDARD, Evidence
 
 __all__ = ["LEVEL", "limits", "percent", "shows", "spread"]
 
@@ -21,7 +21,7 @@ RIVALS = {
     "random, best": "the best of many random profiles",
     "cma-es": "CMA-ES, searching on the same terms",
     "global": "`global` and the other policies that rank the channels of your own network",
-    "sibling": "the smaller network trained from scratch for as long",
+    SIBLING: "the smaller network trained from scratch for as long",
 }
 """What a sceptic compares a profile with: policy -> words."""
 
@@ -31,10 +31,9 @@ def percent(share: float) -> str:
     return f"{share:.2%}"
 
 
-def spread(row: Row) -> str:
+def spread(row: Evidence) -> str:
     """Mean and, over more than one seed, standard deviation in points."""
-    own = row.evidence
-    return f"{own.mean:.2%}" + (f" ± {100 * own.sd:.2f}" if len(own.seeds) > 1 else "")
+    return f"{row.mean:.2%}" + (f" ± {100 * row.sd:.2f}" if len(row.seeds) > 1 else "")
 
 
 def shows(found: CataloguedProfile) -> tuple[str, ...]:
@@ -50,7 +49,7 @@ def _shown(exam: Exam, policy: str) -> list[str]:
         return []
     dense = f", where the dense network has {percent(base.evidence.mean)}" if base else ""
     before = "" if own.before is None else f", {percent(own.before)} before any training"
-    head = f"On {exam.data}, this profile reaches {spread(own)}{dense}{before}."
+    head = f"On {exam.data}, this profile reaches {spread(own.evidence)}{dense}{before}."
     ahead: list[str] = []
     level: list[str] = []
     behind: list[str] = []
@@ -73,7 +72,7 @@ def _shown(exam: Exam, policy: str) -> list[str]:
         better = listed([f"`{name}`" for name in own.dominated_by])
         sentences.append(f"There {better} did better with no more parameters and MACs.")
     standard = [
-        f"`{row.evidence.policy.removesuffix(STANDARD)}` {spread(row)}"
+        f"`{row.evidence.policy.removesuffix(STANDARD)}` {spread(row.evidence)}"
         for row in exam.policies
         if row.evidence.standard
     ]

@@ -111,8 +111,8 @@ class FineTuning:
     @classmethod
     def standard(cls, lr: float, epochs: int | None = None) -> Self:
         """What users do: the recipe `standard`, the dense network as teacher; in fp32."""
-        recipe = replace(RECIPES["standard"], lr=lr, precision="fp32")
-        return cls(replace(recipe, epochs=epochs or recipe.epochs), taught=True)
+        own = RECIPES["standard"]
+        return cls(replace(own, epochs=epochs or own.epochs, lr=lr, precision="fp32"), taught=True)
 
     @property
     def name(self) -> str:
