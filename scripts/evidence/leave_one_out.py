@@ -4,8 +4,9 @@
         --tasks "resnet20-16=a.safetensors@cifar10" "cnet=b.safetensors@cifar10" ...
 
 Each turn trains the policy on the other architectures' base networks and measures it on those of
-the one left out, beside its rivals, after the same fine-tune. What was measured is not measured
-again, so a run that is started again goes on; `--turns` names the architectures to leave out.
+the one left out, beside its rivals, after the same fine-tune. What this run, its other turns or the
+registry's ledgers have measured is not measured again; `--turns` names the architectures to leave
+out.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from tyro.conf import OmitArgPrefixes
 
 from zoo.common.documents import decode
 from zoo.search.ledger import FILE
+from zoo.search.lookup import ledger_paths
 from zoo.search.provenance import shortened
 from zoo.search.tasks import say
 from zoo.search.transfer import TransferSettings
@@ -80,7 +82,8 @@ def main(options: Options) -> None:
 
 def _training(arch: str, out: Path, options: Options) -> learn_policy.Options:
     others = tuple(text for text in options.tasks if text.partition("=")[0] != arch)
-    known = tuple(path for path in options.out.glob(f"*/{FILE}") if path.parent != out)
+    turns = (path for path in options.out.glob(f"*/{FILE}") if path.parent != out)
+    known = (*ledger_paths(), *turns)
     return learn_policy.Options(
         tasks=others, known=known, data_dir=options.data_dir, out=out, size=options.size,
         distill_steps=options.distill_steps, settings=options.settings,

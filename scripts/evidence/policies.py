@@ -4,8 +4,8 @@
         --exams base.safetensors@cifar10 "b.safetensors@imagefolder:DIR/tinyimagenet32-a[50:]" \
         --out runs/policies
 
-Policies that need data see the training images of the base network. Started again it goes on: what
-its ledger holds is not measured again.
+Policies that need data see the training images of the base network. What the run's ledger or one of
+the registry holds is not measured again, so a run that is started again goes on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from zoo.registry.store import find_profile
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, learned_widths, policy_widths
 from zoo.search.fidelities import FineTuning, FromScratch
-from zoo.search.ledger import Ledger
+from zoo.search.ledger import Ledger, read
+from zoo.search.lookup import ledger_paths
 from zoo.search.tasks import Task, load_tasks, say, task_data
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.profile import STANDARD, Evidence
@@ -87,7 +88,7 @@ def main(options: Options) -> None:
     learned = None if options.learned is None else LearnedPolicy.read(options.learned)
     rows = options.out / ROWS
     done = {_which(line): line for line in rows.read_text().splitlines()} if rows.exists() else {}
-    with Ledger(options.out / "evidence.jsonl") as ledger:
+    with Ledger(options.out / "evidence.jsonl", known=read(ledger_paths())) as ledger:
         evaluator = Evaluator(ledger)
         for reference in options.exams:
             (task,) = load_tasks(

@@ -20,7 +20,14 @@ from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile
 from zoo.tracing.known_groups import reference_groups
 
-__all__ = ["EvaluatedProfile", "Measurement", "evaluated_profiles", "ledger_lookup", "ledger_path"]
+__all__ = [
+    "EvaluatedProfile",
+    "Measurement",
+    "evaluated_profiles",
+    "ledger_lookup",
+    "ledger_path",
+    "ledger_paths",
+]
 
 LEDGERS = "ledger"
 """The folder of a registry that holds the evaluations, a file for each architecture."""
@@ -147,6 +154,11 @@ def evaluated_profiles(
 def ledger_path(architecture: str) -> Path:
     """The file of the registry for the evaluations of an architecture."""
     return registry_folder() / LEDGERS / f"{folder_name(architecture)}.parquet"
+
+
+def ledger_paths() -> tuple[Path, ...]:
+    """The files of the registry for the evaluations of every architecture that has any."""
+    return tuple(sorted((registry_folder() / LEDGERS).glob("*.parquet")))
 
 
 def _measurement(row: Row) -> Measurement:
