@@ -8,8 +8,8 @@ PPO and CMA-ES search on base networks that no earlier search saw, cold and from
 recalibration, on the validation images and one draw of channels (`--draws`). At every doubling of
 the evaluations the best profile so far is scored: its mean accuracy on the test images over
 `--fresh` draws that no search uses, recalibrated. What counts is the number of evaluations after
-which a search has the score that CMA-ES reaches with all of them from a cold start. Started again
-the script goes on: what its ledger holds is not measured again.
+which a search has the score that CMA-ES reaches with all of them from a cold start. What the run's
+ledger or one of the registry holds is not measured again, so a run that is started again goes on.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from zoo.search.env import EnvSettings, PruningEnv
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import examined
 from zoo.search.fidelities import Recalibration
-from zoo.search.ledger import Ledger
+from zoo.search.ledger import Ledger, read
+from zoo.search.lookup import ledger_paths
 from zoo.search.starts import check_start, start_ratios
 from zoo.search.tasks import Candidate, Task, load_tasks, say, task_data
 from zoo.search.vector_env import PruningVectorEnv
@@ -181,7 +182,7 @@ def main(options: Options) -> None:
     scores = options.out / "scores.jsonl"
     scores.unlink(missing_ok=True)
     pool = pool_of(options.workers)
-    with Ledger(options.out / "ledger.jsonl") as ledger:
+    with Ledger(options.out / "ledger.jsonl", known=read(ledger_paths())) as ledger:
         for reference in options.exams:
             load = options.arch, [reference], "cifar10", options.data_dir, options.size
             (task,) = load_tasks(*load)
