@@ -25,6 +25,7 @@ def test_versions_and_providers_are_those_of_this_machine(capsys) -> None:
     assert "CPUExecutionProvider: works" in shown
     assert f"PyTorch uses {torch.backends.cpu.get_cpu_capability()}" in shown
     assert f"{len(zoo.list_profiles())} bundled profiles" in shown
+    assert "the learned policy, trained for" in shown
     assert ("none that PyTorch can use" in shown) == (not torch.cuda.is_available())
 
 

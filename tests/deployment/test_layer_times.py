@@ -193,6 +193,8 @@ def test_what_cannot_be_measured_is_refused_before_the_weights_are_read():
         runtime = Runtime(**options)
         zoo.load("resnet20-16", 2, "nowhere.pt", profile="equal", metric="latency", runtime=runtime)
 
+    with pytest.raises(ZooError, match=r"runtime must be a zoo\.Runtime, got str"):
+        zoo.load("resnet20-16", 2, "nowhere.pt", metric="latency", runtime="cpu")
     with pytest.raises(ZooError, match=r"Unknown ONNX Runtime provider 'cpux'.*'cpu'"):
         load(provider="cpux")
     with pytest.raises(ExportError, match="Unknown ONNX Runtime provider 'AbcExecutionProvider'"):

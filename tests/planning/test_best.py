@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import warnings
 from pathlib import Path
 
@@ -13,10 +14,10 @@ from torch.utils.data import TensorDataset
 
 import zoo
 from zoo.cli import main
-from zoo.errors import FactorError, GraphError, ZooError
+from zoo.errors import DocumentError, FactorError, GraphError, ZooError
 from zoo.models import build_model
 from zoo.planning.best import WITH_DATA, best_policies, reason
-from zoo.planning.learned import LEARNED
+from zoo.planning.learned import LEARNED, bundled_folder
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
 
@@ -118,7 +119,7 @@ def test_one_line_says_what_was_taken_and_what_else_there_is(
         (line,) = [own for own in capsys.readouterr().out.splitlines() if own.startswith("best")]
         assert f"best took {name}" in line
         assert WITH_DATA["params"][0] in line
-    told = reason("bundled:resnet20-16/params-cf4", "params", 4)
+    told = reason("bundled:resnet20-16/params-cf4", "params", 4, data=False)
     assert "measured on 2 networks of resnet20-16 that it did not see" in told
     assert main([*asked, "--profile", "equal", "--out", str(tmp_path / "equal")]) == 0
     assert "best" not in capsys.readouterr().out
@@ -139,13 +140,40 @@ def test_every_policy_that_it_names_exists() -> None:
         for data in (True, False):
             for name in best_policies(metric, 4, data=data):
                 assert name in (*POLICIES, *RANKINGS, LEARNED)
-                assert reason(name, metric, 4).count("\n") == 0
+                assert reason(name, metric, 4, data=data).count("\n") == 0
 
 
 @pytest.mark.parametrize("cf", [1.5, 8])
 def test_outside_its_factors_learned_is_not_advised_and_the_line_says_why(cf: float) -> None:
     first, *_ = best_policies("macs", cf, data=True)
     assert first == "global"
-    assert "with data, 'global' looks" in reason("global-lamp", "macs", cf)
-    assert "'learned' was trained for 2x to 6x alone" in reason(first, "macs", cf)
-    assert "trained for" not in reason("equal", "macs", cf)
+    assert "with data, 'global' looks" in reason("global-lamp", "macs", cf, data=False)
+    assert "'learned' was trained for 2x to 6x alone" in reason(first, "macs", cf, data=True)
+    assert "trained for" not in reason("equal", "macs", cf, data=False)
+
+
+def test_without_data_a_broken_learned_policy_is_nobodys_concern(
+    dense: nn.Module, images: TensorDataset, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    broken = Path(shutil.copytree(bundled_folder(), tmp_path / "policy"))
+    (broken / "policy.json").write_text("{}")
+    monkeypatch.setattr("zoo.planning.learned.bundled_folder", lambda: broken)
+    x = torch.zeros(1, 3, 32, 32)
+    with caplog.at_level("INFO", "zoo"):
+        zoo.plan(dense, x, cf=3, metric="macs")
+    assert "with data, 'global' looks" in caplog.text
+    with pytest.raises(DocumentError, match=r"policy\.json"):
+        zoo.plan(dense, x, cf=3, metric="macs", data=images)
+
+
+def test_where_no_policy_works_with_the_data_the_line_says_so(
+    dense: nn.Module, images: TensorDataset, caplog
+) -> None:
+    blind, x = copy.deepcopy(dense), torch.zeros(1, 3, 32, 32)
+    nn.init.zeros_(blind.get_submodule("fc").weight)
+    with pytest.raises(GraphError, match="no gradient"):
+        zoo.plan(blind, x, cf=3, metric="macs", data=images, profile="learned")
+    with caplog.at_level("INFO", "zoo"):
+        plan = zoo.plan(blind, x, cf=3, metric="macs", data=images)
+    assert plan.profile == "global-lamp"
+    assert "need data do not work here, as profile='learned' would say" in caplog.text

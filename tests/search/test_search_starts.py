@@ -34,7 +34,7 @@ from synthetic import Synthetic
 
 from zoo.search.env import EnvSettings, PruningEnv, keep_ratio
 from zoo.search.evidence import policy_widths
-from zoo.search.starts import start_ratios
+from zoo.search.starts import named, start_ratios
 from zoo.search.vector_env import PruningVectorEnv
 
 BATCHED = ("cma-es", "genetic", "swarm", "annealing")
@@ -171,6 +171,12 @@ def test_a_start_has_one_keep_ratio_for_every_group():
     for ratios in ([0.5], [0.5] * 12 + [1.5]):
         with pytest.raises(ZooError, match="13 keep ratios"):
             started(ratios)
+
+
+def test_a_record_names_what_best_stands_for():
+    assert named("best", 4.0, "macs") == "learned"
+    assert named("best", 8.0, "macs") == "global"
+    assert named("increasing", 4.0, "macs") == "increasing"
 
 
 # --- whole searches -------------------------------------------------------------------------------

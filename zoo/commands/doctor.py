@@ -127,9 +127,12 @@ def _onnxruntime() -> Iterator[str]:
 def _zoo() -> Iterator[str]:
     import zoo
     from zoo.data.datasets import cache_folder
+    from zoo.planning.learned import learned_policy
 
     yield f"{zoo.__version__} at {Path(zoo.__file__).parent}"
     yield f"{len(zoo.list_profiles())} bundled profiles"
+    episodes = learned_policy().training.episodes
+    yield f"the learned policy, trained for {episodes:,} episodes"
     folder = cache_folder()
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     nearest = next(path for path in (folder, *folder.parents) if path.exists())

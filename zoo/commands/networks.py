@@ -197,7 +197,8 @@ def prune(command: PruneCommand) -> None:
     record: Any = model.pruning
     print(pruning_summary(record))
     if command.profile == BEST:
-        print(reason(record.plan.profile, record.plan.metric, record.plan.asked))
+        plan = record.plan
+        print(reason(plan.profile, plan.metric, plan.asked, data=images is not None))
     print(f"Wrote {command.out}")
 
 

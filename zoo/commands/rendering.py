@@ -70,7 +70,8 @@ def print_policies(architectures: Sequence[str], metric: str | None = None) -> N
     """Print the `architectures` without a searched profile (by `metric`), and how to prune them."""
     by = f" by {metric}" if metric else ""
     _console().print(
-        f"\nNot searched{by}; the best policy prunes them at any factor: "
+        f"\nNot searched{by}; the best policy prunes them at any factor, or a relative's profile "
+        f"(zoo list --arch NAME): "
         f"{', '.join(architectures)}, and any other torchvision:NAME or timm:NAME.",
         highlight=False,
     )

@@ -81,6 +81,8 @@ class RuntimeClock:
     shares: tuple[float, ...] = (0.5, 0.25)
 
     def __init__(self, runtime: Runtime) -> None:
+        if not isinstance(runtime, Runtime):
+            raise ZooError(f"runtime must be a zoo.Runtime, got {type(runtime).__name__}.")
         self.runtime = runtime
         self.provider = SHORT.get(runtime.provider, runtime.provider)
         if "ExecutionProvider" not in self.provider:

@@ -6,6 +6,7 @@ searched profile, or where there is none a policy.
 
 from __future__ import annotations
 
+from zoo.errors import ZooError
 from zoo.planning.learned import LEARNED, learned_policy
 from zoo.planning.rankings import BEST_RANKING
 from zoo.registry.store import get_profile, searched_profile
@@ -51,34 +52,45 @@ def best_policies(metric: str, cf: float, *, data: bool) -> tuple[str, ...]:
     return found
 
 
-def reason(name: str, metric: str, cf: float) -> str:
+def reason(name: str, metric: str, cf: float, *, data: bool) -> str:
     """One line: what `best` took, with what evidence, and what else there is.
 
     Args:
         name: of the profile or policy that was taken.
         metric: what the factor counts.
         cf: the factor.
+        data: whether there were labelled images.
     """
-    first, *_ = best_policies(metric, cf, data=True)
-    better = f"with data, {first!r} looks at the channels of these weights instead"
+    if data:
+        return f"best took {name!r}{_with_data(name, metric, cf)}."
+    better = f"with data, {_first(metric, cf)!r} looks at the channels of these weights instead"
     if ":" in name:
         profile = get_profile(name)
         exams = len({row.exam for row in profile.evidence})
         networks = f"{exams} network{'s' if exams > 1 else ''} of {profile.architecture}"
         evidence = f"measured on {networks} that it did not see" if exams else "not measured"
         return f"best took {name}: found by a search on other data, {evidence}; {better}."
+    return f"best took {name!r}: nothing was searched for this network and factor; {better}."
+
+
+def _with_data(name: str, metric: str, cf: float) -> str:
+    first = _first(metric, cf)
+    if name not in WITH_DATA[metric]:
+        return f": the policies that need data do not work here, as profile={first!r} would say"
+    evidence = "never measured by latency" if metric == "latency" else "docs/evidence.md"
     if name == LEARNED:
         seen = ", ".join(learned_policy().training.architectures)
-        return (
-            f"best took {name!r}, trained by reinforcement learning on {seen} (docs/evidence.md)."
-        )
-    if name in WITH_DATA[metric]:
-        outside = ""
-        if LEARNED in WITH_DATA[metric] and first != LEARNED:
-            factors = learned_policy().training.factors
-            outside = f"; {LEARNED!r} was trained for {min(factors):g}x to {max(factors):g}x alone"
-        return (
-            f"best took {name!r}, which ranks the channels of these weights "
-            f"(docs/evidence.md){outside}."
-        )
-    return f"best took {name!r}: nothing was searched for this network and factor; {better}."
+        return f", trained by reinforcement learning on {seen} ({evidence})"
+    outside = ""
+    if LEARNED in WITH_DATA[metric] and first != LEARNED:
+        factors = learned_policy().training.factors
+        outside = f"; {LEARNED!r} was trained for {min(factors):g}x to {max(factors):g}x alone"
+    return f", which ranks the channels of these weights ({evidence}){outside}"
+
+
+def _first(metric: str, cf: float) -> str:
+    """The best policy with data; without a sound learned policy, the next."""
+    try:
+        return best_policies(metric, cf, data=True)[0]
+    except ZooError:
+        return BEST_RANKING[metric]

@@ -243,7 +243,7 @@ def planned(
     plan = plan_of(request, groups, widths, scores_by(request.criterion), latency)
     log = logging.getLogger("zoo")
     if request.best and log.isEnabledFor(logging.INFO):
-        log.info(reason(plan.profile, plan.metric, plan.asked))
+        log.info(reason(plan.profile, plan.metric, plan.asked, data=data is not None))
     return plan
 
 

@@ -22,7 +22,7 @@ from zoo.search.gate import RANKED
 from zoo.search.ledger import FILE, Ledger, read
 from zoo.search.provenance import Found, as_first_found, profile_of
 from zoo.search.settings import SearchConfig, cost_of, parse_budget, pool_for, trainer_of
-from zoo.search.starts import check_start, start_ratios
+from zoo.search.starts import check_start, named, start_ratios
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.spec.cost import CostModel
@@ -343,7 +343,7 @@ def _start(
     for cf in config.cf:
         found[cf] = start_ratios(config.start, config.arch, tasks, cost, cf, metric)
         told = " ".join(f"{ratio:.2f}" for ratio in found[cf])
-        say(f"{cf:g}x starts from {config.start}: keep ratios {told}")
+        say(f"{cf:g}x starts from {named(config.start, cf, metric)}: keep ratios {told}")
     return found
 
 

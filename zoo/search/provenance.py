@@ -18,6 +18,7 @@ import torch
 from zoo.errors import DocumentError
 from zoo.models import architecture
 from zoo.search.settings import SPELLED, SearchConfig
+from zoo.search.starts import named
 from zoo.search.tasks import Task
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile, Provenance, Reference
@@ -64,7 +65,9 @@ class Found:
 def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Profile:
     """The profile of `found`, at the architecture's reference, with its provenance."""
     known, env = architecture(config.arch), config.env
-    start = "" if config.start is None else f", from {shortened(config.start)}"
+    start = ""
+    if config.start is not None:
+        start = f", from {shortened(named(config.start, found.cf, env.metric))}"
     judged = () if found.judges == found.tasks else found.judges
     return Profile(
         architecture=config.arch,

@@ -19,7 +19,7 @@ from zoo.spec.cost import CostModel
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile
 
-__all__ = ["check_start", "start_ratios"]
+__all__ = ["check_start", "named", "start_ratios"]
 
 
 def check_start(
@@ -48,9 +48,12 @@ def check_start(
             f"A search of {arch} cannot start from {reference!r}: its channel groups are not those "
             f"of {arch}. {_choices(arch)}"
         )
-    if asked.name == BEST:
-        return best_policies(metric, cf, data=True)[0], None
-    return asked.name, profile
+    return named(asked.name, cf, metric), profile
+
+
+def named(reference: str, cf: float, metric: str) -> str:
+    """The policy that `best` stands for here; every other reference itself."""
+    return best_policies(metric, cf, data=True)[0] if reference == BEST else reference
 
 
 def start_ratios(
