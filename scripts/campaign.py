@@ -47,6 +47,9 @@ KEPT = (".json", ".safetensors")
 LARGEST = 5 * 2**20
 """Largest file in bytes that `merge` copies; larger base networks are trained again if needed."""
 
+ALLOCATION = {"MALLOC_MMAP_THRESHOLD_": f"{1 << 30}", "MALLOC_TRIM_THRESHOLD_": f"{2**31 - 1}"}
+"""With these glibc keeps a step's memory for the next; returned, it comes again page by page."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
@@ -215,7 +218,7 @@ def _start(options: Run, job: Job, estimated: float) -> _Running:
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **ALLOCATION}, start_new_session=True,
         )  # fmt: skip
     spent = earlier or _Spent(estimated, 0.0)
     return _Running(job, process, time.monotonic(), spent.estimated, spent.spent)
