@@ -355,8 +355,9 @@ def merge_all(options: Merge) -> None:
     ledgers: dict[str, list[Path]] = defaultdict(list)
     for folder in options.folders:
         for name, job in jobs.items():
-            ledgers[folder_name(job.network.arch)] += sorted((folder / name).rglob(FILE))
-    for arch, files in ((arch, files) for arch, files in ledgers.items() if files):
+            if files := sorted((folder / name).rglob(FILE)):
+                ledgers[folder_name(job.network.arch)] += files
+    for arch, files in ledgers.items():
         target = options.ledgers / f"{arch}.parquet"
         earlier = [target] if target.exists() else []
         say(f"{target.name}: {merge([*earlier, *files], target)} evaluations")

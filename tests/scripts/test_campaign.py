@@ -18,7 +18,8 @@ from zoo.planning.best import best_policies
 from zoo.registry.store import stored_groups
 from zoo.search.estimates import Took, read_took
 from zoo.search.estimates import told as told_line
-from zoo.search.ledger import read
+from zoo.search.ledger import Ledger, read
+from zoo.search.lookup import ledger_path
 from zoo.search.schedule import Plan, jobs_of
 from zoo.search.stages import BASE, ROWS, Workshop, perform
 from zoo.spec.cost import cost_model
@@ -143,6 +144,16 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
     campaign.merge_all(options)
     assert (places["merged"] / campaign.TOOK).read_text() == before
     assert read([places["registry"] / "ledger" / "cnet.parquet"]) == merged
+
+
+def test_what_an_unfinished_search_measured_is_merged(tmp_path) -> None:
+    (row, *_) = read([ledger_path("cnet")])
+    with Ledger(tmp_path / "search/cnet/16/params-cf2/ppo/ledger.jsonl") as ledger:
+        ledger.add(row)
+    registry = tmp_path / "registry"
+    places = {"merged": tmp_path / "merged", "registry": registry}
+    campaign.merge_all(campaign.Merge(folders=(tmp_path,), **places))
+    assert read([registry / "ledger" / "cnet.parquet"]) == [row]
 
 
 def test_a_job_that_fails_is_named(tmp_path) -> None:
