@@ -17,6 +17,7 @@ from zoo.models import build_model
         ("pass cf=2.5, metric='params', or refit=True to", "pass --cf 2.5, --metric params, or"),
         ("keep={'a': 2}: a keep ratio", "--keep {'a': 2}: a keep ratio"),
         ("profile='best' (or a policy)", "--profile best (or a policy)"),
+        ("Ask for precision='fp32'.", "Ask for --precision fp32."),
         ("num_classes= is not given; image_size=32.", "--classes is not given; --size 32."),
         ("the file a.data=3 and zoo.metric=x", "the file a.data=3 and zoo.metric=x"),
     ],

@@ -29,17 +29,17 @@ Stage = Literal["base", "ledger", "figures", "search", "evidence", "recipe", "ce
 
 WORTH: dict[Stage, float] = {
     "base": 1.0,
-    "search": 0.9,
-    "figures": 0.75,
-    "certificate": 0.45,
-    "evidence": 0.42,
-    "recipe": 0.4,
-    "ledger": 0.35,
+    "search": 0.99,
+    "certificate": 0.98,
+    "evidence": 0.97,
+    "recipe": 0.96,
+    "figures": 0.95,
+    "ledger": 0.94,
 }
 """The value of each stage, as a share of its network's value.
 
-A profile takes minutes and its evidence takes hours, so that a network of half the value is
-searched before the evidence of the first is measured.
+They are close, so that one network is finished before the next is begun: a profile goes into the
+registry with its certificate, which needs all of its evidence.
 """
 
 FIGURES = (
