@@ -30,6 +30,8 @@ class Options:
     """first digits of the sha256 of a base network; by default that of most evaluations"""
     fidelity: str = ""
     """how the fidelity begins; by default that of most evaluations"""
+    near: bool = False
+    """predict from profiles within a tenth of the factor alone"""
     agents: tuple[str, ...] = (
         "random", "cma-es", "cma-es, surrogate", "annealing", "genetic", "swarm", "ppo", "ddpg",
         "gnn",
@@ -58,7 +60,10 @@ def curve(name: str, benchmark: LedgerBenchmark, options: Options, seed: int) ->
 
 def main(options: Options) -> None:
     """Print the table, a line for each agent as it is done."""
-    benchmark = LedgerBenchmark(options.arch, network=options.network, fidelity=options.fidelity)
+    near = (options.metric, options.cf) if options.near else None
+    benchmark = LedgerBenchmark(
+        options.arch, network=options.network, fidelity=options.fidelity, near=near
+    )
     of, (rho, better) = benchmark.measurement, benchmark.held_out()
     print(
         f"{options.arch}, {options.cf:g}x {options.metric}; base network {of.network[:8]}, "

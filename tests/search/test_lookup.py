@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import zoo
-from zoo.errors import ZooError
+from zoo.errors import FactorError, ZooError
 from zoo.planning.solver import scale_curve, solve
 from zoo.search.agents import agent
 from zoo.search.ledger import Key, Ledger, Row, read
@@ -120,6 +120,16 @@ def test_the_benchmark_ranks_profiles_that_it_was_not_fitted_to(benchmark):
         len(LedgerBenchmark(ARCH, network=network, fidelity="recalibration").profiles)
         for network in {each.measurement.network for each in benchmark.profiles}
     )
+
+
+def test_a_benchmark_near_a_factor_is_of_such_profiles_alone():
+    cost, whole = cost_model(GROUPS), LedgerBenchmark(ARCH)
+    near = LedgerBenchmark(ARCH, near=("params", 4.0))
+    assert 0 < len(near.profiles) < len(whole.profiles)
+    for each in near.profiles:
+        assert cost.factor(tuple(each.kept.values()), "params") == pytest.approx(4.0, rel=0.1)
+    with pytest.raises(FactorError, match="No profile of cnet near 40x params was measured"):
+        LedgerBenchmark(ARCH, near=("params", 40.0))
 
 
 def test_a_search_on_the_benchmark_finds_better_than_equal_and_repeats(benchmark):

@@ -12,11 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from zoo.data.datasets import ImageSet
+from zoo.errors import FactorError
 from zoo.search.env import EnvSettings, PruningEnv
 from zoo.search.lookup import evaluated_profiles
 from zoo.search.surrogate import GaussianProcess
 from zoo.search.tasks import Candidate, Task
 from zoo.search.vector_env import PruningVectorEnv
+from zoo.spec.cost import cost_model
 from zoo.spec.groups import ChannelGroups
 from zoo.tracing.known_groups import reference_groups
 
@@ -34,14 +36,16 @@ class LedgerBenchmark:
 
     A Gaussian process, fitted to the profiles of one measurement, stands in for the network. It
     takes seconds to fit and a millisecond to ask. `held_out` says how well it predicts: near the
-    factors that were measured alone, so a search for another one needs another `network`.
+    factors that were measured alone. Where a search's factor is among several, say `near`.
 
     Args:
         architecture: a name of the registry.
         network, fidelity, ledger: as for `ledger_lookup`; of the measurements that are left, the
             one of most profiles is taken, or of those a random sample of 2,000.
+        near: a metric and a factor, such as `("macs", 4.0)`: profiles within a tenth of it alone.
 
     Raises:
+        FactorError: if no profile is near the factor.
         ZooError: as `ledger_lookup`; if scikit-learn or gymnasium is not installed.
 
     Attributes:
@@ -57,13 +61,21 @@ class LedgerBenchmark:
         network: str = "",
         fidelity: str = "",
         ledger: str | Path | None = None,
+        near: tuple[Literal["params", "macs"], float] | None = None,
     ) -> None:
         self.groups: ChannelGroups = reference_groups(architecture)
+        cost = cost_model(self.groups)
         own = defaultdict(list)
         for each in evaluated_profiles(
             architecture, network=network, fidelity=fidelity, ledger=ledger
         ):
+            if near is not None:
+                metric, cf = near
+                if not 0.9 * cf < cost.factor(tuple(each.kept.values()), metric) < 1.1 * cf:
+                    continue
             own[each.measurement].append(each)
+        if near is not None and not own:
+            raise FactorError(f"No profile of {architecture} near {cf:g}x {metric} was measured.")
         self.measurement, found = max(own.items(), key=lambda item: len(item[1]))
         sample = np.random.default_rng(0).permutation(len(found))[:MOST]
         self.profiles = [found[index] for index in sorted(sample)]
