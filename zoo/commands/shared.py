@@ -35,7 +35,7 @@ SIZE = PrimitiveConstructorSpec(
 _NAMES = {
     **{name: name for name in ("align", "cf", "data", "floor", "keep", "metric", "profile", "refit",
                                "rewind", "seed", "weights", "init", "arch", "criterion", "size",
-                                   "precision", "teacher")},
+                               "precision", "teacher")},
     "num_classes": "classes",
     "image_size": "size",
 }  # fmt: skip

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError
 from zoo.search.env import EnvSettings, PruningEnv
-from zoo.search.lookup import evaluated_profiles
+from zoo.search.lookup import EvaluatedProfile, evaluated_profiles
 from zoo.search.surrogate import GaussianProcess
 from zoo.search.tasks import Candidate, Task
 from zoo.search.vector_env import PruningVectorEnv
@@ -64,18 +64,17 @@ class LedgerBenchmark:
         near: tuple[Literal["params", "macs"], float] | None = None,
     ) -> None:
         self.groups: ChannelGroups = reference_groups(architecture)
-        cost = cost_model(self.groups)
+        found = evaluated_profiles(architecture, network=network, fidelity=fidelity, ledger=ledger)
+        if near is not None:
+            metric, cf = near
+            found = self._near(found, metric, cf)
+            if not found:
+                raise FactorError(
+                    f"No profile of {architecture} near {cf:g}x {metric} was measured."
+                )
         own = defaultdict(list)
-        for each in evaluated_profiles(
-            architecture, network=network, fidelity=fidelity, ledger=ledger
-        ):
-            if near is not None:
-                metric, cf = near
-                if not 0.9 * cf < cost.factor(tuple(each.kept.values()), metric) < 1.1 * cf:
-                    continue
+        for each in found:
             own[each.measurement].append(each)
-        if near is not None and not own:
-            raise FactorError(f"No profile of {architecture} near {cf:g}x {metric} was measured.")
         self.measurement, found = max(own.items(), key=lambda item: len(item[1]))
         sample = np.random.default_rng(0).permutation(len(found))[:MOST]
         self.profiles = [found[index] for index in sorted(sample)]
@@ -83,6 +82,13 @@ class LedgerBenchmark:
         self._accuracies = np.array([each.accuracy for each in self.profiles])
         self._process = GaussianProcess(self._ratios, self._accuracies)
         self.task = imagined_task(architecture, self.groups, float(self._accuracies.max()))
+
+    def _near(
+        self, profiles: Sequence[EvaluatedProfile], metric: Literal["params", "macs"], cf: float
+    ) -> list[EvaluatedProfile]:
+        """The profiles within a tenth of a factor."""
+        factor = cost_model(self.groups).factor
+        return [p for p in profiles if abs(factor(tuple(p.kept.values()), metric) / cf - 1) < 0.1]
 
     def accuracies(self, keep_ratios: NDArray) -> NDArray:
         """The predicted accuracies, shape (N,), of keep ratios of shape (N, groups)."""
