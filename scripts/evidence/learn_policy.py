@@ -55,7 +55,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Train, and print the mean reward of every tenth of the episodes by network and metric."""
+    """Train, and print the mean rewards of every base network's first and last episodes."""
     options.out.mkdir(parents=True, exist_ok=True)
     tasks = [pair for text in options.tasks for pair in _tasks(text, options)]
     known = cases(tasks, options.settings)
@@ -109,18 +109,18 @@ def _told(episode: Played) -> dict[str, object]:
 
 
 def _report(played: list[Played]) -> None:
-    print("| network | metric | scores | episodes | reward, first fifth | last fifth |")
-    print("|---|---|---|---:|---:|---:|")
-    by: dict[tuple[str, str, bool], list[float]] = defaultdict(list)
+    print("| network | data | metric | scores | episodes | reward, first fifth | last fifth |")
+    print("|---|---|---|---|---:|---:|---:|")
+    by: dict[tuple[str, str, str, bool], list[float]] = defaultdict(list)
     for each in played:
-        by[each.case.arch, each.case.metric, each.case.scores is not None].append(each.reward)
-    for (arch, metric, scores), rewards in sorted(by.items()):
+        case = each.case
+        key = case.arch, case.task.val.name, case.metric, case.scores is not None
+        by[key].append(each.reward)
+    for (arch, data, metric, scores), rewards in sorted(by.items()):
         fifth = max(1, len(rewards) // 5)
         first, last = statistics.mean(rewards[:fifth]), statistics.mean(rewards[-fifth:])
-        with_scores = "yes" if scores else "no"
-        print(
-            f"| {arch} | {metric} | {with_scores} | {len(rewards)} | {first:+.4f} | {last:+.4f} |"
-        )
+        told = f"| {arch} | {data} | {metric} | {'yes' if scores else 'no'} | {len(rewards)} |"
+        print(f"{told} {first:+.4f} | {last:+.4f} |")
 
 
 if __name__ == "__main__":
