@@ -6,7 +6,7 @@ Each implementation is rewritten in tests/public_networks.py.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
@@ -141,6 +141,45 @@ def test_timms_networks_with_a_small_stem_are_ours(member, arch):
     expected = logits_of(module.eval())
     ours = load_dense(arch, {k: v.float() for k, v in module.state_dict().items()}).module
     torch.testing.assert_close(logits_of(ours), expected, rtol=1e-5, atol=1e-5)
+
+
+def lukemelas(squeezing: bool) -> Iterator[str]:
+    """lukemelas writes a block's layers in the order of their use, as timm does, and counts on."""
+
+    def layer(name: str, *parts: str) -> list[str]:
+        return [f"_{name}.{part}" for part in parts]
+
+    def norm(name: str) -> list[str]:
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        return layer(name, "weight", "bias", *statistics)
+
+    yield from (*layer("conv_stem", "weight"), *norm("bn0"))
+    for block in range(16):
+        inner = []
+        if block:
+            inner += [*layer("expand_conv", "weight"), *norm("bn0")]
+        inner += [*layer("depthwise_conv", "weight"), *norm("bn1")]
+        for gate in ("se_reduce", "se_expand") if squeezing else ():
+            inner += layer(gate, "weight", "bias")
+        inner += [*layer("project_conv", "weight"), *norm("bn2")]
+        yield from (f"_blocks.{block}.{name}" for name in inner)
+    yield from (*layer("conv_head", "weight"), *norm("bn1"), *layer("fc", "weight", "bias"))
+
+
+@pytest.mark.parametrize("member", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
+def test_efficientnets_numbered_through_are_timms(member):
+    timm = pytest.importorskip("timm")
+    module = timm.create_model(member)
+    for name, tensor in module.state_dict().items():
+        if "running" in name:
+            tensor.copy_(torch.rand(tensor.shape) + 0.5)
+    own = module.state_dict()
+    names = list(lukemelas(squeezing="lite" not in member))
+    state = dict(zip(names, own.values(), strict=True))
+    ours = zoo.create_model(f"timm:{member}", 1000, pretrained=state)
+    assert ours.state_dict().keys() == own.keys()
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, own[name]), name
 
 
 def test_pooling_in_the_stem_shows_in_no_key_so_it_has_an_architecture_of_its_own():

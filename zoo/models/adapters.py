@@ -7,9 +7,16 @@ separate architecture, or fits none.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = ["ADAPTERS", "adapted_names"]
+
+
+def _staged(*depths: int) -> Iterator[tuple[str, str]]:
+    """Rules that number blocks within stages of `depths` blocks, as timm does."""
+    places = [f"{stage}.{block}" for stage, depth in enumerate(depths) for block in range(depth)]
+    return ((rf"^_blocks\.{number}\.", f"blocks.{place}.") for number, place in enumerate(places))
+
 
 ADAPTERS: dict[str, tuple[tuple[str, str], ...]] = {
     "akamaster/pytorch_resnet_cifar10, kuangliu/pytorch-cifar": (
@@ -36,6 +43,23 @@ ADAPTERS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^features\.module\.", "features."),
         (r"^classifier\.1\.", "classifier.0."),
         (r"^classifier\.4\.", "classifier.3."),
+    ),
+    "lukemelas/EfficientNet-PyTorch, ml-illustrated/efficientnet_lite0": (
+        (r"^_fc\.", "classifier."),
+        (r"^_conv_(stem|head)\.", r"conv_\1."),
+        (r"^_bn1\.", "bn2."),
+        (r"^_bn0\.", "bn1."),
+        (r"\._bn2\.", ".bn3."),
+        (r"\._bn1\.", ".bn2."),
+        (r"\._bn0\.", ".bn1."),
+        (r"\._expand_conv\.", ".conv_pw."),
+        (r"\._depthwise_conv\.", ".conv_dw."),
+        (r"\._project_conv\.", ".conv_pwl."),
+        (r"\._se_(reduce|expand)\.", r".se.conv_\1."),
+        (r"^_blocks\.0\.conv_pwl\.", "_blocks.0.conv_pw."),
+        (r"^_blocks\.0\.bn2\.", "_blocks.0.bn1."),
+        (r"^_blocks\.0\.bn3\.", "_blocks.0.bn2."),
+        *_staged(1, 2, 2, 3, 3, 4, 1),
     ),
 }
 """Public repository -> pairs (regular expression, replacement), applied in order.
