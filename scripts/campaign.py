@@ -36,7 +36,7 @@ from zoo.search.estimates import Took, estimate, machine, next_job, read_took, t
 from zoo.search.ledger import FILE, merge, open_alone
 from zoo.search.schedule import Job, Plan, jobs_of
 from zoo.search.settings import parse_budget
-from zoo.search.stages import PROFILE, Workshop, perform
+from zoo.search.stages import BASE, PROFILE, Workshop, perform
 from zoo.search.tasks import say
 from zoo.spec.profile import Profile
 
@@ -71,6 +71,19 @@ class Shared:
         """What jobs took; the work of those in the plan is what the plan says now."""
         rows, jobs = read_took([self.merged / TOOK, self.out / TOOK]), self.jobs
         return [replace(row, work=jobs.get(row.job, row).work) for row in rows]
+
+    def done(self, rows: list[Took]) -> set[str]:
+        """Jobs that need not run: a base network too large for `merge` may have to, again."""
+        done, jobs = {row.job for row in rows}, self.jobs
+        wanted = {needed for name in jobs.keys() - done for needed in jobs[name].needs}
+        folders = (self.out, self.merged)
+        return {
+            name
+            for name in done
+            if name not in wanted
+            or jobs[name].stage != "base"
+            or any((folder / name / BASE).is_file() for folder in folders)
+        }
 
     @property
     def ledgers(self) -> Path:
@@ -191,7 +204,7 @@ def _carry_on(
                 costs = {name: estimate(job, rows, on) for name, job in jobs.items()}
                 seconds = {n: _remaining(options.out / n, cost) for n, cost in costs.items()}
                 passed_by = {*others, *failed, *running}
-                job = next_job(jobs, {r.job for r in rows}, passed_by, seconds, left)
+                job = next_job(jobs, options.done(rows), passed_by, seconds, left)
                 if job is not None:
                     say(f"{job.name}: about {seconds[job.name] / 60:.1f} min")
                     running[job.name] = _start(options, job, costs[job.name])
@@ -294,23 +307,23 @@ def _follow_parent(parent: int) -> None:
 def status(options: Shared) -> None:
     """Print what is done and left of every network and stage, and the next jobs."""
     jobs, rows, here = options.jobs, options.took, machine()
-    done = {row.job for row in rows}
+    done = options.done(rows)
     heads = ("network", "stage", "done", "of", f"hours left: {here}", H100)
     lines: dict[tuple[str, str], list[Job]] = defaultdict(list)
     for job in jobs.values():
         lines[f"{job.network.arch} at {job.network.size}", job.stage].append(job)
-    print(f"{heads[0]:<24}{heads[1]:<10}{heads[2]:>5}{heads[3]:>5}  {heads[4]} | {heads[5]}")
+    print(f"{heads[0]:<34}{heads[1]:<10}{heads[2]:>5}{heads[3]:>5}  {heads[4]} | {heads[5]}")
     total = [0.0, 0.0]
     for (network, stage), own in lines.items():
         left = [job for job in own if job.name not in done]
         hours = [sum(estimate(job, rows, on) for job in left) / 3600 for on in (here, H100)]
         total = [a + b for a, b in zip(total, hours, strict=True)]
         print(
-            f"{network:<24}{stage:<10}{len(own) - len(left):>5}{len(own):>5}"
+            f"{network:<34}{stage:<10}{len(own) - len(left):>5}{len(own):>5}"
             f"{hours[0]:>10.1f}{hours[1]:>10.2f}"
         )
     print(
-        f"{'all':<34}{len(done & jobs.keys()):>5}{len(jobs):>5}{total[0]:>10.1f}{total[1]:>10.2f}"
+        f"{'all':<44}{len(done & jobs.keys()):>5}{len(jobs):>5}{total[0]:>10.1f}{total[1]:>10.2f}"
     )
     costs = {name: estimate(job, rows, here) for name, job in jobs.items()}
     passed: set[str] = set()

@@ -13,6 +13,7 @@ import campaign
 import pytest
 import torch
 
+import zoo
 from zoo.errors import ZooError
 from zoo.planning.best import best_policies
 from zoo.registry.store import stored_groups
@@ -24,6 +25,8 @@ from zoo.search.schedule import Plan, jobs_of
 from zoo.search.stages import BASE, ROWS, Workshop, perform
 from zoo.spec.cost import cost_model
 from zoo.spec.profile import Evidence, Profile
+from zoo.storage.artefacts import save_checkpoint
+from zoo.storage.checkpoints import read_checkpoint
 
 pytest.importorskip("pyarrow")
 pytestmark = pytest.mark.slow
@@ -247,6 +250,34 @@ def test_the_work_of_earlier_jobs_is_what_the_plan_says_now(plan, tmp_path) -> N
     (tmp_path / campaign.TOOK).write_text(told_line(old) + told_line(kept))
     rows = campaign.Shared(plan=plan, merged=tmp_path, out=tmp_path / "out").took
     assert [row.work for row in rows] == [jobs_of(Plan.read(plan))[BASES[0]].work, kept.work]
+
+
+def test_a_base_network_that_was_not_merged_is_trained_again_for_those_that_need_it(
+    plan, tmp_path
+) -> None:
+    names = [*BASES, *REST]
+    done = [Took(name, "base", "cnet", 1.0, 1.0, 1.0, "cpu") for name in names]
+    shared = campaign.Shared(plan=plan, merged=tmp_path / "merged", out=tmp_path / "out")
+    assert shared.done(done) == set(names)
+    assert shared.done(done[:-1]) == {*names} - {BASES[0], REST[2]}
+    stored = tmp_path / "merged" / BASES[0] / BASE
+    stored.parent.mkdir(parents=True)
+    stored.touch()
+    assert shared.done(done[:-1]) == {*names} - {REST[2]}
+
+
+def test_a_base_network_may_start_from_a_checkpoint(tmp_path) -> None:
+    start = zoo.create_model("cnet", 10, image_size=8, seed=7)
+    save_checkpoint(start, tmp_path / "start.safetensors", {})
+    path = tmp_path / "plan.toml"
+    own = 'lr = 1e-9\npretrained = "{dir}/start.safetensors"'
+    path.write_text(PLAN.replace("lr = 0.05", own).replace("epochs = 6", "epochs = 1"))
+    workshop = Workshop(tmp_path / "out", tmp_path, {"digits": "digits"})
+    perform(jobs_of(Plan.read(path))[BASES[0]], workshop)
+    found = read_checkpoint(workshop.out / BASES[0] / BASE)
+    assert found.metadata["pretrained"] == "start.safetensors"
+    for name, tensor in start.state_dict().items():
+        torch.testing.assert_close(found.state[name].float(), tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_base_network_that_is_not_at_hand_is_named(plan, tmp_path) -> None:

@@ -90,9 +90,19 @@ def test_the_work_of_a_training_is_three_passes_of_its_images(jobs: dict[str, Jo
     assert jobs["base/cnet/16/a-0"].work == pytest.approx(3 * 45_000 * 10 * 16_225_280e-12 / 4)
 
 
+def test_the_work_follows_the_number_of_images(tmp_path: Path, jobs: dict[str, Job]) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text(PLAN.replace("[[network]]", "[images]\nb = 15_000\n\n[[network]]", 1))
+    others = jobs_of(Plan.read(path))
+    name = "base/cnet/16/b-0"
+    assert others.pop(name).work == pytest.approx(jobs[name].work / 3)
+    assert all(job.work == jobs[name].work for name, job in others.items())
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
+        ("[[network]]", "[images]\nc = 9\n[[network]]", "counts the images of 'c': not in .data."),
         ('exams = ["a-1"]', 'exams = ["a-0"]', "searches of cnet see the exam 'a-0'"),
         ('exams = ["a-1"]', 'exams = ["b-0"]', "searches of cnet see the exam 'b-0'"),
         ('tasks = ["a-0"]', 'tasks = ["a-2"]', "cnet has no base network 'a-2'"),

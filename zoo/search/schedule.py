@@ -6,8 +6,8 @@ A plan says which results the zoo should have. A job needs other jobs, and has a
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -52,8 +52,8 @@ FIGURES = (
 )
 """What the paper's figures 1 to 3 compare: policy, channels, and whether weights are kept."""
 
-BASE_IMAGES = 45_000
-"""Images of a training split, roughly."""
+IMAGES = 45_000
+"""Images of a training split, where the plan does not say how many there are."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Network:
         arch, size: a registered architecture, and the images' pixels per side.
         value: of these results, relative to the other networks'.
         bases: data set of the plan -> number of base networks trained on it, by as many seeds.
+        pretrained: the checkpoint that they are trained from, as `zoo.create_model` takes it;
+            `{dir}` stands for the folder of all data. If left out, from random weights.
         epochs: of their training.
         lr: its peak learning rate.
         tasks, held_back: base networks, as `cifar10-0`, that searches see; no tasks, no search.
@@ -97,6 +99,7 @@ class Network:
     bases: dict[str, int]
     epochs: int
     lr: float = 0.1
+    pretrained: str | None = None
     tasks: tuple[str, ...] = ()
     held_back: tuple[str, ...] = ()
     exams: tuple[str, ...] = ()
@@ -165,10 +168,13 @@ class Plan:
     Attributes:
         data: name -> its reference for `zoo.load_data`; `{dir}` stands for the folder of all data.
         network: the networks, in any order.
+        images: name -> images of its training split, from which costs are estimated; `IMAGES` if
+            left out.
     """
 
     data: dict[str, str]
     network: tuple[Network, ...]
+    images: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Plan:
@@ -181,6 +187,8 @@ class Plan:
             plan = decode(cls, tomllib.loads(path.read_text()), str(path))
         except (OSError, tomllib.TOMLDecodeError) as error:
             raise DocumentError(f"{path} is no plan: {error}") from None
+        for name in plan.images.keys() - plan.data.keys():
+            raise DocumentError(f"{path} counts the images of {name!r}: not in [data].")
         for number, network in enumerate(plan.network):
             if any((n.arch, n.size) == (network.arch, network.size) for n in plan.network[:number]):
                 raise DocumentError(f"{path} has {network.arch} at {network.size} pixels twice.")
@@ -234,11 +242,14 @@ class Job:
 
 def jobs_of(plan: Plan) -> dict[str, Job]:
     """The jobs of a plan by name, each after those that it needs."""
-    return {job.name: job for network in plan.network for job in _jobs(network)}
+    return {job.name: job for network in plan.network for job in _jobs(network, plan.images)}
 
 
-def _jobs(network: Network) -> Iterator[Job]:
+def _jobs(network: Network, counts: Mapping[str, int]) -> Iterator[Job]:
     place, macs = f"{folder_name(network.arch)}/{network.size}", _macs(network)
+
+    def trained_on(base: str) -> int:
+        return counts.get(base.rpartition("-")[0], IMAGES)
 
     def bases(*names: str) -> tuple[str, ...]:
         return tuple(f"base/{place}/{name}" for name in names)
@@ -249,7 +260,7 @@ def _jobs(network: Network) -> Iterator[Job]:
         return Job(name, stage, network, needs, images * macs, value, **own)  # type: ignore[arg-type]
 
     for base in _bases(network):
-        yield job("base", base, (), 3 * BASE_IMAGES * network.epochs, base=base)
+        yield job("base", base, (), 3 * trained_on(base) * network.epochs, base=base)
     for metric in network.metrics:
         for cf in network.cf:
             profile = f"{metric}-cf{cf:g}"
@@ -271,12 +282,12 @@ def _jobs(network: Network) -> Iterator[Job]:
                 runs = len(network.seeds) * (len(network.policies) + 1)
                 images = runs * cut * 3 * network.finetune_epochs * network.finetune_images
                 if network.sibling:
-                    images += cut * 3 * BASE_IMAGES * network.epochs
+                    images += cut * 3 * trained_on(base) * network.epochs
                 needs = (*bases(base), *found)
                 yield job("evidence", f"{profile}/{base}", needs, images, base=base, **own)
             for base in network.recipe:
                 runs = 2 if network.tasks else 1
-                images = runs * (3 * cut + 1) * BASE_IMAGES * network.recipe_epochs
+                images = runs * (3 * cut + 1) * trained_on(base) * network.recipe_epochs
                 needs = (*bases(base), *found)
                 yield job("recipe", f"{profile}/{base}", needs, images, base=base, **own)
             if found and network.ranked and network.exams:

@@ -122,7 +122,10 @@ def _base(job: Job, workshop: Workshop) -> None:
     """Train a dense network on the training split alone, to its last epoch."""
     network, seed = job.network, int(job.base.rpartition("-")[2])
     splits, folder = workshop.splits(job, job.base), workshop.out / job.name
-    model = create_model(network.arch, splits.num_classes, image_size=network.size, seed=seed)
+    start = network.pretrained and network.pretrained.format(dir=workshop.data_dir)
+    model = create_model(
+        network.arch, splits.num_classes, pretrained=start, image_size=network.size, seed=seed
+    )
     recipe = Recipe(epochs=network.epochs, lr=network.lr)
     result = finetune(
         model, splits.train, None, teacher=None, recipe=recipe, seed=seed, progress=False,
@@ -140,6 +143,7 @@ def _base(job: Job, workshop: Workshop) -> None:
         "val_accuracy": f"{evaluate(model, splits.val).accuracy:.4f}",
         "test_accuracy": f"{evaluate(model, splits.test).accuracy:.4f}",
         "epochs": str(network.epochs),
+        **({"pretrained": Path(start).name} if start else {}),
         "seed": str(seed),
     }
     save_checkpoint(model.half(), folder / BASE, metadata)
