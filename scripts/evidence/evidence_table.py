@@ -9,9 +9,11 @@ python scripts/evidence/evidence_table.py --figure docs/accuracy.svg
 from __future__ import annotations
 
 import re
+import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby
 from pathlib import Path
 
 import tyro
@@ -20,22 +22,39 @@ from matplotlib.figure import Figure
 from zoo.common.plots import accuracy_against_size, save
 from zoo.publishing.verdicts import spread
 from zoo.registry.store import get_profile, list_profiles
-from zoo.spec.profile import Evidence, Profile
+from zoo.spec.certificate import Comparison
+from zoo.spec.profile import SIBLING, Evidence, Profile
+
+COLUMNS = (
+    "base", SIBLING, "equal", "increasing", "greedy", "random, best", "global", "global-bn",
+    "global-lamp", "global-fisher-per-cost", "knapsack", "learned", "searched", "cma-es",
+)  # fmt: skip
+"""Policies from left to right; any other stands after them."""
 
 
 def table() -> str:
-    """One row per profile and base network, one column per policy; accuracies as mean ± sd."""
-    measured = [(profile, own) for profile in bundled() for own in by_exam(profile.evidence)]
-    policies = dict.fromkeys(row.policy for _, own in measured for row in own)
+    """A row per profile and data set, a column per policy: mean ± sd over networks and seeds."""
+    measured = [
+        (profile, list(exams))
+        for profile in bundled()
+        for _, exams in groupby(by_exam(profile.evidence), lambda own: own[0].data)
+    ]
+    policies = _sorted({r.policy for _, exams in measured for own in exams for r in own})
     heads = ("dense" if policy == "base" else policy for policy in policies)
     lines = [
-        f"| profile | data | fine-tune | {' | '.join(heads)} |",
-        f"|---|---|---|{'---:|' * len(policies)}",
+        f"| profile | data | fine-tune | networks x seeds | {' | '.join(heads)} |",
+        f"|---|---|---|---|{'---:|' * len(policies)}",
     ]
-    for profile, own in measured:
-        rows = {row.policy: row for row in own}
-        cells = " | ".join(spread(rows[p]) if p in rows else "" for p in policies)
-        lines.append(f"| {_name(profile)} | {_data(own[0])} | {_training(own[1])} | {cells} |")
+    for profile, exams in measured:
+        pooled: dict[str, list[float]] = defaultdict(list)
+        for row in chain.from_iterable(exams):
+            pooled[row.policy] += row.accuracies
+        own = exams[0][1]
+        cells = " | ".join(_pooled(pooled[policy]) for policy in policies)
+        lines.append(
+            f"| {_name(profile)} | {_data(own)} | {_training(own)} | "
+            f"{len(exams)} x {len(own.seeds)} | {cells} |"
+        )
     return "\n".join(lines)
 
 
@@ -62,29 +81,21 @@ def details() -> str:
 
 
 def certificates() -> str:
-    """Every certificate: its verdict, and a table of its comparisons."""
-    parts = []
-    for profile in bundled():
-        found = profile.certificate
-        if found is None:
-            continue
-        ranks = [
-            f"{rank.at_least_as_good} of {rank.profiles} random profiles are as good on "
-            f"{rank.data} ({rank.low:.1%} to {rank.high:.1%})"
-            for rank in found.ranks
-        ]
-        lines = [
-            f"**{_name(profile)}.** {found.verdict} {'; '.join(ranks)}.\n",
-            "| against | points ± sd | base networks | p | Holm |",
-            "|---|---:|---:|---:|---:|",
-        ]
-        lines += [
-            f"| {each.rival} | {100 * each.difference:+.2f} ± {100 * each.sd:.2f} "
-            f"| {each.networks} | {each.p:.2g} | {each.adjusted:.2g} |"
-            for each in found.comparisons
-        ]
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    """One row per certificate: its ranks, and its mean lead over every rival with Holm's p."""
+    found = [(each, each.certificate) for each in bundled() if each.certificate]
+    rivals = _sorted({each.rival for _, own in found for each in own.comparisons})
+    lines = [
+        f"| profile | verdict | networks | random as good | {' | '.join(rivals)} |",
+        f"|---|---|---:|---:|{'---:|' * len(rivals)}",
+    ]
+    for profile, own in found:
+        leads = {each.rival: each for each in own.comparisons}
+        cells = " | ".join(_lead(leads[rival]) if rival in leads else "" for rival in rivals)
+        ranks = "; ".join(f"{rank.at_least_as_good} of {rank.profiles}" for rank in own.ranks)
+        verdict = own.verdict.partition(":")[0].lower()
+        networks = own.comparisons[0].networks
+        lines.append(f"| {_name(profile)} | {verdict} | {networks} | {ranks} | {cells} |")
+    return "\n".join(lines)
 
 
 def figure() -> Figure:
@@ -108,6 +119,24 @@ def by_exam(rows: Iterable[Evidence]) -> list[list[Evidence]]:
     for row in rows:
         parts.setdefault(row.exam, []).append(row)
     return list(parts.values())
+
+
+def _sorted(policies: Iterable[str]) -> list[str]:
+    places = {name: place for place, name in enumerate(COLUMNS)}
+    return sorted(policies, key=lambda name: (places.get(name, len(COLUMNS)), name))
+
+
+def _pooled(accuracies: Sequence[float]) -> str:
+    """Mean in percent and, over more than one, standard deviation."""
+    if not accuracies:
+        return ""
+    mean = f"{100 * statistics.fmean(accuracies):.1f}"
+    return mean + (f" ± {100 * statistics.stdev(accuracies):.1f}" if len(accuracies) > 1 else "")
+
+
+def _lead(own: Comparison) -> str:
+    """Mean in points and its adjusted p."""
+    return f"{100 * own.difference:+.1f} ({own.adjusted:.2g})"
 
 
 def _name(profile: Profile) -> str:
