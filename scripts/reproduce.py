@@ -174,8 +174,9 @@ def initialisation(options: Options) -> Drawn:
     return Drawn(
         figure,
         table,
-        f"The paper: new weights are always as good or better. Here: new weights against those of "
-        f"the base network, {signs(found)}; {holds(all(value >= 0 for value in found.values()))}.",
+        f"The paper: new weights are always as good or better. Here, after "
+        f"{trained.partition(', ')[0]}: new weights against those of the base network, "
+        f"{signs(found)}; {holds(all(value >= 0 for value in found.values()))}.",
     )
 
 
