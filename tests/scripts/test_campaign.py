@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -234,9 +235,10 @@ def test_a_searched_profile_goes_into_the_registry_with_its_certificate(tmp_path
         r for r in measured if (r.key.fidelity, r.key.network) == (ranked.fidelity, ranked.network)
     ]
     random = [row for row in short if row.source == "random"]
-    (own,) = (row for row in short if row.source == "searched" and row.key.seed == 0)
+    own = [row.accuracy for row in short if row.source == "searched"]
     assert len(random) == ranked.profiles == 3
-    better = [row for row in random if row.accuracy >= own.accuracy]
+    assert len(own) == ranked.draws == 8
+    better = [row for row in random if row.accuracy >= statistics.fmean(own)]
     assert len(better) == ranked.at_least_as_good
     assert [each.rival for each in found.comparisons] == ["cma-es", "equal", "increasing"]
     assert {each.networks for each in found.comparisons} == {2}

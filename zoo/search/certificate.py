@@ -59,14 +59,14 @@ def certify(
 
 def rank(
     accuracy: float, random: Sequence[float], *, data: str = "", fidelity: str = "",
-    network: str = "",
+    network: str = "", draws: int = 1,
 ) -> Rank:  # fmt: skip
     """The rank among random profiles, with its interval (Clopper and Pearson, 1934).
 
     Args:
-        accuracy: of the profile.
+        accuracy: of the profile, the mean over `draws` choices of channels.
         random: accuracies of random profiles at the same factor, drawn independently of the search.
-        data, fidelity, network: as in `Rank`.
+        data, fidelity, network, draws: as in `Rank`.
 
     Raises:
         ZooError: for no random profiles, or an accuracy that is not a number in [0, 1].
@@ -78,7 +78,7 @@ def rank(
     n, k = len(random), sum(bool(other >= accuracy) for other in random)
     low = float(betaincinv(k, n - k + 1, 0.025)) if k else 0.0
     high = float(betaincinv(k + 1, n - k, 0.975)) if k < n else 1.0
-    return Rank(data, fidelity, n, k, low, high, network)
+    return Rank(data, fidelity, n, k, low, high, network, draws)
 
 
 def compare(

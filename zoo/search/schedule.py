@@ -23,7 +23,7 @@ from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
 from zoo.training.recipes import RECIPES
 
-__all__ = ["FIGURES", "Job", "Network", "Plan", "jobs_of"]
+__all__ = ["DRAWS", "FIGURES", "Job", "Network", "Plan", "jobs_of"]
 
 Stage = Literal["base", "ledger", "figures", "search", "evidence", "recipe", "certificate"]
 
@@ -51,6 +51,9 @@ FIGURES = (
     ("decreasing", "random", True),
 )
 """What the paper's figures 1 to 3 compare: policy, channels, and whether weights are kept."""
+
+DRAWS = 8
+"""Choices of channels that a ranked profile's accuracy is the mean of: one may be unlucky."""
 
 IMAGES = 45_000
 """Images of a training split, where the plan does not say how many there are."""
@@ -295,7 +298,7 @@ def _jobs(network: Network, counts: Mapping[str, int]) -> Iterator[Job]:
                 tuned = (f"recipe/{place}/{profile}/{base}" for base in network.recipe)
                 random = (f"ledger/{place}/{profile}/{base}" for base in network.ranked)
                 needs = (*bases(*network.ranked), *found, *measured, *tuned, *random)
-                images = len(network.ranked) * cut * 3 * 10_000
+                images = DRAWS * len(network.ranked) * cut * 3 * 10_000
                 yield job("certificate", profile, needs, images, **own)
 
 

@@ -6,6 +6,7 @@ A job writes into its own folder. A killed job continues where it stopped.
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, policy_widths
 from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
 from zoo.search.ledger import FILE, Ledger, read
-from zoo.search.schedule import FIGURES, Job
+from zoo.search.schedule import DRAWS, FIGURES, Job
 from zoo.search.settings import SearchConfig
 from zoo.search.tasks import Candidate, Task, load_task, say
 from zoo.spec.cost import CostModel, cost_model
@@ -265,12 +266,12 @@ def _certificate(job: Job, workshop: Workshop) -> None:
         evaluator = Evaluator(ledger)
         for base in job.network.ranked:
             task = workshop.task(job, base)
-            own = Candidate(task, _widths(profile), job.network.seeds[0])
-            (accuracy,) = evaluator([own], SHORT, SEARCHED)
+            own = [Candidate(task, _widths(profile), seed) for seed in range(DRAWS)]
+            accuracy = statistics.fmean(evaluator(own, SHORT, SEARCHED))
             random = evaluator(_random(job, task), SHORT, "random")
-            data = f"{task.val.name}, validation split"
+            data, network = f"{task.val.name}, validation split", task.network
             ranks.append(
-                rank(accuracy, random, data=data, fidelity=SHORT.name, network=task.network)
+                rank(accuracy, random, data=data, fidelity=SHORT.name, network=network, draws=DRAWS)
             )
     rows, tuned = (_rows(job, workshop, stage) for stage in ("evidence", "recipe"))
     profile = dataclasses.replace(

@@ -20,6 +20,8 @@ class Rank:
         low, high: exact two-sided 95 % confidence interval of the probability that a random profile
             is as good.
         network: sha256 of the base network.
+        draws: choices of channels that the profile's accuracy is the mean of; each random profile
+            has one.
     """
 
     data: str
@@ -29,6 +31,7 @@ class Rank:
     low: float
     high: float
     network: str = ""
+    draws: int = 1
 
     @property
     def probability(self) -> float:
