@@ -61,6 +61,7 @@ def train(widths: list[int]) -> None:
     import zoo.common.strides
     from zoo.criteria.scores import channel_scores
     from zoo.data.datasets import ImageSet
+    from zoo.errors import ZooError
     from zoo.models import build_model
     from zoo.registry.store import stored_groups
     from zoo.spec.plans import make_plan
@@ -85,7 +86,11 @@ def train(widths: list[int]) -> None:
     names, half = tuple("0123456789"), (0.5,) * 3
     data = ImageSet("noise", pixels, torch.arange(len(pixels)) % 10, names, half, half)
     recipe = zoo.Recipe(epochs=1, lr=0.05, precision="fp32")
-    zoo.finetune(surgery.apply(dense, groups, plan), data, None, teacher=None, recipe=recipe)
+    module = surgery.apply(dense, groups, plan)
+    try:
+        zoo.finetune(module, data, None, teacher=None, recipe=recipe)
+    except (RuntimeError, ZooError):  # overwritten memory may be noticed before it is fatal
+        os.abort()
 
 
 if __name__ == "__main__":
