@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ from zoo.planning.best import WITH_DATA, best_policies, reason
 from zoo.planning.learned import LEARNED, bundled_folder
 from zoo.planning.policies import POLICIES
 from zoo.planning.rankings import RANKINGS
+from zoo.spec.certificate import Comparison
+
+SEARCHED = "bundled:resnet20-16/macs-cf4"
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,36 @@ def test_the_learned_policy_is_asked_for_factors_that_it_knows(
             plan = zoo.load("resnet20-16", cf, dense, metric="macs", data=images).pruning.plan
         assert plan.profile == name
         assert plan.got == pytest.approx(cf, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("leads", "with_images", "without"),
+    [
+        ({"learned": 0.02, "global-lamp": 0.005, "equal": 0.0}, "learned", SEARCHED),
+        ({"learned": 0.005, "global-lamp": 0.02, "equal": 0.03}, "equal", "equal"),
+        ({"learned": -0.02, "global-lamp": -0.01, "equal": -0.03}, SEARCHED, SEARCHED),
+        ({"learned": 0.03, "global-lamp": 0.035, "cma-es": 0.09}, "learned", "global-lamp"),
+        ({"global-lamp": 0.02, "sibling": 0.08}, "learned", "global-lamp"),
+    ],
+)
+def test_what_was_clearly_ahead_on_the_architecture_itself_comes_first(
+    dense: nn.Module, images: TensorDataset, leads, with_images, without, monkeypatch, caplog
+) -> None:
+    compared = tuple(Comparison(name, 2, -lead, 0.01, 0.5, 0.5) for name, lead in leads.items())
+    found = zoo.get_profile(SEARCHED)
+    assert found.certificate
+    certificate = replace(found.certificate, comparisons=compared)
+    own = SEARCHED, replace(found, certificate=certificate)
+    monkeypatch.setattr("zoo.planning.best.searched_profile", lambda *_: own)
+    for data, name in ((images, with_images), (None, without)):
+        caplog.clear()
+        with caplog.at_level("INFO", "zoo"):
+            plan = zoo.load("resnet20-16", 4, dense, metric="macs", data=data).pruning.plan
+        assert plan.profile == name
+        usual = name == ("learned" if data else SEARCHED)
+        assert ("it was ahead of" in caplog.text) != usual
+        live = zoo.plan(dense, torch.zeros(1, 3, 32, 32), cf=4, metric="macs", data=data)
+        assert live.profile == ("learned" if data else "global-lamp")  # it has no name
 
 
 def test_limits_rescale_the_searched_profile(dense: nn.Module) -> None:

@@ -198,7 +198,8 @@ def prune(command: PruneCommand) -> None:
     print(pruning_summary(record))
     if command.profile == BEST:
         plan = record.plan
-        print(reason(plan.profile, plan.metric, plan.asked, data=images is not None))
+        data, arch = images is not None, command.arch
+        print(reason(plan.profile, plan.metric, plan.asked, data=data, arch=arch))
     print(f"Wrote {command.out}")
 
 

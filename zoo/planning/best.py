@@ -1,7 +1,8 @@
-"""`best`: what the evidence puts first (docs/evidence.md, "Where nothing was searched").
+"""`best`: what the evidence puts first (docs/evidence.md).
 
 With labelled images that is a policy that looks at the network's own channels; without, the
-searched profile, or where there is none a policy.
+searched profile, or where there is none a policy. Where another of these was clearly ahead on base
+networks of the very architecture, it takes their place.
 """
 
 from __future__ import annotations
@@ -26,18 +27,25 @@ WITH_DATA = {
 WITHOUT_DATA = ("global-lamp", "equal")
 """The policies without images, each for where those before it do not work."""
 
+SEARCHED = "searched"
+CLEARLY = 0.01
+"""Least lead, of mean accuracies over base networks, of what takes the usual one's place."""
+
 
 def best_profile(
     arch: str, cf: float | None, metric: str, *, data: bool
 ) -> tuple[str, Profile] | None:
-    """(reference, profile) of the bundled profile; None without one, or where images rank first."""
-    if not arch or cf is None or data:
+    """(reference, profile) of the bundled profile; None without one, or where others rank first."""
+    if not arch or cf is None:
         return None
-    return searched_profile(arch, cf, metric)
+    first = _ahead(arch, cf, metric, data=data)
+    if first == SEARCHED or not (first or data):
+        return searched_profile(arch, cf, metric)
+    return None
 
 
-def best_policies(metric: str, cf: float, *, data: bool) -> tuple[str, ...]:
-    """The policies to try in turn where nothing was searched.
+def best_policies(metric: str, cf: float, *, data: bool, arch: str = "") -> tuple[str, ...]:
+    """The policies to try in turn where no profile is taken.
 
     The learned policy is among them at the factors that it was trained for.
 
@@ -45,14 +53,30 @@ def best_policies(metric: str, cf: float, *, data: bool) -> tuple[str, ...]:
         metric: what the factor counts.
         cf: the factor.
         data: whether there are labelled images to score channels with.
+        arch: the architecture, whose own evidence comes before that of others.
     """
     found = (*(WITH_DATA[metric] if data else ()), *WITHOUT_DATA)
     if LEARNED in found and not learned_policy().training.covers(cf):
-        return tuple(name for name in found if name != LEARNED)
-    return found
+        found = tuple(name for name in found if name != LEARNED)
+    first = _ahead(arch, cf, metric, data=data)
+    return (first, *(name for name in found if name != first)) if first in found else found
 
 
-def reason(name: str, metric: str, cf: float, *, data: bool) -> str:
+def _ahead(arch: str, cf: float, metric: str, *, data: bool) -> str | None:
+    """What is clearly ahead of the usual one on base networks of `arch`; None where nothing is."""
+    found = searched_profile(arch, cf, metric) if arch else None
+    if found is None or found[1].certificate is None:
+        return None
+    behind = {each.rival: each.difference for each in found[1].certificate.comparisons}
+    behind[SEARCHED] = 0.0
+    names: list[str] = [*(WITH_DATA[metric] if data else ()), SEARCHED, *WITHOUT_DATA]
+    if names[0] not in behind:
+        return None
+    first = min((name for name in names if name in behind), key=behind.__getitem__)
+    return first if behind[names[0]] - behind[first] > CLEARLY else None
+
+
+def reason(name: str, metric: str, cf: float, *, data: bool, arch: str = "") -> str:
     """One line: what `best` took, with what evidence, and what else there is.
 
     Args:
@@ -60,7 +84,15 @@ def reason(name: str, metric: str, cf: float, *, data: bool) -> str:
         metric: what the factor counts.
         cf: the factor.
         data: whether there were labelled images.
+        arch: the architecture, if it has a name.
     """
+    first = _ahead(arch, cf, metric, data=data)
+    if first == name or (first == SEARCHED and ":" in name):
+        usual = WITH_DATA[metric][0] if data else SEARCHED
+        return (
+            f"best took {name!r}: at {cf:g}x {metric} it was ahead of {usual!r} on networks that "
+            f"no search saw (zoo show {arch} --cf {cf:g} --metric {metric})."
+        )
     if data:
         return f"best took {name!r}{_with_data(name, metric, cf)}."
     better = f"with data, {_first(metric, cf)!r} looks at the channels of these weights instead"

@@ -40,7 +40,8 @@ class Request:
     """A checked request: `name` of the profile or policy, and the profile if it is one.
 
     `align` is None for the step of the runtime that the network is for, and 1 without one. `best`
-    says that `best` was asked for, and `name` is what it stands for.
+    says that `best` was asked for, and `name` is what it stands for. `arch` is "" for a network
+    that has no name.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Request:
     keep: Mapping[str, float]
     refit: bool
     best: bool = False
+    arch: str = ""
 
     @property
     def learned(self) -> bool:
@@ -119,7 +121,7 @@ def request(
     pins = dict(keep or {})
     return Request(
         name, resolved, cf, metric, criterion, seed, align, float(floor), pins, refit,
-        best=profile == BEST,
+        best=profile == BEST, arch=arch,
     )  # fmt: skip
 
 
@@ -243,7 +245,10 @@ def planned(
     plan = plan_of(request, groups, widths, scores_by(request.criterion), latency)
     log = logging.getLogger("zoo")
     if request.best and log.isEnabledFor(logging.INFO):
-        log.info(reason(plan.profile, plan.metric, plan.asked, data=data is not None))
+        told = reason(
+            plan.profile, plan.metric, plan.asked, data=data is not None, arch=request.arch
+        )
+        log.info(told)
     return plan
 
 
@@ -255,7 +260,9 @@ def _best(
     clock: Clock | None,
 ) -> Plan:
     """The plan of the first of the best policies that works here and reaches the factor."""
-    *first, last = best_policies(request.metric, request.cf, data=data is not None)
+    *first, last = best_policies(
+        request.metric, request.cf, data=data is not None, arch=request.arch
+    )
     for name in first:
         with suppress(FactorError, GraphError):
             return planned(module, groups, replace(request, name=name), data, clock)
