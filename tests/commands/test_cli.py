@@ -73,11 +73,15 @@ def test_list_names_every_registered_architecture(capsys):
     assert "No such profile" in capsys.readouterr().out
 
 
-def test_list_by_a_metric_counts_profiles_of_another_as_missing(capsys):
-    for arguments, cnet_is_searched in (["list"], True), (["list", "--metric", "macs"], False):
-        assert main(arguments) == 0
-        not_searched = capsys.readouterr().out.partition("Not searched")[2].partition("Weights")[0]
-        assert ("cnet" in re.findall(r"[\w:-]+", not_searched)) is not cnet_is_searched
+@pytest.mark.parametrize("metric", [None, "params", "macs", "latency"])
+def test_list_by_a_metric_counts_profiles_of_another_as_missing(metric, capsys):
+    assert main(["list", *(["--metric", metric] if metric else [])]) == 0
+    part = capsys.readouterr().out.partition("Not searched")[2].partition("Weights")[0]
+    missing = set(re.findall(r"[\w:-]+", part))
+    searched = {entry.architecture for entry in zoo.list_profiles(metric=metric)}
+    assert {*ARCHITECTURES} - searched <= missing
+    assert not searched & missing
+    assert bool(searched) is (metric != "latency")
 
 
 def test_show_draws_a_bar_per_group_and_the_evidence(tmp_path, capsys):

@@ -20,7 +20,7 @@ from zoo.planning.solver import round_widths
 from zoo.registry.store import ProfileEntry, find_profile, stored_groups, write_index
 from zoo.spec.cost import cost_model
 from zoo.spec.groups import ChannelGroups
-from zoo.spec.profile import Profile, Reference
+from zoo.spec.profile import SIBLING, Profile, Reference
 
 BUNDLED = zoo.list_profiles()
 FOLDER = registry.registry_folder()
@@ -92,7 +92,7 @@ def test_the_factor_is_that_of_the_kept_counts_at_the_reference(entry: ProfileEn
 def test_a_loaded_network_has_the_parameters_that_the_profile_states(entry: ProfileEntry) -> None:
     profile = zoo.get_profile(entry.reference)
     dense = zoo.create_model(entry.architecture, profile.reference.num_classes)
-    model = zoo.load(entry.architecture, entry.cf, dense, metric=entry.metric)
+    model = zoo.load(entry.architecture, entry.cf, dense, metric=entry.metric, profile="searched")
     sizes = [parameter_count(module) for module in (dense, model)]
     plan = model.pruning.plan
     assert plan.profile == entry.reference
@@ -117,26 +117,34 @@ def test_provenance_is_complete(entry: ProfileEntry) -> None:
 
 
 @every_bundled
-def test_evidence_sets_the_profile_beside_equal_and_greedy(entry: ProfileEntry) -> None:
+def test_evidence_sets_the_profile_beside_its_rivals(entry: ProfileEntry) -> None:
     profile, groups = zoo.get_profile(entry.reference), groups_of(entry)
     model = cost_model(groups)
-    assert profile.evidence
-    data = dict.fromkeys(row.data for row in profile.evidence)
-    for own in [[row for row in profile.evidence if row.data == name] for name in data]:
+    measured = 0
+    for exam in {row.exam for row in profile.evidence}:
+        own = [row for row in profile.evidence if row.exam == exam]
         rows = {row.policy: row for row in own}
         assert len(rows) == len(own)
-        assert {"base", "searched", "equal", "greedy"} <= rows.keys()
+        assert {"base", "searched", "equal"} <= rows.keys()
+        assert {"greedy", SIBLING} & rows.keys()
         kept = model([profile.kept[name] for name in groups.names])
         assert (rows["searched"].params, rows["searched"].macs) == (kept.params, kept.macs)
         assert (rows["base"].params, rows["base"].macs) == (model.dense.params, model.dense.macs)
-        rivals = [row for row in own if row.policy != "base"]
-        for row in rivals:  # the same factor, training and seeds for all, or it is no comparison
-            got = getattr(model.dense, profile.metric) / getattr(row, profile.metric)
-            assert got == pytest.approx(profile.cf, rel=0.02), row.policy
-            assert (row.fidelity, row.seeds) == (rivals[0].fidelity, rivals[0].seeds)
-            assert len(row.seeds) >= 3
-            assert len(row.before) == len(row.seeds)
+        for row in own:
+            if row.policy != "base":
+                got = getattr(model.dense, profile.metric) / getattr(row, profile.metric)
+                assert got == pytest.approx(profile.cf, rel=0.02), row.policy
+        tuned = [row for row in own if row.policy not in ("base", SIBLING) and not row.standard]
+        longer = [row for row in own if row.standard]
+        for rivals in (tuned, longer):  # the same training and seeds, or it is no comparison
+            assert len({(row.fidelity, row.seeds) for row in rivals}) <= 1
+            for row in rivals:
+                assert len(row.before) == len(row.seeds)
+        for row in tuned:
             assert row.sd == pytest.approx(statistics.stdev(row.accuracies), abs=1e-6)
+        assert all("teacher" in row.fidelity for row in longer)
+        measured += len(rows["searched"].seeds)
+    assert measured >= 3
     for row in profile.evidence:
         assert row.mean == pytest.approx(statistics.mean(row.accuracies), abs=1e-6)
         assert len(row.seeds) == len(row.accuracies) == len(set(row.seeds))
