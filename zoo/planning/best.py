@@ -36,12 +36,9 @@ def best_profile(
     arch: str, cf: float | None, metric: str, *, data: bool
 ) -> tuple[str, Profile] | None:
     """(reference, profile) of the bundled profile; None without one, or where others rank first."""
-    if not arch or cf is None:
-        return None
-    first = _ahead(arch, cf, metric, data=data)
-    if first == SEARCHED or not (first or data):
-        return searched_profile(arch, cf, metric)
-    return None
+    found = _found(arch, cf, metric)
+    first = _ahead(found, metric, data)
+    return found if first == SEARCHED or not (first or data) else None
 
 
 def best_policies(metric: str, cf: float, *, data: bool, arch: str = "") -> tuple[str, ...]:
@@ -58,13 +55,16 @@ def best_policies(metric: str, cf: float, *, data: bool, arch: str = "") -> tupl
     found = (*(WITH_DATA[metric] if data else ()), *WITHOUT_DATA)
     if LEARNED in found and not learned_policy().training.covers(cf):
         found = tuple(name for name in found if name != LEARNED)
-    first = _ahead(arch, cf, metric, data=data)
+    first = _ahead(_found(arch, cf, metric), metric, data)
     return (first, *(name for name in found if name != first)) if first in found else found
 
 
-def _ahead(arch: str, cf: float, metric: str, *, data: bool) -> str | None:
-    """What is clearly ahead of the usual one on base networks of `arch`; None where nothing is."""
-    found = searched_profile(arch, cf, metric) if arch else None
+def _found(arch: str, cf: float | None, metric: str) -> tuple[str, Profile] | None:
+    return searched_profile(arch, cf, metric) if arch and cf is not None else None
+
+
+def _ahead(found: tuple[str, Profile] | None, metric: str, data: bool) -> str | None:
+    """What the certificate of `found` has clearly ahead of the usual one; None without any."""
     if found is None or found[1].certificate is None:
         return None
     behind = {each.rival: each.difference for each in found[1].certificate.comparisons}
@@ -86,7 +86,7 @@ def reason(name: str, metric: str, cf: float, *, data: bool, arch: str = "") -> 
         data: whether there were labelled images.
         arch: the architecture, if it has a name.
     """
-    first = _ahead(arch, cf, metric, data=data)
+    first = _ahead(_found(arch, cf, metric), metric, data)
     if first == name or (first == SEARCHED and ":" in name):
         usual = WITH_DATA[metric][0] if data else SEARCHED
         return (
