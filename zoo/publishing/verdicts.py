@@ -112,8 +112,8 @@ def _measured(found: CataloguedProfile) -> list[str]:
     ]
     if any(not exam.network for exam in exams):
         sentences.append("The checksum of that base network was not recorded.")
-    for fidelity in dict.fromkeys(text for exam in exams for text in exam.fidelities):
-        sentences.append(f"Training was short: {fidelity}. A longer one may rank otherwise.")
+    trained = dict.fromkeys(text for exam in exams for text in exam.fidelities)
+    sentences.append(f"Training was short: {'; '.join(trained)}. A longer one may rank otherwise.")
     sizes = sorted({size for exam in exams for size in re.findall(r"\bat (\d+x\d+)", exam.data)})
     if sizes:
         sentences.append(f"Images had {listed(sizes)} pixels; no other size was tried.")
