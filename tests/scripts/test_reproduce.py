@@ -36,7 +36,7 @@ def ledger(tmp_path: Path) -> Path:
     """
 
     def add(policy, seed, accuracy, fidelity, *, cf, criterion="random", network=HOME, number=0):
-        kept = widths(policy, cf, number)
+        kept = widths("random" if policy == "searched" else policy, cf, number)
         key = Key(network, "split", 10, 16, kept, criterion, seed, fidelity)
         written.add(Row(key, accuracy, 1.0, policy))
 
@@ -55,6 +55,9 @@ def ledger(tmp_path: Path) -> Path:
             for network, level in ((HOME, good), (AWAY, good - 0.1)):
                 if (network, number) != (AWAY, 19):
                     add("random", number, level, SHORT.name, cf=cf, network=network, number=number)
+        for seed, accuracy in enumerate((0.54, 0.56)):
+            add("searched", seed, accuracy, SHORT.name, cf=2.0, number=40)
+            add("searched", seed, 0.9, LONG.name, cf=2.0, number=40)
     return written.path
 
 
@@ -63,7 +66,9 @@ def told(figure: str, ledger: Path, tmp_path: Path, capsys, **options) -> str:
     reproduce.main(asked)
     with Image.open(tmp_path / "out" / f"{figure}-{ARCH}.png") as image:
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
-    return capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / f"{figure}-{ARCH}.md").read_text() in printed
+    return printed
 
 
 def test_figure_1_says_how_far_new_weights_are_away(ledger, tmp_path, capsys):
@@ -76,7 +81,7 @@ def test_figure_2_compares_every_choice_of_channels_with_random_ones(ledger, tmp
     text = told("fig2", ledger, tmp_path, capsys)
     assert "l1 against random, +1.0 points at 1.5x, +1.0 points at 2x" in text
     assert "taylor against random, +0.0 points at 1.5x" in text
-    assert "nothing is more than 1.0 points" in text
+    assert "nothing is more than 1.0 points away from random; the claim does not hold" in text
 
 
 def test_figure_3_leaves_evaluations_of_other_fine_tunes_and_networks_out(ledger, tmp_path, capsys):
@@ -87,10 +92,22 @@ def test_figure_3_leaves_evaluations_of_other_fine_tunes_and_networks_out(ledger
     assert "(20)" in random
 
 
-def test_figure_4_counts_the_profiles_near_the_best(ledger, tmp_path, capsys):
+def test_figure_3_does_without_a_policy_that_does_not_reach_the_factors(tmp_path, capsys):
+    with Ledger(tmp_path / "few.jsonl") as written:
+        for policy, seed, accuracy in (("equal", 0, 0.6), ("increasing", 0, 0.61)):
+            key = Key(HOME, "split", 10, 16, widths(policy, 2.0), "random", seed, SHORT.name)
+            written.add(Row(key, accuracy, 1.0, policy))
+    text = told("fig3", written.path, tmp_path, capsys)
+    assert "decreasing against equal, out of reach; the others are up to 1.0 points away" in text
+
+
+def test_figure_4_counts_the_profiles_near_the_best_and_above_the_searched(
+    ledger, tmp_path, capsys
+):
     text = told("fig4", ledger, tmp_path, capsys)
-    assert "| 2x | 20 | 22.00% | 41.00% | 60.00% | 5% |" in text
-    assert "the claim holds" in text
+    assert "| 1.5x | 20 | 22.00% | 41.00% | 60.00% | 5% |  |" in text
+    assert "| 2x | 20 | 22.00% | 41.00% | 60.00% | 5% | 55.00% |" in text
+    assert "the claim holds. As good as the one searched on another base network: 15% at 2x" in text
 
 
 def test_figure_6_ranks_the_best_of_one_network_on_another(ledger, tmp_path, capsys):
@@ -103,7 +120,8 @@ def test_figure_6_ranks_the_best_of_one_network_on_another(ledger, tmp_path, cap
     ("figure", "factor"), [("fig9", "4.04x"), ("fig10", "101.00x"), ("fig11", "101.00x")]
 )
 def test_figures_9_to_11_say_where_a_reward_is_greatest(figure, factor, ledger, tmp_path, capsys):
-    assert f"greatest at {factor} where 4x is asked" in told(figure, ledger, tmp_path, capsys)
+    text = told(figure, ledger, tmp_path, capsys)
+    assert f"greatest at {factor} where 4x is asked; the claim holds" in text
 
 
 def test_figure_12_plays_ppo_on_the_registrys_evaluations(tmp_path, capsys):
