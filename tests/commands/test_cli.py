@@ -69,7 +69,7 @@ def test_list_names_every_registered_architecture(capsys):
     assert main(["list"]) == 0
     names = set(re.findall(r"[\w:-]+", capsys.readouterr().out))
     assert names >= {*ARCHITECTURES, *STORED}
-    assert main(["list", "--arch", "resnet20"]) == 0
+    assert main(["list", "--arch", "torchvision:densenet121"]) == 0
     assert "No such profile" in capsys.readouterr().out
 
 
