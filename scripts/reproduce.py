@@ -237,6 +237,8 @@ def cloud(options: Options) -> Drawn:
     kinds = ("random", "searched")
     series = of.series(lambda row: row.source if row.source in kinds else None)
     random = {cf: own for cf, own in series["random"].items() if len(own) >= FEWEST}
+    if not random:
+        raise ZooError(f"No factor has {FEWEST} random profiles of {of.arch} yet.")
     found = {cf: statistics.fmean(own) for cf, own in series.get("searched", {}).items()}
     figure = accuracy_against_factor(
         [

@@ -110,6 +110,16 @@ def test_figure_4_counts_the_profiles_near_the_best_and_above_the_searched(
     assert "the claim holds. As good as the one searched on another base network: 15% at 2x" in text
 
 
+def test_figure_4_has_no_verdict_on_a_handful_of_profiles(tmp_path):
+    with Ledger(tmp_path / "few.jsonl") as written:
+        for source, seed in (("random", 0), ("searched", 1)):
+            kept = widths("random", 2.0, seed)
+            key = Key(HOME, "split", 10, 16, kept, "random", seed, SHORT.name)
+            written.add(Row(key, 0.5, 1.0, source))
+    with pytest.raises(SystemExit, match="No factor has 10 random profiles of cnet yet"):
+        reproduce.main(reproduce.Options("fig4", ARCH, written.path, (2.0,), out=tmp_path))
+
+
 def test_figure_6_ranks_the_best_of_one_network_on_another(ledger, tmp_path, capsys):
     text = told("fig6", ledger, tmp_path, capsys)
     assert "| 2x | 19 | 1, 2, 3, 4, 5 |" in text
