@@ -107,6 +107,9 @@ class Evaluations:
                 found[own][cf].append(row.accuracy)
         return {own: dict(points) for own, points in found.items()}
 
+    def of_sources(self, *sources: str) -> Series:
+        return self.series(lambda row: row.source if row.source in sources else None)
+
     def at(self, row: Row) -> float | None:
         return next((cf for cf in self.cf if at_factor([row], self.model, cf, "params")), None)
 
@@ -207,19 +210,12 @@ def channels(options: Options) -> Drawn:
 
 def handmade(options: Options) -> Drawn:
     """Figure 3: equal, increasing and decreasing profiles beside random ones."""
-    kinds = ("equal", "increasing", "decreasing", "random")
     of = Evaluations.of(options).like_most(lambda row: row.source == "equal" and short(row))
-    series = of.series(lambda row: row.source if row.source in kinds else None)
+    series = of.of_sources("equal", "increasing", "decreasing", "random")
     figure, table = lines_of(f"{of.arch}: how much to keep", of, series)
     found = differences(series, "decreasing", "equal")
-    most = max(
-        (
-            abs(value)
-            for one in ("increasing", "random")
-            for value in differences(series, one, "equal").values()
-        ),
-        default=0.0,
-    )
+    others = (differences(series, one, "equal").values() for one in ("increasing", "random"))
+    most = max((abs(value) for values in others for value in values), default=0.0)
     worse = signs(found) if found else "out of reach"
     claim = most <= LEVEL and all(value < -LEVEL for value in found.values())
     return Drawn(
@@ -234,25 +230,17 @@ def handmade(options: Options) -> Drawn:
 def cloud(options: Options) -> Drawn:
     """Figure 4: every random profile, the best of each factor, and what was searched elsewhere."""
     of = Evaluations.of(options).like_most(random_and_short)
-    kinds = ("random", "searched")
-    series = of.series(lambda row: row.source if row.source in kinds else None)
+    series = of.of_sources("random", "searched")
     random = {cf: own for cf, own in series["random"].items() if len(own) >= FEWEST}
     if not random:
         raise ZooError(f"No factor has {FEWEST} random profiles of {of.arch} yet.")
     found = {cf: statistics.fmean(own) for cf, own in series.get("searched", {}).items()}
-    figure = accuracy_against_factor(
-        [
-            Panel(
-                of.arch,
-                {
-                    "random": [(cf, value) for cf, own in random.items() for value in own],
-                    "best random": [(cf, max(own)) for cf, own in random.items()],
-                    "searched": list(found.items()),
-                },
-            )
-        ],
-        "params",
-    )
+    points = {
+        "random": [(cf, value) for cf, own in random.items() for value in own],
+        "best random": [(cf, max(own)) for cf, own in random.items()],
+        "searched": list(found.items()),
+    }
+    figure = accuracy_against_factor([Panel(of.arch, points)], "params")
     rows, near, better = [], [], []
     for cf, own in sorted(random.items()):
         near.append(sum(value >= max(own) - 0.01 for value in own) / len(own))
