@@ -4,10 +4,11 @@
     python scripts/campaign.py run --budget 25m --data-dir DIR --out runs/campaign
     python scripts/campaign.py merge runs/campaign
 
-`run` does the most valuable job that fits into the rest of its budget, then the next; a job that is
-stopped continues in the next run. `merge` copies results into the repository, where every machine
-finds them: base networks and evidence into campaign-results/, evaluations into registry/ledger/,
-profiles with a certificate into registry/<architecture>/.
+`run` does the most valuable job that fits into the rest of its budget, then the next, so that one
+profile is finished before another is begun. A stopped job continues in the next run. `merge` copies
+results into the repository, where every machine finds them: base networks and evidence into
+campaign-results/, evaluations into registry/ledger/, profiles with a certificate into
+registry/<architecture>/.
 """
 
 from __future__ import annotations

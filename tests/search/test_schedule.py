@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zoo.errors import ZooError
@@ -193,3 +193,19 @@ def test_a_cheap_base_network_of_little_value_comes_first_if_much_waits_for_it(
     assert done == jobs.keys()
     assert order.index("base/resnet20/32/a-0") == len(order) - 1
     assert next_job(jobs, (), (), costs, 9.0) is None
+
+
+@settings(max_examples=10)
+@given(random=st.integers(0).map(Random))
+def test_profiles_are_finished_one_after_the_other(campaign, random) -> None:
+    jobs = campaign
+    costs = {name: random.uniform(1, 4000) for name in jobs}
+    done, begun = set[str](), set[str]()
+    while (job := next_job(jobs, done, (), costs, 5000)) is not None:
+        if job.stage in ("search", "evidence", "recipe") and job.network.tasks:
+            begun.add("/".join(job.name.split("/")[1:4]))  # as resnet20/16/macs-cf4
+            assert len(begun) == 1, f"{job.name} comes before a profile that was begun is finished"
+        elif job.stage == "certificate":
+            begun.clear()
+        done.add(job.name)
+    assert done == jobs.keys()

@@ -98,17 +98,44 @@ def next_job(
 ) -> Job | None:
     """The most valuable job that is ready and takes no longer than `left` seconds.
 
-    A job is worth at least as much as any job that waits for it. Of equally valuable jobs the
-    shortest comes first, then the first in order.
+    A job is worth at least as much as any job that waits for it. Of equally valuable jobs that
+    comes first which the result nearest to its end waits for, so that results are finished one by
+    one; then the shortest, then the first in order.
     """
     worth = {name: job.value for name, job in jobs.items()}
     for job in reversed(list(jobs.values())):
         for needed in job.needs:
             worth[needed] = max(worth[needed], worth[job.name])
-    ready = [
+    rest = _rest(jobs, done, seconds)
+    affordable = [
         job
         for name, job in jobs.items()
-        if name not in done and name not in running and all(needed in done for needed in job.needs)
+        if name not in done
+        and name not in running
+        and all(needed in done for needed in job.needs)
+        and seconds[name] <= left
     ]
-    affordable = [job for job in ready if seconds[job.name] <= left]
-    return max(affordable, key=lambda job: (worth[job.name], -seconds[job.name]), default=None)
+    return max(
+        affordable,
+        key=lambda job: (worth[job.name], -rest[job.name], -seconds[job.name]),
+        default=None,
+    )
+
+
+def _rest(
+    jobs: Mapping[str, Job], done: Collection[str], seconds: Mapping[str, float]
+) -> dict[str, float]:
+    """For each open job the fewest seconds of open jobs to a result that it is part of.
+
+    A result is a job that no other needs, with all that it needs itself.
+    """
+    parts = {name: {name} for name in jobs}
+    for name, job in jobs.items():
+        parts[name].update(*(parts[needed] for needed in job.needs))
+    inner = {needed for job in jobs.values() for needed in job.needs}
+    rest: dict[str, float] = {}
+    for result in jobs.keys() - inner:
+        left = parts[result] - set(done)
+        total = sum(seconds[name] for name in left)
+        rest |= {name: min(total, rest.get(name, total)) for name in left}
+    return rest

@@ -29,17 +29,17 @@ Stage = Literal["base", "ledger", "figures", "search", "evidence", "recipe", "ce
 
 WORTH: dict[Stage, float] = {
     "base": 1.0,
-    "search": 0.99,
     "certificate": 0.98,
     "evidence": 0.97,
     "recipe": 0.96,
+    "search": 0.96,
     "figures": 0.95,
     "ledger": 0.94,
 }
 """The value of each stage, as a share of its network's value.
 
-They are close, so that one network is finished before the next is begun: a profile goes into the
-registry with its certificate, which needs all of its evidence.
+They are close, so that one network is finished before the next is begun. A profile goes into the
+registry with its certificate; whatever that needs is worth as much.
 """
 
 FIGURES = (
