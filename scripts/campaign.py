@@ -37,7 +37,7 @@ from zoo.search.estimates import Took, estimate, machine, next_job, read_took, t
 from zoo.search.ledger import FILE, merge, open_alone
 from zoo.search.schedule import Job, Plan, jobs_of
 from zoo.search.settings import parse_budget
-from zoo.search.stages import BASE, PROFILE, Workshop, perform
+from zoo.search.stages import BASE, PROFILE, Workshop, check_results, perform
 from zoo.search.tasks import say
 from zoo.spec.profile import Profile
 
@@ -128,6 +128,8 @@ class One(Shared):
     """its name"""
     data_dir: Path
     """folder of the data sets"""
+    parent: int | None = None
+    """id of the process that it ends with; by default the one that started it"""
 
 
 # --- run ------------------------------------------------------------------------------------------
@@ -229,6 +231,7 @@ def _start(options: Run, job: Job, estimated: float) -> _Running:
     command = [sys.executable, __file__, "one", job.name, "--data-dir", options.data_dir]
     command += ["--plan", options.plan, "--out", options.out]
     command += ["--merged", options.merged, "--registry", options.registry]
+    command += ["--parent", os.getpid()]
     with (folder / "log.txt").open("a") as log:
         process = subprocess.Popen(
             list(map(str, command)), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
@@ -288,7 +291,10 @@ def _remaining(folder: Path, estimated: float) -> float:
 
 
 def one(options: One) -> None:
-    threading.Thread(target=_follow_parent, args=(os.getppid(),), daemon=True).start()
+    if options.job not in options.jobs:
+        raise ZooError(f"The plan has no job {options.job!r}.")
+    parent = options.parent or os.getppid()  # who started this may have ended already
+    threading.Thread(target=_follow_parent, args=(parent,), daemon=True).start()
     job = options.jobs[options.job]
     data = Plan.read(options.plan).data
     known = tuple(options.ledgers.glob("*.parquet"))
@@ -343,14 +349,28 @@ def status(options: Shared) -> None:
 
 
 def merge_all(options: Merge) -> None:
-    """Copy the results of finished jobs, certified profiles and all evaluations."""
-    jobs = options.jobs
+    """Copy the results of finished jobs, certified profiles and all evaluations.
+
+    Raises:
+        ZooError: if there is no folder, or at the end if files of a finished job are missing or
+            damaged; the job is left out then, and another folder or a later merge may bring it.
+    """
+    jobs, damaged = options.jobs, list[str]()
     known = {row.job for row in read_took([options.merged / TOOK])}
+    if not options.folders:
+        raise ZooError("Name the folders to merge: those that were --out of `run`.")
     for folder in options.folders:
         if not folder.is_dir():
             raise ZooError(f"{folder} is not a folder.")
-        fresh = [r for r in read_took([folder / TOOK]) if r.job not in known and r.job in jobs]
-        for row in fresh:
+        brought = len(known)
+        for row in read_took([folder / TOOK]):
+            if row.job in known or row.job not in jobs:
+                continue
+            try:
+                check_results(jobs[row.job], folder / row.job)
+            except ZooError as error:
+                damaged.append(f"{row.job}: {error}")
+                continue
             for file in (folder / row.job).iterdir():
                 wanted = file.suffix in KEPT and file.name not in (SPENT, PROFILE)
                 if wanted and file.stat().st_size <= LARGEST:
@@ -364,8 +384,8 @@ def merge_all(options: Merge) -> None:
             options.merged.mkdir(parents=True, exist_ok=True)
             with (options.merged / TOOK).open("a") as stream:
                 stream.write(told(row))
-        known |= {row.job for row in fresh}
-        say(f"{folder}: {len(fresh)} jobs")
+            known.add(row.job)
+        say(f"{folder}: {len(known) - brought} jobs")
     ledgers: dict[str, list[Path]] = defaultdict(list)
     for folder in options.folders:
         for name, job in jobs.items():
@@ -376,6 +396,8 @@ def merge_all(options: Merge) -> None:
         earlier = [target] if target.exists() else []
         say(f"{target.name}: {merge([*earlier, *files], target)} evaluations")
     write_index(options.registry)
+    if damaged:
+        raise ZooError("\n".join(("These jobs are left out:", *damaged)))
 
 
 STEPS = {"run": Run, "status": Status, "merge": Merge, "one": One}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -148,6 +149,35 @@ def test_results_of_two_machines_become_one_and_are_known_to_a_third(plan, tmp_p
     campaign.merge_all(options)
     assert (places["merged"] / campaign.TOOK).read_text() == before
     assert read([places["registry"] / "ledger" / "cnet.parquet"]) == merged
+
+
+def test_damaged_results_are_left_out_and_a_sound_copy_still_comes(plan, tmp_path) -> None:
+    workshop = Workshop(tmp_path / "sound", tmp_path, {"digits": "digits"})
+    jobs = jobs_of(Plan.read(plan))
+    rows = [Took(name, job.stage, "cnet", 1.0, 1.0, 1.0, "cpu") for name, job in jobs.items()]
+    for job in jobs.values():
+        perform(job, workshop)
+    (workshop.out / campaign.TOOK).write_text("".join(map(told_line, rows)))
+    broken, merged, registry = (tmp_path / name for name in ("broken", "merged", "registry"))
+    shutil.copytree(workshop.out, broken)
+    for file in (broken / BASES[0] / BASE, broken / REST[0] / ROWS):
+        whole = file.read_bytes()
+        file.write_bytes(whole[: len(whole) // 2])
+    shutil.rmtree(broken / REST[1])
+
+    places = {"plan": plan, "merged": merged, "registry": registry}
+    with pytest.raises(ZooError) as caught:
+        campaign.merge_all(campaign.Merge(folders=(broken,), **places))
+    left_out = {BASES[0], *REST[:2]}
+    assert {line.partition(": ")[0] for line in str(caught.value).splitlines()[1:]} == left_out
+    assert {row.job for row in read_took([merged / campaign.TOOK])} == jobs.keys() - left_out
+    fewer = len(read([registry / "ledger" / "cnet.parquet"]))
+
+    campaign.merge_all(campaign.Merge(folders=(workshop.out,), **places))
+    assert {row.job for row in read_took([merged / campaign.TOOK])} == jobs.keys()
+    for name, file in ((BASES[0], BASE), (REST[0], ROWS)):
+        assert (merged / name / file).read_bytes() == (workshop.out / name / file).read_bytes()
+    assert len(read([registry / "ledger" / "cnet.parquet"])) > fewer
 
 
 def test_what_an_unfinished_search_measured_is_merged(tmp_path) -> None:
@@ -303,6 +333,16 @@ def test_one_run_at_a_time_and_no_job_outlives_its_run(tmp_path) -> None:
     until(lambda: not _running(out))
 
 
+def test_a_job_ends_whose_run_ended_before_it_began(plan, tmp_path) -> None:
+    run = subprocess.Popen(["true"])
+    run.wait()
+    job = [campaign.__file__, "one", BASES[0], "--plan", plan, "--out", tmp_path / "out"]
+    job += ["--data-dir", tmp_path, "--parent", run.pid]
+    done = subprocess.run([sys.executable, *map(str, job)], capture_output=True, timeout=100)
+    assert done.returncode == 1
+    assert not (tmp_path / "out" / BASES[0] / BASE).exists()
+
+
 def _running(out: Path) -> list[str]:
     processes = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True)
     return [line for line in processes.stdout.splitlines() if f"--out {out}" in line]
@@ -339,3 +379,10 @@ def test_options_that_nothing_can_be_done_by(plan, tmp_path, arguments, message)
     assert done.returncode == 1
     assert message in told
     assert "Traceback" not in told
+
+
+def test_a_merge_of_nothing_and_a_job_that_is_not_planned_are_errors(plan, tmp_path) -> None:
+    with pytest.raises(ZooError, match="Name the folders to merge"):
+        campaign.merge_all(campaign.Merge(plan=plan, folders=(), merged=tmp_path))
+    with pytest.raises(ZooError, match="The plan has no job 'bsae/x'"):
+        campaign.one(campaign.One(plan=plan, job="bsae/x", data_dir=tmp_path))

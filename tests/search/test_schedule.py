@@ -72,12 +72,17 @@ def test_every_job_comes_after_those_that_it_needs(jobs: dict[str, Job]) -> None
 
 def test_a_certificate_ranks_where_no_search_looked_and_needs_all_evidence(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
-    path.write_text(PLAN.replace('ledger = ["a-0"]', 'ledger = ["a-0", "a-1"]', 1))
+    path.write_text(
+        PLAN.replace('ledger = ["a-0"]', 'ledger = ["a-0", "a-1"]', 1)
+        .replace("a = 2", "a = 3", 1)
+        .replace('exams = ["a-1"]', 'exams = ["a-1", "a-2"]', 1)
+    )
     jobs = jobs_of(Plan.read(path))
     assert jobs["certificate/cnet/16/params-cf2"].needs == (
         "base/cnet/16/a-1",
         "search/cnet/16/params-cf2",
         "evidence/cnet/16/params-cf2/a-1",
+        "evidence/cnet/16/params-cf2/a-2",
         "ledger/cnet/16/params-cf2/a-1",
     )
     path.write_text(PLAN)  # its ledger is of a network that searches see
@@ -113,6 +118,9 @@ def test_the_work_follows_the_number_of_images(tmp_path: Path, jobs: dict[str, J
         ("size = 16", "size = 0", "cnet's size must be an integer of at least 1"),
         ("cf = [2, 4]", "cf = [0.5]", "cnet's cf must be over 1"),
         ("value = 2", "value = 2\nlr = nan", "cnet's lr must be over 0"),
+        ("value = 2", "value = nan", "cnet's value must be over 0"),
+        ("value = 2", "value = 2\nseeds = []", "cnet has no seeds"),
+        ('ledger = ["a-0"]', 'ledger = ["a-1"]', "cnet has one exam; a certificate needs two"),
         ('["params"]', '["flops"]', "cnet's metric"),
         ("cf = [2, 4]", 'cf = [2]\npolicies = ["eqal"]', "cnet's policy.*Did you mean 'equal'"),
     ],

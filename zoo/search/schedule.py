@@ -72,7 +72,7 @@ class Network:
         epochs: of their training.
         lr: its peak learning rate.
         tasks, held_back: base networks, as `cifar10-0`, that searches see; no tasks, no search.
-        exams: base networks that no search sees, for evidence.
+        exams: base networks that no search sees, for evidence; two or more for a certificate.
         ledger: base networks that random profiles are measured on; on those that no search sees,
             searched profiles are ranked among them, for their certificates.
         figures: base networks that the paper's comparisons of initialisations, channels and
@@ -139,7 +139,9 @@ class Network:
             "finetune_images",
         ):  # fmt: skip
             integer(f"{self.arch}'s {name}", getattr(self, name), 1)
-        for name, numbers, least in (("lr", (self.lr,), 0), ("cf", self.cf, 1)):
+        for name, numbers, least in (
+            ("value", (self.value,), 0), ("lr", (self.lr,), 0), ("cf", self.cf, 1),
+        ):  # fmt: skip
             if not all(least < number < float("inf") for number in numbers):
                 raise ZooError(f"{self.arch}'s {name} must be over {least}, got {numbers}.")
         for name, given, known in (
@@ -150,6 +152,8 @@ class Network:
             for value in given:
                 if value not in known:
                     raise unknown(f"{self.arch}'s {name}", value, known)
+        if not self.seeds:
+            raise ZooError(f"{self.arch} has no seeds.")
         if self.sibling and "equal" not in self.policies:
             raise ZooError(f"{self.arch}'s sibling has the widths of 'equal': add it to policies.")
 
@@ -162,6 +166,11 @@ class Network:
     def ranked(self) -> tuple[str, ...]:
         """The base networks of `ledger` that no search sees."""
         return tuple(base for base in self.ledger if base not in self.seen)
+
+    @property
+    def has_certificates(self) -> bool:
+        """Whether profiles are searched, measured and ranked, and so get a certificate."""
+        return bool(self.tasks and self.exams and self.ranked)
 
 
 @dataclass(frozen=True)
@@ -214,6 +223,11 @@ class Plan:
             if seen := network.seen & {*network.exams, *network.recipe}:
                 raise DocumentError(
                     f"{path}: searches of {network.arch} see the exam {min(seen)!r}."
+                )
+            if network.has_certificates and len(network.exams) < 2:
+                raise DocumentError(
+                    f"{path}: {network.arch} has one exam; a certificate needs two, or no `ledger` "
+                    f"that searches do not see."
                 )
         return plan
 
@@ -293,7 +307,7 @@ def _jobs(network: Network, counts: Mapping[str, int]) -> Iterator[Job]:
                 images = runs * (3 * cut + 1) * trained_on(base) * network.recipe_epochs
                 needs = (*bases(base), *found)
                 yield job("recipe", f"{profile}/{base}", needs, images, base=base, **own)
-            if found and network.ranked and network.exams:
+            if network.has_certificates:
                 measured = (f"evidence/{place}/{profile}/{base}" for base in network.exams)
                 tuned = (f"recipe/{place}/{profile}/{base}" for base in network.recipe)
                 random = (f"ledger/{place}/{profile}/{base}" for base in network.ranked)

@@ -31,11 +31,12 @@ from zoo.search.tasks import Candidate, Task, load_task, say
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.profile import STANDARD, Evidence, Profile
 from zoo.storage.artefacts import save_checkpoint
+from zoo.storage.checkpoints import read_safetensors
 from zoo.tracing.known_groups import reference_groups
 from zoo.training.finetuning import evaluate, finetune
 from zoo.training.recipes import Recipe
 
-__all__ = ["BASE", "PROFILE", "ROWS", "Workshop", "perform"]
+__all__ = ["BASE", "PROFILE", "ROWS", "Workshop", "check_results", "perform"]
 
 BASE = "base.safetensors"
 """The file of a base network in its job's folder; its weights are of half precision."""
@@ -117,6 +118,27 @@ def perform(job: Job, workshop: Workshop) -> None:
         ZooError: as `load_data`, `finetune` and the search do.
     """
     _STAGES[job.stage](job, workshop)
+
+
+def check_results(job: Job, folder: Path) -> None:
+    """Read the files that a finished job has in its folder.
+
+    Raises:
+        ZooError: if one is missing or damaged.
+    """
+    match job.stage:
+        case "base":
+            read_safetensors(folder / BASE)
+        case "search":
+            for agent in job.network.agents:
+                Profile.read(folder / f"{agent}.json")
+        case "evidence" | "recipe":
+            _read_rows(folder / ROWS)
+        case "certificate":
+            Profile.read(folder / PROFILE)
+        case "ledger" | "figures":
+            if not (folder / FILE).is_file():
+                raise ZooError(f"{folder / FILE} does not exist.")
 
 
 def _base(job: Job, workshop: Workshop) -> None:
@@ -287,9 +309,12 @@ def _rows(job: Job, workshop: Workshop, stage: str) -> list[Evidence]:
     found: list[Evidence] = []
     for name in job.needs:
         if name.startswith(f"{stage}/"):
-            path = workshop.found(name, ROWS)
-            found += decode(tuple[Evidence, ...], read_json(path), str(path))
+            found += _read_rows(workshop.found(name, ROWS))
     return found
+
+
+def _read_rows(path: Path) -> tuple[Evidence, ...]:
+    return decode(tuple[Evidence, ...], read_json(path), str(path))
 
 
 def _widths(profile: Profile) -> Widths:
