@@ -12,7 +12,7 @@ import zoo
 from zoo.errors import FactorError, ZooError
 from zoo.planning.solver import scale_curve, solve
 from zoo.search.agents import agent
-from zoo.search.ledger import Key, Ledger, Row, read
+from zoo.search.ledger import TEST, Key, Ledger, Row, read
 from zoo.search.ledger_benchmark import LedgerBenchmark
 from zoo.search.lookup import evaluated_profiles, ledger_path
 from zoo.search.tasks import Candidate
@@ -132,6 +132,38 @@ def test_a_benchmark_near_a_factor_is_of_such_profiles_alone():
         assert cost.factor(tuple(each.kept.values()), "params") == pytest.approx(4.0, rel=0.1)
     with pytest.raises(FactorError, match="No profile of cnet near 40x params was measured"):
         LedgerBenchmark(ARCH, near=("params", 40.0))
+
+
+def test_test_images_are_marked_and_no_benchmark_is_fitted_to_them(tmp_path):
+    with Ledger(tmp_path / "ledger.jsonl") as written:
+        written.add(Row(dataclasses.replace(KEY, split=f"{TEST}split"), 0.9, 1.0))
+        with pytest.raises(FactorError, match="No profile of cnet was measured on validation"):
+            LedgerBenchmark(ARCH, ledger=written.path)
+        for width in (2, 4):
+            half = tuple(size // width for size in GROUPS.sizes)
+            written.add(Row(dataclasses.replace(KEY, widths=half), 1 / width, 1.0))
+    kept = LedgerBenchmark(ARCH, ledger=written.path).profiles
+    assert {each.accuracy for each in kept} == {0.5, 0.25}
+    found = zoo.ledger_lookup(ARCH, (1.0,) * len(GROUPS.names), ledger=written.path)
+    assert [each.measurement.on_test for each in found] == [True, False, False]
+
+
+def test_the_final_evidence_of_the_registry_is_of_test_images():
+    """What the profiles' files say of the test split stands so in the ledgers, and nowhere else."""
+    matched = 0
+    for arch in {entry.architecture for entry in zoo.list_profiles()}:
+        if not ledger_path(arch).is_file():
+            continue
+        rows = read([ledger_path(arch)])
+        for entry in zoo.list_profiles(arch=arch):
+            profile = zoo.get_profile(entry.reference)
+            for told in profile.evidence if isinstance(profile, zoo.Profile) else ():
+                for row in rows:
+                    same = (row.key.network, row.accuracy) == (told.network, told.accuracies[0])
+                    if same and told.policy == "searched" == row.source:
+                        assert row.key.split.startswith(TEST)
+                        matched += 1
+    assert matched > 10
 
 
 def test_a_search_on_the_benchmark_finds_better_than_equal_and_repeats(benchmark):

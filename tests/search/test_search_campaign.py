@@ -24,7 +24,7 @@ from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, policy_widths
 from zoo.search.fidelities import FineTuning, FromScratch
-from zoo.search.ledger import Ledger, merge, read
+from zoo.search.ledger import TEST, Ledger, merge, read
 from zoo.spec.cost import cost_model
 from zoo.spec.profile import Profile
 from zoo.training.finetuning import evaluate
@@ -343,4 +343,7 @@ def test_evidence_treats_every_policy_alike(config):
     assert len(thin.before) == len(thin.accuracies) == 2
     assert whole.fidelity == thin.fidelity
     assert (exam.val, exam.split_digest) == (splits.test, splits.test.digest())
+    assert {row.key.split for row in ledger} == {exam.data_digest}
+    assert exam.data_digest.startswith(TEST)
+    assert not load(config)[0].data_digest.startswith(TEST)
     assert {row.key.split for row in ledger} == {exam.data_digest}

@@ -143,5 +143,8 @@ def test_what_cannot_be_played_is_refused():
         play(env, np.full((2, 5), 0.5), [0, 1])
     with pytest.raises(ZooError, match="numbers"):
         play(env, np.full((1, 6), np.nan), [0])
+    env.reset()
+    with pytest.raises(ZooError, match=r"actions must have shape \(1, 1\), got \(2, 1\)"):
+        env.step(np.zeros((2, 1)))
     with pytest.raises(ZooError, match="num_envs must be an integer of at least 1"):
         PruningVectorEnv(make, 0)

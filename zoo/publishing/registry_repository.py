@@ -133,15 +133,16 @@ that was pruned and measured.
 | column | meaning |
 |---|---|
 | `network` | sha256 of the base network's checkpoint |
-| `split` | digest of its training and validation images |
+| `split` | digest of its training images and of those measured on; `test-` and it for test images |
 | `classes`, `image_size` | of the data; pixels per side |
 | `widths` | channels kept, per channel group in the order of the architecture's `groups.json` |
 | `criterion`, `seed` | what chose the channels |
 | `fidelity` | what was done before the accuracy was taken |
-| `accuracy` | on the validation images, in [0, 1] |
+| `accuracy` | in [0, 1], on the validation images or, for final evidence, on test images |
 | `seconds` | that it took |
 | `source` | the agent or policy that asked for it, where it is known |
 
-Accuracies of equal `network`, `split` and `fidelity` can be compared. `zoo.ledger_lookup` finds the
+Accuracies of equal `network`, `split` and `fidelity` can be compared. Choose nothing by those of
+test images. `zoo.ledger_lookup` finds the
 rows nearest to a profile, and `zoo.search.ledger_benchmark` makes a search problem of them.
 """

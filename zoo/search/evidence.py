@@ -30,6 +30,7 @@ def examined(task: Task, test: ImageSet) -> Task:
     return dataclasses.replace(
         task,
         val=test,
+        tested=True,
         split_digest=test.digest(),
         base_accuracy=evaluate(task.module, test).accuracy,
     )

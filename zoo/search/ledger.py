@@ -26,6 +26,9 @@ __all__ = ["FILE", "Key", "Ledger", "Row", "merge", "open_alone", "read", "write
 FILE = "ledger.jsonl"
 """the name of a ledger in its run's folder"""
 
+TEST = "test-"
+"""How the `split` of a key begins whose accuracy is that of test images: no search has one."""
+
 
 @dataclass(frozen=True)
 class Key:
@@ -33,7 +36,8 @@ class Key:
 
     Attributes:
         network: sha256 of the base network's checkpoint, or its name where there is none.
-        split: digest of the training and validation images.
+        split: digest of the training images and of those that were measured on, which are the
+            validation images, or test images behind `TEST`.
         classes, image_size: of the task.
         widths: channels kept, per group in order.
         criterion, seed: what chose the channels.
@@ -52,7 +56,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation: validation accuracy in [0, 1], and the seconds it took.
+    """One evaluation: accuracy in [0, 1], and the seconds it took.
 
     `source` is the agent or policy that asked for it first, such as "ppo" or "equal".
     """

@@ -37,6 +37,7 @@ class LedgerBenchmark:
     A Gaussian process, fitted to the profiles of one measurement, stands in for the network. It
     takes seconds to fit and a millisecond to ask. `held_out` says how well it predicts: near the
     factors that were measured alone. Where a search's factor is among several, say `near`.
+    Accuracies on test images are left out.
 
     Args:
         architecture: a name of the registry.
@@ -45,7 +46,7 @@ class LedgerBenchmark:
         near: a metric and a factor, such as `("macs", 4.0)`: profiles within a tenth of it alone.
 
     Raises:
-        FactorError: if no profile is near the factor.
+        FactorError: if no profile is left.
         ZooError: as `ledger_lookup`; if scikit-learn or gymnasium is not installed.
 
     Attributes:
@@ -64,14 +65,20 @@ class LedgerBenchmark:
         near: tuple[Literal["params", "macs"], float] | None = None,
     ) -> None:
         self.groups: ChannelGroups = reference_groups(architecture)
-        found = evaluated_profiles(architecture, network=network, fidelity=fidelity, ledger=ledger)
+        found = [
+            profile
+            for profile in evaluated_profiles(
+                architecture, network=network, fidelity=fidelity, ledger=ledger
+            )
+            if not profile.measurement.on_test
+        ]
         if near is not None:
-            metric, cf = near
-            found = self._near(found, metric, cf)
-            if not found:
-                raise FactorError(
-                    f"No profile of {architecture} near {cf:g}x {metric} was measured."
-                )
+            found = self._near(found, *near)
+        if not found:
+            where = f" near {near[1]:g}x {near[0]}" if near else ""
+            raise FactorError(
+                f"No profile of {architecture}{where} was measured on validation images."
+            )
         own = defaultdict(list)
         for each in found:
             own[each.measurement].append(each)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from zoo.errors import ZooError, integer
 from zoo.registry.store import folder_name, get_profile, registry_folder
-from zoo.search.ledger import Row, read
+from zoo.search.ledger import TEST, Row, read
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile
 from zoo.tracing.known_groups import reference_groups
@@ -41,7 +41,7 @@ class Measurement:
 
     Attributes:
         network: sha256 of the base network's checkpoint.
-        split: digest of its training and validation images.
+        split: digest of its training images and of those that were measured on.
         classes, image_size: of the data, in pixels per side.
         fidelity: what was done before the accuracy was taken, such as a fine-tune.
     """
@@ -52,6 +52,11 @@ class Measurement:
     image_size: int
     fidelity: str
 
+    @property
+    def on_test(self) -> bool:
+        """Whether accuracies are those of test images, which no search may choose by."""
+        return self.split.startswith(TEST)
+
 
 @dataclass(frozen=True)
 class EvaluatedProfile:
@@ -60,7 +65,8 @@ class EvaluatedProfile:
     Attributes:
         kept: channels kept, per channel group.
         keep_ratios: their shares, in (0, 1].
-        accuracy: on validation images, in [0, 1]; the mean over the draws.
+        accuracy: in [0, 1], the mean over the draws; on validation images, unless
+            `measurement.on_test`.
         draws: draws of random channels that were measured.
         measurement: on what, and how.
         distance: root mean square difference to the keep ratios that were asked for.

@@ -27,6 +27,7 @@ from zoo.criteria.scores import (
 from zoo.data.batches import DeviceLoader
 from zoo.data.datasets import DATASETS, ImageSet, Splits, load_data
 from zoo.errors import ZooError
+from zoo.search.ledger import TEST
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plans import Plan, make_plan
 from zoo.storage.dense import load_dense
@@ -68,6 +69,7 @@ class Task:
         val: images for accuracies, on which the base network was not trained.
         base_accuracy: of the base network on `val`, in [0, 1].
         split_digest: digest of `val`.
+        tested: whether `val` are test images, for the final evidence.
         features: E|∂ε/∂L · L| of the base network on `val`, one vector per group.
     """
 
@@ -80,13 +82,18 @@ class Task:
     base_accuracy: float
     split_digest: str
     features: tuple[NDArray, ...]
+    tested: bool = False
 
     @cached_property
     def data_digest(self) -> str:
-        """sha256 of `train` and `val`, and of how they are normalised and mirrored."""
+        """sha256 of `train` and `val`, and of how they are normalised and mirrored.
+
+        It stands behind `TEST` if `val` are test images.
+        """
         parts = self.train, self.val
         state = [(part.digest(), part.mean, part.std, part.flip) for part in parts]
-        return hashlib.sha256(repr(state).encode()).hexdigest()
+        digest = hashlib.sha256(repr(state).encode()).hexdigest()
+        return f"{TEST}{digest}" if self.tested else digest
 
     def dense_logits(self, count: int) -> Tensor:
         """The base network's logits (N, classes) for `sample(train, count)`; computed once."""

@@ -67,7 +67,15 @@ class PruningVectorEnv(VectorEnv[Array, Array, NDArray[Any]]):
     def step(
         self, actions: Array
     ) -> tuple[Array, NDArray[Any], NDArray[Any], NDArray[Any], dict[str, Any]]:
-        """Decide on the next group of every environment; `actions` has shape (num_envs, 1)."""
+        """Decide on the next group of every environment; `actions` has shape (num_envs, 1).
+
+        Raises:
+            ZooError: for another number of actions.
+        """
+        if np.size(actions) != self.num_envs:
+            raise ZooError(
+                f"actions must have shape {(self.num_envs, 1)}, got {np.shape(actions)}."
+            )
         for env, action in zip(self.envs, np.reshape(actions, -1), strict=True):
             env.act(float(action))
         observations = self._observe()
