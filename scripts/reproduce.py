@@ -27,14 +27,14 @@ from zoo.common.plots import (
     reward_landscape,
     save,
 )
-from zoo.errors import ZooError
+from zoo.errors import ZooError, integer
 from zoo.search.agents import agent
 from zoo.search.ledger import Row, read
 from zoo.search.ledger_benchmark import LedgerBenchmark
 from zoo.search.lookup import ledger_path
 from zoo.search.reward import landscape
-from zoo.search.summary import at_factor
-from zoo.spec.cost import CostModel, cost_model
+from zoo.search.summary import at_factor, costs_of
+from zoo.spec.cost import CostModel
 from zoo.tracing.known_groups import reference_groups
 
 if TYPE_CHECKING:
@@ -94,9 +94,8 @@ class Evaluations:
 
     @classmethod
     def of(cls, options: Options) -> Evaluations:
-        path = options.ledger or ledger_path(options.arch)
-        model = cost_model(reference_groups(options.arch))
-        return cls(options.arch, tuple(read([path])), model, options.cf)
+        rows = tuple(read([options.ledger or ledger_path(options.arch)]))
+        return cls(options.arch, rows, costs_of(options.arch, rows), options.cf)
 
     def series(self, name: Callable[[Row], str | None]) -> Series:
         """Name -> factor -> accuracies; rows without a name or away from every factor are left."""
@@ -113,6 +112,14 @@ class Evaluations:
     def at(self, row: Row) -> float | None:
         return next((cf for cf in self.cf if at_factor([row], self.model, cf, "params")), None)
 
+    @property
+    def missing(self) -> ZooError:
+        """The error for a figure that has nothing to show."""
+        return ZooError(
+            f"The evaluations of {self.arch} that this figure shows are not there yet: "
+            f"python scripts/campaign.py run, and merge."
+        )
+
     def like_most(self, wanted: Callable[[Row], bool]) -> Evaluations:
         """The rows of the base network and the fidelity with most of the wanted rows.
 
@@ -121,10 +128,7 @@ class Evaluations:
         """
         counts = Counter((r.key.network, r.key.fidelity) for r in self.rows if wanted(r))
         if not counts:
-            raise ZooError(
-                f"The evaluations of {self.arch} that this figure shows are not there yet: "
-                f"python scripts/campaign.py run, and merge."
-            )
+            raise self.missing
         setting = counts.most_common(1)[0][0]
         rows = (r for r in self.rows if (r.key.network, r.key.fidelity) == setting)
         return replace(self, rows=tuple(rows))
@@ -179,8 +183,10 @@ def initialisation(options: Options) -> Drawn:
         return names.get(kind) if own and how == trained else None
 
     series = of.series(name)
-    figure, table = lines_of(f"{of.arch}: which weights to start from", of, series)
     found = differences(series, "new weights", "weights of the base network")
+    if not found:
+        raise of.missing
+    figure, table = lines_of(f"{of.arch}: which weights to start from", of, series)
     return Drawn(
         figure,
         table,
@@ -194,9 +200,11 @@ def channels(options: Options) -> Drawn:
     """Figure 2: which channels to keep; pruned at once here, layer by layer in the paper."""
     of = Evaluations.of(options).like_most(lambda row: row.key.criterion == "taylor")
     series = of.series(lambda row: row.key.criterion if row.source == "equal" else None)
-    figure, table = lines_of(f"{of.arch}: which channels to keep", of, series)
     found = {other: differences(series, other, "random") for other in series if other != "random"}
     gained = [value for values in found.values() for value in values.values()]
+    if not gained:
+        raise of.missing
+    figure, table = lines_of(f"{of.arch}: which channels to keep", of, series)
     parts = "; ".join(f"{other} against random, {signs(own)}" for other, own in found.items())
     claim = all(own[min(own)] <= LEVEL and own[max(own)] > LEVEL for own in found.values() if own)
     return Drawn(
@@ -204,18 +212,20 @@ def channels(options: Options) -> Drawn:
         table,
         f"The paper: random channels are as good as others at low factors, l1 and Taylor better at "
         f"high ones. Here: {parts}; nothing is more than "
-        f"{max(map(abs, gained), default=0):.1f} points away from random; {holds(claim)}.",
+        f"{max(map(abs, gained)):.1f} points away from random; {holds(claim)}.",
     )
 
 
 def handmade(options: Options) -> Drawn:
     """Figure 3: equal, increasing and decreasing profiles beside random ones."""
-    of = Evaluations.of(options).like_most(lambda row: row.source == "equal" and short(row))
+    of = Evaluations.of(options).like_most(lambda row: row.source == "increasing" and short(row))
     series = of.of_sources("equal", "increasing", "decreasing", "random")
-    figure, table = lines_of(f"{of.arch}: how much to keep", of, series)
     found = differences(series, "decreasing", "equal")
-    others = (differences(series, one, "equal").values() for one in ("increasing", "random"))
-    most = max((abs(value) for values in others for value in values), default=0.0)
+    others = [differences(series, one, "equal").values() for one in ("increasing", "random")]
+    if not any(others):
+        raise of.missing
+    figure, table = lines_of(f"{of.arch}: how much to keep", of, series)
+    most = max(abs(value) for values in others for value in values)
     worse = signs(found) if found else "out of reach"
     claim = most <= LEVEL and all(value < -LEVEL for value in found.values())
     return Drawn(
@@ -231,7 +241,7 @@ def cloud(options: Options) -> Drawn:
     """Figure 4: every random profile, the best of each factor, and what was searched elsewhere."""
     of = Evaluations.of(options).like_most(random_and_short)
     series = of.of_sources("random", "searched")
-    random = {cf: own for cf, own in series["random"].items() if len(own) >= FEWEST}
+    random = {cf: own for cf, own in series.get("random", {}).items() if len(own) >= FEWEST}
     if not random:
         raise ZooError(f"No factor has {FEWEST} random profiles of {of.arch} yet.")
     found = {cf: statistics.fmean(own) for cf, own in series.get("searched", {}).items()}
@@ -299,6 +309,8 @@ def transfer(options: Options) -> Drawn:
         above = [sum(value > measured[away][w].accuracy for value in there) for w in best]
         ranks.append(statistics.median(above) / len(own))
         rows.append(f"| {cf:g}x | {len(own)} | {', '.join(str(rank + 1) for rank in above)} |")
+    if not ranks:
+        raise of.missing
     data = {name: next(iter(measured[name].values())).key for name in panels}
     figure = accuracy_against_factor(
         [
@@ -323,6 +335,7 @@ def transfer(options: Options) -> Drawn:
 
 def rewards(options: Options) -> Drawn:
     """Figures 9 to 11: a reward over accuracy and compression."""
+    reference_groups(options.arch)  # the file is named for it
     name = REWARDS[options.figure]
     cf = 4.0
     shares, removed, values = landscape(name, cf)
@@ -344,6 +357,9 @@ def rewards(options: Options) -> Drawn:
 
 def over_time(options: Options) -> Drawn:
     """Figure 12: the rewards of PPO's episodes, where a ledger stands in for the network."""
+    integer("--episodes", options.episodes, 1)
+    if not options.seeds or min(options.seeds) < 0:
+        raise ZooError(f"--seeds must be one or more numbers of at least 0, got {options.seeds}.")
     benchmark = LedgerBenchmark(options.arch, ledger=options.ledger)
     runs = []
     for seed in options.seeds:

@@ -14,6 +14,7 @@ from typing import Literal
 import tyro
 from evaluations_to_score import cell
 
+from zoo.errors import ZooError
 from zoo.search.agents import SCREENED, agent
 from zoo.search.ledger_benchmark import LedgerBenchmark
 
@@ -58,8 +59,13 @@ def curve(name: str, benchmark: LedgerBenchmark, options: Options, seed: int) ->
     return [max(played[:count])[1] for count in options.at]
 
 
-def main(options: Options) -> None:
+def replay(options: Options) -> None:
     """Print the table, a line for each agent as it is done."""
+    for name in options.agents:
+        agent(name.partition(", ")[0])
+    for name, numbers, least in (("--at", options.at, 1), ("--seeds", options.seeds, 0)):
+        if not numbers or min(numbers) < least:
+            raise ZooError(f"{name} must be numbers of at least {least}, got {numbers}.")
     near = (options.metric, options.cf) if options.near else None
     benchmark = LedgerBenchmark(
         options.arch, network=options.network, fidelity=options.fidelity, near=near
@@ -76,6 +82,13 @@ def main(options: Options) -> None:
     for name in options.agents:
         curves = [curve(name, benchmark, options, seed) for seed in options.seeds]
         print(f"| {name} | {' | '.join(map(cell, zip(*curves, strict=True)))} |", flush=True)
+
+
+def main(options: Options) -> None:
+    try:
+        replay(options)
+    except ZooError as error:
+        raise SystemExit(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -141,10 +141,42 @@ def test_figure_12_plays_ppo_on_the_registrys_evaluations(tmp_path, capsys):
 
 
 def test_what_was_not_measured_yet_is_said(ledger, tmp_path):
-    asked = reproduce.Options("fig1", ARCH, ledger, (6.0,), out=tmp_path)
     with Ledger(tmp_path / "none.jsonl"):
         pass
-    with pytest.raises(SystemExit, match="not there yet"):
-        reproduce.main(reproduce.Options("fig3", ARCH, tmp_path / "none.jsonl", out=tmp_path))
-    with pytest.raises(SystemExit, match="no accuracy to plot"):
-        reproduce.main(asked)
+    asked = [
+        reproduce.Options("fig3", ARCH, tmp_path / "none.jsonl", out=tmp_path),
+        *(reproduce.Options(f"fig{n}", ARCH, ledger, (6.0,), out=tmp_path) for n in (1, 2, 3, 6)),
+    ]
+    for options in asked:
+        with pytest.raises(SystemExit, match="not there yet"):
+            reproduce.main(options)
+
+
+def test_no_verdict_on_equal_profiles_alone(tmp_path):
+    with Ledger(tmp_path / "few.jsonl") as written:
+        for seed, fidelity in ((0, SHORT), (1, LONG), (2, NEW)):
+            key = Key(HOME, "split", 10, 16, widths("equal", 2.0), "random", seed, fidelity.name)
+            written.add(Row(key, 0.6, 1.0, "equal"))
+    for figure in ("fig2", "fig3"):
+        with pytest.raises(SystemExit, match="not there yet"):
+            reproduce.main(reproduce.Options(figure, ARCH, written.path, (2.0,), out=tmp_path))
+    assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("figure", "options", "message"),
+    [
+        ("fig4", {"cf": (3.3,)}, "No factor has 10 random profiles"),
+        ("fig1", {"arch": "resnet20"}, "which do not fit resnet20"),
+        ("fig4", {"arch": "resnet20"}, "which do not fit resnet20"),
+        ("fig9", {"arch": "nosuch"}, "Unknown architecture 'nosuch'"),
+        ("fig12", {"episodes": 0}, "--episodes must be an integer of at least 1"),
+        ("fig12", {"seeds": ()}, "--seeds must be one or more"),
+        ("fig12", {"seeds": (-1,)}, "--seeds must be one or more"),
+    ],
+)
+def test_options_that_no_figure_can_be_drawn_by(ledger, tmp_path, figure, options, message):
+    settings = {"arch": ARCH, "ledger": ledger, "out": tmp_path / "out", **options}
+    with pytest.raises(SystemExit, match=message):
+        reproduce.main(reproduce.Options(figure, **settings))
+    assert not (tmp_path / "out").exists()

@@ -28,6 +28,7 @@ __all__ = [
     "Summary",
     "Tally",
     "at_factor",
+    "costs_of",
     "factors_of",
     "figure_4",
     "ledger_report",
@@ -182,7 +183,7 @@ def ledger_report(
         ZooError: for no rows (at `cf`), rows of another architecture, or `cf` without `arch`.
     """
     rows = _rows(paths)
-    model = _costs(arch, rows) if arch or cf is not None else None
+    model = costs_of(arch, rows) if arch or cf is not None else None
     if model is not None and cf is not None:
         factors = [model.factor(row.key.widths, metric) for row in rows]
         rows = at_factor(rows, model, cf, metric)
@@ -206,7 +207,7 @@ def plot_ledger(
     from zoo.common import plots
 
     rows = _rows(paths)
-    model = _costs(arch, rows)
+    model = costs_of(arch, rows)
     bundled = [get_profile(e.reference) for e in list_profiles() if e.architecture == arch]
     figure = figure_4(summarise(rows, model), model, metric, bundled, {})
     plots.save(figure, plot)
@@ -219,7 +220,7 @@ def _rows(paths: Sequence[Path]) -> list[Row]:
     return rows
 
 
-def _costs(arch: str | None, rows: Iterable[Row]) -> CostModel:
+def costs_of(arch: str | None, rows: Iterable[Row]) -> CostModel:
     """The cost model of an architecture, if the widths of all `rows` fit it."""
     from zoo.tracing.known_groups import reference_groups  # imports torch
 
