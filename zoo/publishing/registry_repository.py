@@ -143,6 +143,6 @@ that was pruned and measured.
 | `source` | the agent or policy that asked for it, where it is known |
 
 Accuracies of equal `network`, `split` and `fidelity` can be compared. Choose nothing by those of
-test images. `zoo.ledger_lookup` finds the
-rows nearest to a profile, and `zoo.search.ledger_benchmark` makes a search problem of them.
+test images. `zoo.ledger_lookup` finds the rows nearest to a profile, and
+`zoo.search.ledger_benchmark` makes a search problem of them.
 """

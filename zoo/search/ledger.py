@@ -21,7 +21,7 @@ try:
 except ImportError:  # Windows has no flock: runs are not guarded there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["FILE", "Key", "Ledger", "Row", "merge", "open_alone", "read", "write"]
+__all__ = ["FILE", "TEST", "Key", "Ledger", "Row", "merge", "open_alone", "read", "write"]
 
 FILE = "ledger.jsonl"
 """the name of a ledger in its run's folder"""
