@@ -20,6 +20,12 @@ class Heads:
     more: dict[str, list[Tensor]]
 
 
+@dataclass(slots=True)
+class SlimHeads:
+    maps: Tensor
+    more: dict[str, list[Tensor]]
+
+
 STRUCTURES = {
     "tuple": lambda maps, logits: (maps, logits),
     "nested list": lambda maps, logits: [[maps], [logits, [logits * 2]]],
@@ -27,6 +33,7 @@ STRUCTURES = {
     "ordered dict": lambda maps, logits: OrderedDict(logits=logits, maps=maps),
     "named tuple": lambda maps, logits: Pair(maps, logits),
     "dataclass": lambda maps, logits: Heads(maps, {"all": [logits]}),
+    "dataclass with slots": lambda maps, logits: SlimHeads(maps, {"all": [logits]}),
     "beside no tensors": lambda maps, logits: (maps, None, 3, "why", logits),
 }
 

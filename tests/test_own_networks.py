@@ -52,6 +52,23 @@ def test_the_size_of_the_example_batch_does_not_matter(dense: nn.Module) -> None
     assert one.dense.macs == macs_of(dense.eval(), 16)
 
 
+class Normalising(Net):
+    """A network that overwrites its input with the normalised one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.sub_(0.4).div_(0.01))
+
+
+def test_a_network_may_overwrite_its_input_but_not_the_callers(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    x = torch.rand(2, 3, 16, 16)
+    given = x.clone()
+    zoo.prune(Normalising(), x, cf=2, profile="equal")
+    assert torch.equal(x, given)
+    assert not [warning for warning in recwarn if "could not be verified" in str(warning.message)]
+
+
 def test_every_layer_keeps_the_mode_it_was_in(dense: nn.Module) -> None:
     mine = copy.deepcopy(dense).train()
     mine.bn1.eval()

@@ -126,11 +126,12 @@ def load(
         rewind: for `rewound`, a checkpoint of the same network, early in training or untrained.
         seed: of the random choice of channels, the `random` policy, `init="random"` and a new
             classifier.
-        align: every width is a multiple of it, or not cut; by default 1, or what `runtime` is
-            measured to compute without waste. `align`, `floor` and `keep` are for a policy, or a
-            profile with `refit`.
+        align: every width is a multiple of it, or not cut, or pinned by `keep`; by default 1, or
+            what `runtime` is measured to compute without waste. `align`, `floor` and `keep` are for
+            a policy, or a profile with `refit`.
         floor: smallest keep ratio of any channel group that `keep` does not pin.
-        keep: module name or prefix -> keep ratio that its channel groups are pinned to.
+        keep: module name or prefix -> keep ratio that its channel groups are pinned to. A group
+            is also of the layers whose outputs are added to those that it is named after.
         refit: rescale the profile's keep ratios by one common factor to meet `cf` for this network.
         data: labelled images for criteria that need them.
         runtime: where the exported file will run: ONNX Runtime's provider, precision and batch.
@@ -332,11 +333,12 @@ def _live(
     clock: Clock | None,
 ) -> _Live:
     with ONE_AT_A_TIME:  # its modes are switched meanwhile, and threads may share it
-        classes = checked_classes(module, example_input)
-        # tensors made in torch.inference_mode() are copied, because autograd refuses them
+        # copies, because forward may overwrite its input, and autograd refuses tensors made in
+        # torch.inference_mode()
+        inputs = mapped(torch.clone, checked_inputs(example_input))
+        classes = checked_classes(module, inputs)
         if any(tensor.is_inference() for tensor in named_tensors(module).values()):
             module = surgery.resized(module, {})
-        inputs = mapped(_without_inference_mode, checked_inputs(example_input))
         if rewrite and asked.metric == "latency":
             raise ZooError("With rewrite=True the metric is params or macs: latency needs layers.")
         network = rewritten(module, inputs) if rewrite else module
@@ -358,10 +360,6 @@ def _clock(runtime: Runtime | None) -> Clock | None:
     from zoo.deployment.layer_times import RuntimeClock
 
     return RuntimeClock(runtime)
-
-
-def _without_inference_mode(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _cut(

@@ -74,6 +74,18 @@ def test_pinned_groups_keep_their_ratio_and_the_others_pay():
     assert widths["layer3.0.conv1"] < free["layer3.0.conv1"]
 
 
+def test_a_pin_holds_for_every_layer_that_it_names():
+    module = zoo.create_model("torchvision:resnet18", 10)
+    options = {"cf": 3, "profile": "equal"}
+    pruned = zoo.prune(module, IMAGES, **options, keep={"layer1": 1.0})
+    for name, layer in module.layer1.named_parameters():
+        assert pruned.layer1.get_parameter(name).shape == layer.shape, name
+    one = zoo.plan(module, IMAGES, **options, keep={"layer1.0.conv2": 1.0}).widths
+    assert one["conv1"] == 64 > one["layer1.0.conv1"]
+    padded = zoo.prune(build_model("resnet20", 10), IMAGES, **options, keep={"layer2.0.conv2": 1.0})
+    assert padded.layer2[0].conv2.out_channels == 32
+
+
 @pytest.mark.parametrize("policy", ["equal", "greedy"])
 def test_a_factor_that_the_pins_forbid_names_the_range(policy):
     module = build_model("cnet", 10)

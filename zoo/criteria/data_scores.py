@@ -6,7 +6,8 @@ Every criterion evaluates the network in eval mode and leaves it unchanged.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from zoo.criteria.weight_scores import (
     sum_over_slots,
 )
 from zoo.data.batches import check_labels
-from zoo.errors import ZooError
+from zoo.errors import GraphError, ZooError
 from zoo.spec.groups import ChannelGroups, Slot
 from zoo.surgery.surgery import evaluating
 
@@ -59,7 +60,9 @@ def taylor_features(module: nn.Module, groups: ChannelGroups, batches: Batches) 
 
     Raises:
         DataError: when a label does not fit the network's outputs.
-        ZooError: when there are no batches, or a parameter outside a layer produces channels.
+        GraphError: when anything but a layer that is called produces channels, or no gradient
+            reaches one.
+        ZooError: when there are no batches.
     """
     return _output_scores(
         module, groups, batches, lambda product: product.abs().mean(2), lambda unit: unit
@@ -97,53 +100,95 @@ def _output_scores(
         of_unit: their sums over all layers and calls (N, units) -> (N, units).
     """
     layers = _producers(module, groups)
-    outputs: dict[str, list[Tensor]] = defaultdict(list)
-    handles = [
-        layer.register_forward_hook(_keep_output(outputs[name])) for name, layer in layers.items()
-    ]
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in groups.groups]
     count = 0
-    try:
+    with _differentiable(module), _outputs(layers) as outputs:
         for images, labels in batches:
-            # gradients reach the layers of a frozen network through its input
-            loss = _loss(module, images.detach().requires_grad_(), labels)
-            calls = [(name, output) for name, kept in outputs.items() for output in kept]
-            if silent := sorted(layers.keys() - {name for name, _ in calls}):
-                raise ZooError(
-                    f"This criterion needs the outputs of layers; the layer {silent[0]!r} is not "
-                    f"called: forward uses its weight in another way."
-                )
-            gradients = torch.autograd.grad(
-                loss, [output for _, output in calls], materialize_grads=True
-            )
-            rows: dict[str, Tensor] = {}
-            for (name, output), gradient in zip(calls, gradients, strict=True):
-                # the loss is a mean over the batch; ε is per image
-                product = _channels_second(layers[name], (gradient * output).detach() * len(labels))
-                rows[name] = rows.get(name, 0) + over_positions(product.flatten(2))
+            rows = _products(module, layers, outputs, over_positions, images, labels)
+            if rows is None:
+                singles = [
+                    _products(module, layers, outputs, over_positions, image[None], label[None])
+                    for image, label in zip(images, labels, strict=True)
+                ]
+                rows = {name: torch.cat([row[name] for row in singles if row]) for name in layers}
             for group, total in zip(groups.groups, sums, strict=True):
                 units = torch.zeros(len(labels), group.size, device=images.device)
                 for slot in group.filter_slots:
                     units = units + per_unit(rows[_layer_name(slot)], slot, group.size)
                 total += of_unit(units).sum(0).cpu()
             count += len(labels)
-            for kept in outputs.values():
-                kept.clear()
-    finally:
-        for handle in handles:
-            handle.remove()
     return [total / _at_least_one(count) for total in sums]
+
+
+def _products(
+    module: nn.Module,
+    layers: dict[str, nn.Module],
+    outputs: dict[str, list[Tensor]],
+    over_positions: Callable[[Tensor], Tensor],
+    images: Tensor,
+    labels: Tensor,
+) -> dict[str, Tensor] | None:
+    """Layer name -> `over_positions` of its gradients · outputs (N, channels), summed over calls.
+
+    None where the first dimension of a layer is not that of several images: a network may fold
+    parts of them into it, and only an image by itself tells which are its own.
+    """
+    for kept in outputs.values():
+        kept.clear()
+    # gradients reach the layers of a frozen network through its input
+    loss = _loss(module, images.detach().requires_grad_(), labels)
+    calls = [(name, output) for name, kept in outputs.items() for output in kept]
+    if silent := sorted(layers.keys() - {name for name, _ in calls}):
+        raise GraphError(
+            f"This criterion needs the outputs of layers; the layer {silent[0]!r} is not "
+            f"called: forward uses its weight in another way."
+        )
+    for name, output in calls:
+        if not output.requires_grad:
+            raise GraphError(
+                f"This criterion needs gradients, and forward computes the layer {name!r} without."
+            )
+        if len(labels) > 1 and len(output) != len(labels):
+            return None
+    gradients = torch.autograd.grad(loss, [output for _, output in calls], materialize_grads=True)
+    rows: dict[str, Tensor] = {}
+    for (name, output), gradient in zip(calls, gradients, strict=True):
+        # the loss is a mean over the batch; ε is per image
+        product = _channels_second(layers[name], (gradient * output).detach() * len(labels))
+        parts = product.unflatten(0, (len(labels), -1)).transpose(1, 2)
+        rows[name] = rows.get(name, 0) + over_positions(parts.flatten(2))
+    return rows
 
 
 def _producers(module: nn.Module, groups: ChannelGroups) -> dict[str, nn.Module]:
     """Name -> layer, for all layers whose weights are filters."""
     wanted = {_layer_name(slot) for group in groups.groups for slot in group.filter_slots}
-    layers = {name: layer for name, layer in module.named_modules() if name in wanted}
+    # of any other module that has a weight, the outputs may be something else
+    layers: dict[str, nn.Module] = {
+        name: layer
+        for name, layer in module.named_modules()
+        if name in wanted and isinstance(layer, _ConvNd | nn.Linear)
+    }
     if bare := sorted(wanted - layers.keys()):
-        raise ZooError(
-            f"This criterion needs the outputs of layers; {bare[0]!r} is a parameter of no layer."
+        raise GraphError(
+            f"This criterion needs the outputs of layers; {bare[0]!r} is a parameter of no layer, "
+            f"or of a module that is neither a convolution nor nn.Linear."
         )
     return layers
+
+
+@contextmanager
+def _outputs(layers: dict[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
+    """Layer name -> the outputs of its calls inside the context."""
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
+    handles = [
+        layer.register_forward_hook(_keep_output(outputs[name])) for name, layer in layers.items()
+    ]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _layer_name(slot: Slot) -> str:
@@ -209,12 +254,13 @@ def _mean_gradients(
     }
     sums = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     count = 0
-    for images, labels in batches:
-        loss = _loss(module, images, labels, parameters)
-        gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
-        for total, gradient in zip(sums.values(), gradients, strict=True):
-            total += term(gradient) * len(labels)
-        count += len(labels)
+    with _differentiable(module):
+        for images, labels in batches:
+            loss = _loss(module, images, labels, parameters)
+            gradients = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
+            for total, gradient in zip(sums.values(), gradients, strict=True):
+                total += term(gradient) * len(labels)
+            count += len(labels)
     return {name: total.detach() / _at_least_one(count) for name, total in sums.items()}
 
 
@@ -225,17 +271,26 @@ def _weighted(
     return {name: factors[name] * of_weight(w.detach()) for name, w in module.named_parameters()}
 
 
+@contextmanager
+def _differentiable(module: nn.Module) -> Iterator[None]:
+    """Eval mode and gradients, until after the backward pass: checkpoints compute again there."""
+    with evaluating(module), torch.enable_grad(), UnitStrides():
+        yield
+
+
 def _loss(
     module: nn.Module,
     images: Tensor,
     labels: Tensor,
     parameters: dict[str, Tensor] | None = None,
 ) -> Tensor:
-    """The mean cross-entropy in eval mode, with `parameters` in place of the module's own."""
-    with evaluating(module), torch.enable_grad(), UnitStrides():
-        logits = functional_call(module, parameters or {}, (images,))
-        check_labels(labels, logits)
-        return functional.cross_entropy(logits, labels)
+    """The mean cross-entropy, with `parameters` in place of the module's own."""
+    # a copy, because forward may begin with an in-place operation
+    logits = functional_call(module, parameters or {}, (images.clone(),))
+    check_labels(labels, logits)
+    if not logits.requires_grad:
+        raise GraphError("This criterion needs gradients, and forward computes its output without.")
+    return functional.cross_entropy(logits, labels)
 
 
 def _at_least_one(count: int) -> int:
@@ -267,12 +322,14 @@ def apoz_scores(module: nn.Module, groups: ChannelGroups, batches: Batches) -> S
     ]
     counts: dict[str, Tensor] = {}
     handles = [
-        module.get_submodule(name).register_forward_pre_hook(_count_zeros(name, counts))
+        module.get_submodule(name).register_forward_pre_hook(
+            _count_zeros(name, counts), with_kwargs=True
+        )
         for name in {_layer_name(slot) for slots in readers for slot in slots}
     ]
     try:
         with evaluating(module), torch.no_grad():
-            images = sum(len(module(images)) for images, _ in batches)
+            images = sum(len(module(images.clone())) for images, _ in batches)
     finally:
         for handle in handles:
             handle.remove()
@@ -300,9 +357,10 @@ def _dim_of_inputs(layer: _ConvNd | nn.Linear) -> int:
 def _count_zeros(name: str, counts: dict[str, Tensor]) -> Callable[..., None]:
     """A hook that counts zeros and values of a layer's input, per input column of its weight."""
 
-    def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hook(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         assert isinstance(layer, _ConvNd | nn.Linear)
-        values = _channels_second(layer, inputs[0]).flatten(2)
+        given = inputs[0] if inputs else named["input"]
+        values = _channels_second(layer, given).flatten(2)
         # a column of a grouped convolution's weight reads one channel of every group
         width = layer.weight.shape[_dim_of_inputs(layer)]
         columns = (values == 0).view(len(values), -1, width, values.shape[2])

@@ -174,7 +174,7 @@ def _check_images(module: nn.Module, batches: Batches) -> None:
     for images, _ in islice(batches, 1):
         try:
             with evaluating(module), torch.no_grad():
-                module(images[:1])
+                module(images[:1].clone())  # which it may overwrite
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever the network raises

@@ -349,24 +349,36 @@ def plan_of(
 
 def _limits(groups: ChannelGroups, request: Request, align: int) -> tuple[Limits, dict[str, str]]:
     """The limits on widths, and the groups that they leave whole, with the reason."""
-    pinned: dict[int, int] = {}
-    by: dict[int, str] = {}
-    for name, ratio in request.keep.items():
-        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
-            raise ZooError(f"keep={{{name!r}: {ratio!r}}}: a keep ratio must be in (0, 1].")
-        found = [n for n, group in enumerate(groups.names) if (group + ".").startswith(name + ".")]
-        if not found:
-            raise unknown("channel group to keep", name, groups.names, GraphError)
-        for index in found:
-            (width,) = round_widths([groups.sizes[index]], [float(ratio)])
-            if pinned.setdefault(index, width) != width:
-                raise ZooError(
-                    f"keep= pins {groups.names[index]!r} twice, by {by[index]!r} and {name!r}."
-                )
-            by[index] = name
+    pinned = _pins(groups, request.keep)
     whole = {
         group.name: f"has {group.size} channels, no more than align={align}"
         for index, group in enumerate(groups.groups)
         if align > 1 and group.size <= align and index not in pinned
     }
     return Limits(align, pinned, request.floor), whole
+
+
+def _pins(groups: ChannelGroups, keep: Mapping[str, float]) -> dict[int, int]:
+    """Index -> width of the groups that `keep` names, themselves or a layer that is cut with them.
+
+    A group's own name comes first: `{"layer1": 1.0, "conv1": 0.5}` halves the outputs of `conv1`,
+    although those of `layer1` are added to them.
+    """
+    for name, ratio in keep.items():
+        if isinstance(ratio, bool) or not isinstance(ratio, Real) or not 0 < ratio <= 1:
+            raise ZooError(f"keep={{{name!r}: {ratio!r}}}: a keep ratio must be in (0, 1].")
+    pinned, used = dict[int, int](), set[str]()
+    for index, group in enumerate(groups.groups):
+        layers = [weight.removesuffix(".weight") for weight in group.filters]
+        for names in ([group.name], [group.name.partition("[")[0]], layers):
+            by = [key for key in keep if any(f"{name}.".startswith(f"{key}.") for name in names)]
+            used.update(by)
+            if by and index not in pinned:
+                widths = [round_widths([group.size], [float(keep[key])])[0] for key in by]
+                if len(set(widths)) > 1:
+                    raise ZooError(f"keep= pins {group.name!r} twice, by {by[0]!r} and {by[1]!r}.")
+                pinned[index] = widths[0]
+    for key in keep:
+        if key not in used:
+            raise unknown("channel group to keep", key, groups.names, GraphError)
+    return pinned

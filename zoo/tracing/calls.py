@@ -108,7 +108,8 @@ def named_leaves(output: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
         yield path or "logits", output
         return
     if dataclasses.is_dataclass(output) and not isinstance(output, Mapping):
-        output = vars(output)
+        fields = dataclasses.fields(output)
+        output = {field.name: getattr(output, field.name) for field in fields}
     elif hasattr(output, "_asdict"):
         output = output._asdict()
     if isinstance(output, Mapping):

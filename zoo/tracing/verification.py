@@ -152,7 +152,7 @@ def _run(forward: Callable[[Inputs], Any], inputs: Inputs, seed: int = 0) -> tup
     # random generators and warning filters are shared by all threads
     with ONE_AT_A_TIME, seeded(seed), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return leaves(forward(inputs))
+        return leaves(forward(mapped(torch.clone, inputs)))  # which it may overwrite
 
 
 def _are_comparable(outputs: tuple[Tensor, ...]) -> bool:
