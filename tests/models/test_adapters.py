@@ -6,6 +6,7 @@ Each implementation is rewritten in tests/public_networks.py.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
@@ -180,6 +181,17 @@ def test_efficientnets_numbered_through_are_timms(member):
     assert ours.state_dict().keys() == own.keys()
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, own[name]), name
+
+
+def test_torchvisions_files_of_densenets_have_older_names():
+    module = zoo.create_model("torchvision:densenet121", 7)
+    own = {name: tensor for name, tensor in module.state_dict().items() if "batches" not in name}
+    names = [re.sub(r"(norm|conv)([12])\.", r"\1.\2.", name) for name in own]
+    assert "features.denseblock1.denselayer1.norm.1.weight" in names
+    ours = zoo.create_model(
+        "torchvision:densenet121", 7, pretrained=dict(zip(names, own.values(), strict=True))
+    ).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in own.items())
 
 
 def test_pooling_in_the_stem_shows_in_no_key_so_it_has_an_architecture_of_its_own():

@@ -44,6 +44,9 @@ ADAPTERS: dict[str, tuple[tuple[str, str], ...]] = {
         (r"^classifier\.1\.", "classifier.0."),
         (r"^classifier\.4\.", "classifier.3."),
     ),
+    "pytorch/vision, its files of DenseNet weights": (
+        (r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2"),
+    ),
     "lukemelas/EfficientNet-PyTorch, ml-illustrated/efficientnet_lite0": (
         (r"^_fc\.", "classifier."),
         (r"^_conv_(stem|head)\.", r"conv_\1."),
