@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,36 @@ def test_every_kind_of_data_trains(toy_images, kind):
     model = network()
     assert finetune(model, data, data, recipe=replace(QUICK, epochs=8)).accuracy > 0.95
     assert evaluate(model, data).images == 96
+
+
+class Scaled(DataLoader):
+    """Batches that are not those of its data set."""
+
+    def __iter__(self):
+        for images, labels in super().__iter__():
+            yield images / 100, labels
+
+
+def test_a_loader_with_a_loop_of_its_own_trains_on_what_that_gives(toy_images):
+    images = 100 * toy_images.normalise(toy_images.images)
+    results = []
+    for kind, pixels in ((DataLoader, images / 100), (Scaled, images), (DataLoader, images)):
+        order = torch.Generator().manual_seed(0)
+        data = kind(TensorDataset(pixels, toy_images.labels), 16, shuffle=True, generator=order)
+        model = network()
+        result = finetune(model, data, data, recipe=QUICK, cpu=True)
+        results.append((weights(model), [record.loss for record in result.history]))
+    (plain, losses), (own, own_losses), (raw, _) = results
+    assert same(own, plain)
+    assert own_losses == losses
+    assert not same(own, raw)
+
+
+def test_a_loop_of_its_own_is_not_divided_between_processes(toy_images):
+    data = Scaled(TensorDataset(torch.zeros(96, 3, 8, 8), toy_images.labels), 16)
+    two = SimpleNamespace(num_processes=2, process_index=0)
+    with pytest.raises(DataError, match=r"Scaled has an __iter__ of its own.* 2 processes"):
+        loaders.training_batches(data, QUICK, two, seed=0)
 
 
 def test_files_train_and_evaluate_as_the_same_images_in_memory_do(image_tree, monkeypatch):

@@ -108,6 +108,14 @@ class Jittered(Dataset):
         return self.images[index] + noise, int(self.labels[index])
 
 
+class Halved(DataLoader):
+    """A loader with a loop of its own."""
+
+    def __iter__(self):
+        for images, labels in super().__iter__():
+            yield images / 2, labels
+
+
 LOADERS = {
     "loader": lambda data: DataLoader(
         data, 16, shuffle=True, generator=torch.Generator().manual_seed(0)
@@ -124,6 +132,9 @@ LOADERS = {
     ),
     "order of the epoch": lambda data: DataLoader(
         data, 16, sampler=DistributedSampler(data, num_replicas=1, rank=0)
+    ),
+    "loop of its own": lambda data: Halved(
+        Jittered(*data.tensors), 16, shuffle=True, generator=torch.Generator().manual_seed(0)
     ),
     "dataset": lambda data: data,
     "noise": lambda data: Jittered(*data.tensors),

@@ -70,7 +70,8 @@ def training_batches(
     """Shuffled batches of `data`, divided between the accelerator's processes.
 
     Raises:
-        DataError: if there are none, or the recipe's RandAugment cannot be applied to this data.
+        DataError: if there are none, the recipe's RandAugment cannot be applied to this data, or a
+            DataLoader with an `__iter__` of its own would have to be divided.
     """
     size, processes = recipe.batch_size, accelerator.num_processes
     batches: Any
@@ -97,7 +98,15 @@ def training_batches(
         if isinstance(data, Dataset):
             whole = len(data) >= size * processes  # type: ignore[arg-type]
             data = _loader(data, size, accelerator.device, seed, shuffle=True, drop_last=whole)
-        batches = accelerator.prepare_data_loader(data, device_placement=False)
+        if type(data).__iter__ is DataLoader.__iter__:  # prepared, it tells its sampler the epoch
+            batches = accelerator.prepare_data_loader(data, device_placement=False)
+        elif processes == 1:
+            batches = data
+        else:
+            raise DataError(
+                f"{type(data).__name__} has an __iter__ of its own, and its batches cannot be "
+                f"divided between {processes} processes: train in one, or move it into the Dataset."
+            )
     if len(batches) == 0:
         few = len(data.dataset if isinstance(data, DataLoader) else data)  # type: ignore[arg-type]
         raise DataError(
