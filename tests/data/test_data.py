@@ -124,7 +124,7 @@ def test_a_corrupt_image_is_named(image_tree, kind):
 
 @pytest.mark.parametrize("error", [struct.error("unpack"), EOFError("no more")])
 def test_what_a_decoder_stumbles_over_is_a_corrupt_image(image_tree, monkeypatch, error):
-    def stumble(*_: object) -> None:
+    def stumble(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr(Image, "open", stumble)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import warnings
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image, features
 from torch import nn
 
 from zoo.data import datasets as data
@@ -210,6 +211,50 @@ def test_a_picture_whose_black_and_white_are_not_known_is_refused_by_name(
     path = in_a_tree(tmp_path / "tree", content)
     with pytest.raises(DataError, match=rf"0\.tif {message}"):
         way(path)
+
+
+@pytest.mark.parametrize("way", WAYS[:-1])
+def test_postscript_named_as_a_picture_is_refused_and_no_program_is_run(
+    way: Callable[[Path], np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ghostscript, mark = tmp_path / "gs", tmp_path / "mark"
+    ghostscript.write_text(f"#!/bin/sh\ntouch '{mark}'\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # what it has found before
+    path = in_a_tree(tmp_path / "tree", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n")
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        way(path)
+    assert not mark.exists()
+    with pytest.raises(OSError, match="identify"), Image.open(path) as picture:
+        picture.load()  # what Pillow does unless it is told which formats are expected
+    assert mark.exists()
+
+
+def test_a_damaged_picture_of_a_rare_format_is_a_data_error() -> None:
+    """Pillow's plugin of IM files lets its own TypeError out."""
+    content = b"Image type: L\r\nImage size (x*y): 2*2*3\r\n\x1a" + bytes(500)
+    with pytest.raises(DataError, match="cannot be read as an image: cannot identify"):
+        open_picture(io.BytesIO(content))
+
+
+@pytest.mark.parametrize("kind", [*images.FORMATS, "MPO"])
+def test_every_format_that_is_named_is_read(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    white = Image.new("RGB", (16, 16), "white")
+    more = {"save_all": True, "append_images": [white]} if kind == "MPO" else {}
+    content = saved(white, kind, **more)
+    assert Image.open(io.BytesIO(content)).format == kind
+    assert np.asarray(open_picture(io.BytesIO(content))).min() > 250
+
+
+def test_a_pillow_without_a_format_reads_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.init()
+    monkeypatch.delitem(Image.OPEN, "AVIF")
+    assert open_picture(io.BytesIO(saved(rgb, "PNG"))).size == (2, 2)
+    with pytest.raises(DataError, match="cannot identify"):
+        open_picture(io.BytesIO(b"no picture"))
 
 
 def test_sixteen_bits_that_pillow_widens_are_still_sixteen() -> None:

@@ -30,6 +30,7 @@ from zoo.data.images import (
     ImageFiles,
     ImageSet,
     decode_all,
+    opened,
     picture_files,
     readable,
 )
@@ -183,10 +184,8 @@ def _encoding(train: Path, classes: Iterable[str]) -> str:
     The quality follows from the largest luminance quantisation step: 121 at quality 50 in standard
     tables.
     """
-    from PIL import Image
-
     first = next(path for name in classes for path in picture_files(train / name))
-    with readable(first), Image.open(first) as image:
+    with readable(first), opened(first) as image:
         tables = getattr(image, "quantization", None)
     if not tables:
         return ""

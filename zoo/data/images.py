@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["EXTENSIONS", "UNREADABLE", "AnyImages", "ImageFiles", "ImageSet", "decode_all",
-           "open_picture", "picture_files", "readable", "sent", "to_rgb"]  # fmt: skip
+           "open_picture", "opened", "picture_files", "readable", "sent", "to_rgb"]  # fmt: skip
 
 
 def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -186,6 +186,9 @@ EXTENSIONS = {
 }  # fmt: skip
 """Suffixes of the files that are read as pictures."""
 
+FORMATS = "AVIF", "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"
+"""What a picture may be, whatever its suffix; of Pillow's others, one runs Ghostscript."""
+
 
 def picture_files(folder: Path) -> list[Path]:
     """The pictures in a folder and its subfolders, without hidden ones, sorted."""
@@ -208,15 +211,21 @@ def readable(name: object) -> Iterator[None]:
         raise DataError(f"{name} cannot be read as an image: {error}.") from None
 
 
+def opened(source: Path | BinaryIO) -> Image:
+    """A picture of one of the `FORMATS` that this Pillow has, not decoded yet."""
+    from PIL import Image
+
+    Image.init()
+    return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
 def open_picture(source: Path | BinaryIO) -> Image:
     """The picture in a file, or at the position of an open one, converted by `to_rgb`.
 
     Raises:
         DataError: if it cannot be read, and as `to_rgb`.
     """
-    from PIL import Image
-
-    with readable(source), Image.open(source) as picture:
+    with readable(source), opened(source) as picture:
         return to_rgb(picture)
 
 
