@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import struct
 import sys
 import types
@@ -166,6 +167,31 @@ def test_train_and_test_folders_must_hold_the_same_classes(image_tree):
     (image_tree / "val" / "dog").rename(image_tree / "val" / "wolf")
     with pytest.raises(DataError, match="same classes"):
         load_data(f"imagefolder:{image_tree}", size=8)
+
+
+def test_of_val_and_test_each_is_its_own_split(image_tree):
+    shutil.copytree(image_tree / "val", image_tree / "test")
+    for number, part in enumerate(("val", "test")):
+        Image.new("RGB", (8, 8), (77 + number,) * 3).save(image_tree / part / "cat" / "00.png")
+    splits = load_data(f"imagefolder:{image_tree}", size=8)
+    assert len(splits.train) == 20
+    assert (splits.val.images[0, 0, 0, 0], splits.test.images[0, 0, 0, 0]) == (77, 78)
+    assert splits.train.name == splits.val.name == splits.test.name
+    (image_tree / "test" / "dog").rename(image_tree / "test" / "wolf")
+    with pytest.raises(DataError, match=r"train and .*/test do not hold the same classes"):
+        load_data(f"imagefolder:{image_tree}", size=8)
+
+
+@pytest.mark.parametrize("alone", ["val", "test"])
+def test_one_of_val_and_test_is_the_test_split(image_tree, alone):
+    before = load_data(f"imagefolder:{image_tree}", size=8)
+    (image_tree / "val").rename(image_tree / alone)
+    other = image_tree / {"val": "test", "test": "val"}[alone]
+    other.mkdir()
+    Image.new("RGB", (8, 8)).save(other / "of_no_class.png")
+    after = load_data(f"imagefolder:{image_tree}", size=8)
+    assert [after.val.digest(), after.test.digest()] == [before.val.digest(), before.test.digest()]
+    assert len(after.train) == 18
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Every split follows one rule: the *validation* split is the last tenth of each class of the training
 images, in file order, and no base network is trained on it; the *test* split is the data set's own
-and serves the final evidence alone.
+and serves the final evidence alone. Where a folder holds train/, val/ and test/, each is its split.
 """
 
 from __future__ import annotations
@@ -166,16 +166,20 @@ def _image_folder(root: Path | None, size: Size | None, name: str | None = None)
             break
     else:
         raise DataError(f"{root} has no train/ folder of <class>/<image> files.")
-    held = next((base / part for part in ("val", "test") if (base / part).is_dir()), None)
-    if held is None:
-        raise DataError(f"{base} has neither a val/ nor a test/ folder beside train/.")
-    whole, test = _folder_set(base / "train", size), _folder_set(held, size)
-    if whole.classes != test.classes:
-        raise DataError(f"{base}/train and {held} do not hold the same classes.")
+    # a folder of pictures without folders of classes, as test/ of ImageNet, holds no labels
+    held = [part for part in ("val", "test") if any((base / part).glob("[!.]*/"))]
+    if not held:
+        raise DataError(f"{base} has neither a val/ nor a test/ folder of classes beside train/.")
+    whole, *others = (_folder_set(base / part, size) for part in ("train", *held))
+    for part, other in zip(held, others, strict=True):
+        if whole.classes != other.classes:
+            raise DataError(f"{base}/train and {base}/{part} do not hold the same classes.")
     encoding = _encoding(base / "train", whole.classes)
     title = f"{name or base.name}{encoding} at {resolution(whole.image_size)}"
-    whole, test = replace(whole, name=title), replace(test, name=title)
-    return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
+    whole, *others = (replace(each, name=title) for each in (whole, *others))
+    if len(others) == 1:
+        return Splits(*_hold_out(whole, VALIDATION_SHARE), *others)
+    return Splits(whole, *others)
 
 
 def _encoding(train: Path, classes: Iterable[str]) -> str:
@@ -278,11 +282,13 @@ def load_data(name: str, root: str | Path | None = None, *, size: Size = 32) -> 
     """The train, validation and test splits of a data set, as images of `size` pixels.
 
     Args:
-        name: `digits` (needs no files), `cifar10` and `cifar100` (`root` holds train/ and val/
-            ImageFolder trees, or a cifar10/ folder that does), `imagefolder:PATH`, or
-            `hf:ORG/NAME[@REVISION]`. A slice selects some of the classes, in order, as in
-            `imagefolder:PATH[:50]` or `cifar10[5:]`. A folder's images are decoded into memory
-            up to `IN_MEMORY` bytes per split, and beyond that batch by batch.
+        name: `digits` (needs no files), `cifar10` and `cifar100` (`root` holds train/ and val/ or
+            test/ ImageFolder trees, or a cifar10/ folder that does), `imagefolder:PATH`, or
+            `hf:ORG/NAME[@REVISION]`. Of val/ and test/, one alone is the test split, and the
+            validation images are taken from train/; with both, each is its own split. A slice
+            selects some of the classes, in order, as in `imagefolder:PATH[:50]` or `cifar10[5:]`. A
+            folder's images are decoded into memory up to `IN_MEMORY` bytes per split, and beyond
+            that batch by batch.
         root: folder of the files.
         size: pixels per side, or (height, width); images of other sizes are resampled by area,
             without keeping proportions.
