@@ -261,6 +261,20 @@ def test_a_data_set_of_the_hub_is_read_by_its_column_types(monkeypatch):
         load_data("hf:org/pets", size=8)
 
 
+@pytest.mark.parametrize("label", [-1, None])
+def test_a_test_split_without_labels_is_not_the_test_split(monkeypatch, label):
+    test, validation = FakeRows(4, "label"), FakeRows(6, "label")
+    test["label"][2] = label
+    found = {"train": FakeRows(20, "label"), "test": test, "validation": validation}
+    package = types.ModuleType("datasets")
+    package.load_dataset = lambda *_, **__: found
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    assert load_data("hf:org/challenge", size=8).test.labels.tolist() == validation["label"]
+    del found["validation"]
+    with pytest.raises(DataError, match=r"the splits train, test: .*test with labels, is missing"):
+        load_data("hf:org/challenge", size=8)
+
+
 @pytest.mark.parametrize("quality", [30, 75, 90])
 def test_a_lossy_copy_says_so(tmp_path, quality):
     for split in ("train", "val"):

@@ -226,19 +226,33 @@ def _hub_set(reference: str, size: Size) -> Splits:
     except Exception as error:  # the library's errors share no base class
         reason = first_line(error)
         raise DataError(f"hf:{reference} cannot be read from the Hub: {reason}") from error
-    held = next((part for part in ("test", "validation", "valid", "val") if part in found), None)
+    others = (part for part in ("test", "validation", "valid", "val") if part in found)
+    held = next((part for part in others if _labelled(found[part])), None)
     if "train" not in found or held is None:
         raise DataError(
-            f"hf:{reference} has the splits {', '.join(found)}: train or test is missing."
+            f"hf:{reference} has the splits {', '.join(found)}: train, or test with labels, is "
+            "missing."
         )
     whole, test = (_hub_split(f"hf:{reference}", found[part], size) for part in ("train", held))
     return Splits(*_hold_out(whole, VALIDATION_SHARE), test)
 
 
-def _hub_split(name: str, rows: Any, size: Size) -> ImageSet:
+def _columns(rows: Any) -> dict[str, str]:
+    """The first column of each type, by the name of the type."""
     columns: dict[str, str] = {}
     for column, feature in rows.features.items():
         columns.setdefault(type(feature).__name__, column)
+    return columns
+
+
+def _labelled(rows: Any) -> bool:
+    """Whether no label is -1 or None, as those of a challenge's test split are."""
+    column = _columns(rows).get("ClassLabel")
+    return column is None or all(label is not None and label >= 0 for label in rows[column])
+
+
+def _hub_split(name: str, rows: Any, size: Size) -> ImageSet:
+    columns = _columns(rows)
     if not {"Image", "ClassLabel"} <= set(columns):
         raise DataError(f"{name} has no column of images, or none of class labels: {rows.features}")
     if 3 * math.prod(sides(size)) * len(rows) > IN_MEMORY:
