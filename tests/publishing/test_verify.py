@@ -189,16 +189,34 @@ def test_a_profile_of_an_unknown_architecture_is_not_compared(registry):
     assert found.unchecked == ("the groups of nobody are not known here",)
 
 
-def test_a_network_of_no_architecture_is_not_compared_and_not_published(tmp_path, hub):
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 3))
     pruned = zoo.prune(network, torch.zeros(1, 3, 8, 8), cf=2, profile="equal")
-    folder = zoo.save(pruned, tmp_path / "own")
+    return zoo.save(pruned, tmp_path / "own")
+
+
+def test_a_network_of_no_architecture_is_not_compared_and_not_published(own_folder, hub):
+    folder = own_folder
     found = zoo.verify(folder)
     assert found.ok
+    assert not found.passed
     assert any("of no registered architecture" in line for line in found.unchecked)
     with pytest.raises(ZooError, match=r"no registered architecture.*cannot be published"):
         zoo.publish(folder, "org/own")
     assert not hub.seen("POST|PUT|DELETE")
+
+
+@pytest.mark.parametrize("length", [None, 0, 100, -1])
+def test_damaged_weights_of_a_network_of_no_architecture_are_found(own_folder, length):
+    path = own_folder / "model.safetensors"
+    content = path.read_bytes()
+    path.unlink()
+    if length is not None:
+        path.write_bytes(content[:length])
+    (line,) = zoo.verify(own_folder).failed
+    assert str(path) in line
+    assert ("does not exist" if length is None else "is truncated") in line
 
 
 def test_a_profile_that_the_index_does_not_list_is_not_pulled(hub, registry):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,8 +38,8 @@ from zoo.spec.cost import cost_model
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plans import PruningRecord, record_of
 from zoo.spec.profile import Profile
-from zoo.storage.artefacts import read_model, skeleton_of
-from zoo.storage.checkpoints import RECORD
+from zoo.storage.artefacts import MODEL, read_model, skeleton_of
+from zoo.storage.checkpoints import RECORD, read_safetensors
 from zoo.tracing.known_groups import groups_of
 
 if TYPE_CHECKING:
@@ -177,15 +178,16 @@ def _files_check(folder: Path) -> Check:
 def _network_checks(folder: Path) -> Iterator[Check]:
     models: list[nn.Module] = []
     unknown = f"{RECORD} is of no registered architecture: nothing can be compared"
+    own = _of_no_architecture(folder)
 
     def tensors() -> Iterator[str]:
-        record = PruningRecord.read(folder / RECORD)
-        if record.architecture:
-            models.append(read_model(folder))
-        else:
+        if own:
+            read_safetensors(folder / MODEL)
             yield Unchecked(unknown)
+        else:
+            models.append(read_model(folder))
 
-    yield f"the tensors fit {RECORD}", tensors
+    yield unknown if own else f"the tensors fit {RECORD}", tensors
     if not models:
         return
     (model,) = models
@@ -203,6 +205,13 @@ def _network_checks(folder: Path) -> Iterator[Check]:
                 f"{name} is an export of this network",
                 lambda name=name: _wrong_file(folder / name, name, model, record),  # type: ignore[misc]
             )
+
+
+def _of_no_architecture(folder: Path) -> bool:
+    """Whether the record can be read and names none."""
+    with suppress(Exception):  # what is wrong with it, a check says
+        return not PruningRecord.read(folder / RECORD).architecture
+    return False
 
 
 def _wrong_config(told: object, record: PruningRecord) -> Iterator[str]:
