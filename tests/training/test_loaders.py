@@ -253,6 +253,13 @@ def test_data_of_another_kind_is_one_clear_error(samples, message):
     assert same(before, weights(model))
 
 
+def test_a_network_that_asserts_another_size_is_one_clear_error(toy_images):
+    model = zoo.create_model("timm:vit_tiny_patch16_224", 3)
+    for call in (evaluate, lambda *given: finetune(*given, None, recipe=QUICK)):
+        with pytest.raises(DataError, match=r"\(\d+, 3, 8, 8\): Input height \(8\) doesn't match"):
+            call(model, toy_images)
+
+
 @pytest.mark.parametrize("data", [None, 5, "pathlib"])
 def test_what_is_no_data_at_all_is_refused(data, tmp_path):
     with pytest.raises(DataError, match="torch Dataset or DataLoader"):

@@ -96,6 +96,29 @@ def test_a_new_classifier_is_not_taught_the_old_classes(base, toy_images):
         finetune(model, five, None, teacher="source", recipe=ONCE)
 
 
+class Twofold(nn.Module):
+    """Gives its logits twice."""
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images.mean((2, 3)), images.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("teacher", "told"),
+    [
+        (build_model("cnet", 3, image_size=16), r"teacher does not run on images.*\(1, 3, 8, 8\)"),
+        (nn.Conv2d(1, 3, 8), r"teacher does not run on images.*1 channels"),
+        (nn.Conv2d(3, 3, 1), r"the teacher gives \(1, 3, 8, 8\)"),
+        (Twofold(), "the teacher gives tuple"),
+    ],
+)
+def test_a_teacher_of_other_images_or_outputs_is_one_clear_error(teacher, told, toy_images):
+    before = weights(model := network())
+    with pytest.raises(DataError, match=told):
+        finetune(model, toy_images, None, teacher=teacher, recipe=ONCE)
+    assert same(weights(model), before)
+
+
 @pytest.mark.filterwarnings("ignore:.*averaged weights")
 @pytest.mark.parametrize("ema", [True, False])
 def test_the_source_is_the_weights_that_were_taken_of_two(ema, tmp_path):

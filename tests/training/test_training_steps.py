@@ -81,6 +81,20 @@ def test_biases_and_norms_do_not_decay(recipe):
     assert all((decays[id(p)] > 0) == (p.ndim > 1) for p in model.parameters())
 
 
+def test_without_momentum_every_step_is_the_gradient(toy_images):
+    recipe = replace(QUICK, momentum=0, weight_decay=0)
+    model = network()
+    before = weights(model)
+    optimizer = make_optimizer(model, recipe)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for _ in range(2):
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] - 2 * QUICK.lr)
+    finetune(model, toy_images, None, recipe=recipe)
+
+
 def test_the_learning_rate_warms_up_and_falls_to_zero():
     rates = [warmup_cosine(10, 100)(step) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)

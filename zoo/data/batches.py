@@ -19,6 +19,7 @@ __all__ = [
     "Augmentation",
     "DeviceLoader",
     "check_labels",
+    "check_logits",
     "check_pair",
     "checked_batch",
     "collated",
@@ -295,17 +296,26 @@ def check_labels(labels: Tensor, logits: Any) -> None:
     Raises:
         DataError: for a label outside 0 to classes - 1, or logits of another type or shape.
     """
-    if not isinstance(logits, Tensor):
-        parts = f" of {', '.join(map(str, logits))}" if isinstance(logits, Mapping) else ""
-        raise DataError(
-            f"Expected logits (N, classes), the network gives {type(logits).__name__}"
-            f"{parts}. Wrap it in a module whose forward returns its logits alone."
-        )
-    if logits.ndim != 2:
-        raise DataError(f"Expected logits (N, classes), the network gives {tuple(logits.shape)}.")
+    check_logits(logits)
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= logits.shape[1]:
         raise DataError(
             f"The data has labels from {low} to {high}, but the network has {logits.shape[1]} "
             f"outputs."
         )
+
+
+def check_logits(logits: Any, who: str = "network") -> None:
+    """Check that what the network `who` gives is logits (N, classes).
+
+    Raises:
+        DataError: if it is of another type or shape.
+    """
+    if not isinstance(logits, Tensor):
+        parts = f" of {', '.join(map(str, logits))}" if isinstance(logits, Mapping) else ""
+        raise DataError(
+            f"Expected logits (N, classes), the {who} gives {type(logits).__name__}"
+            f"{parts}. Wrap it in a module whose forward returns its logits alone."
+        )
+    if logits.ndim != 2:
+        raise DataError(f"Expected logits (N, classes), the {who} gives {tuple(logits.shape)}.")

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.common.seeding import random_state, set_random_state
 from zoo.common.strides import UnitStrides
-from zoo.data.batches import DeviceLoader, check_labels, checked_batch
+from zoo.data.batches import DeviceLoader, check_labels, check_logits, checked_batch
 from zoo.data.images import AnyImages
 from zoo.errors import DataError, ZooError
 from zoo.surgery.surgery import evaluating
@@ -130,9 +130,23 @@ class Engine:
             if own:
                 check_labels(self.batches.labels, self._logits)
                 check_classes(self.batches.data, self._logits)
+            self._check_teacher(images[:1])
         if not own:
             check_labels(labels, self._logits)
         return images, labels.to(self.accelerator.device, torch.long, non_blocking=True)
+
+    def _check_teacher(self, images: Tensor) -> None:
+        """Refuse a teacher that gives no logits of the network's classes for the first images."""
+        if self.teacher is None:
+            return
+        check_logits(self._logits)
+        with torch.no_grad(), self._autocast():
+            target = first_logits(self.teacher, images, "teacher")
+        check_logits(target, "teacher")
+        if target.shape != self._logits.shape:
+            raise DataError(
+                f"The teacher has {target.shape[1]} outputs, the network {self._logits.shape[1]}."
+            )
 
     def _in_common_layout(self, images: Tensor) -> Tensor:
         """The first images, in a memory format that all networks run in; converts these too."""
@@ -165,10 +179,6 @@ class Engine:
         if self.teacher is not None:
             with torch.no_grad(), self._autocast():
                 target = self.teacher(images).float()
-            if target.shape != logits.shape:
-                raise DataError(
-                    f"The teacher has {target.shape[1]} outputs, the network {logits.shape[1]}."
-                )
             share = self.recipe.distill
             loss = (1 - share) * loss + share * distillation(logits, target)
         return loss
@@ -263,8 +273,8 @@ def runs_channels_last(network: nn.Module, images: Tensor) -> bool:
     return True
 
 
-def first_logits(model: nn.Module, images: Tensor) -> Any:
-    """The output of a network for the first images.
+def first_logits(model: nn.Module, images: Tensor, who: str = "network") -> Any:
+    """The output of a network, `who`, for the first images.
 
     Raises:
         DataError: if it does not run on them.
@@ -273,10 +283,10 @@ def first_logits(model: nn.Module, images: Tensor) -> Any:
         return model(images)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"The network does not run on images of shape {tuple(images.shape)}: {reason}"
+            f"The {who} does not run on images of shape {tuple(images.shape)}: {reason}"
         ) from error
 
 
