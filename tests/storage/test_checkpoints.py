@@ -256,6 +256,19 @@ def test_a_missing_file_names_its_nearest_neighbour(tmp_path):
         read_checkpoint(tmp_path)
 
 
+def test_what_exists_and_cannot_be_opened_is_not_told_as_missing(tmp_path):
+    """A link to itself stands for a file without permission, which root has for every file."""
+    path = tmp_path / "model.safetensors"
+    path.symlink_to(path)
+    for read in (checkpoints.read_safetensors, read_checkpoint):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read: "):
+            read(path)
+    path.unlink()
+    path.symlink_to("nothing")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors does not exist\.$"):
+        checkpoints.read_safetensors(path)
+
+
 def test_weights_of_no_known_kind():
     with pytest.raises(CheckpointError, match="not NoneType"):
         read_checkpoint(None)  # type: ignore[arg-type]
@@ -279,11 +292,29 @@ def test_nan_weights_are_refused_by_name(dense, tmp_path, value):
         load_dense("resnet20-16", tmp_path / "m.pt")
 
 
-def test_a_tensor_that_is_not_dense_is_refused_by_name(dense):
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda tensor: tensor.to_sparse(), "sparse_coo"),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda tensor: tensor.to(torch.float8_e5m2), "float8_e5m2"),
+        (lambda tensor: tensor.to("meta"), "meta"),
+    ],
+)
+def test_a_tensor_that_is_not_dense_is_refused_by_name(dense, tmp_path, change, told):
     state = dense.state_dict()
-    state["fc.weight"] = state["fc.weight"].to_sparse()
-    with pytest.raises(CheckpointError, match=r"fc\.weight is not an ordinary dense tensor"):
-        load_dense("resnet20-16", state)
+    state["fc.weight"] = change(state["fc.weight"])
+    torch.save(state, tmp_path / "m.pt")
+    for weights in (state, tmp_path / "m.pt"):
+        with pytest.raises(
+            CheckpointError, match=rf"fc\.weight is not an ordinary dense tensor, but .*{told}"
+        ):
+            load_dense("resnet20-16", weights)
+
+
+def test_a_module_on_the_meta_device_is_refused(dense):
+    with pytest.raises(CheckpointError, match=r"is not an ordinary dense tensor.*meta"):
+        load_dense("resnet20-16", dense.to("meta"))
 
 
 @pytest.fixture

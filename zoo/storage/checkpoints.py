@@ -182,6 +182,7 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         siblings = os.listdir(path.parent) if path.parent.is_dir() else []
+        siblings = [name for name in siblings if name != path.name]  # a link to nothing
         near = difflib.get_close_matches(path.name, siblings, n=1)
         hint = f" Did you mean {str(path.with_name(near[0]))!r}?" if near else ""
         raise CheckpointError(f"{path} does not exist.{hint}") from None
@@ -211,7 +212,12 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: if the file is missing or damaged.
     """
-    with _reading(path), _parsing(path), safetensors.safe_open(path, framework="pt") as file:
+    with (
+        _reading(path),
+        path.open("rb"),  # whatever safe_open cannot open, it calls missing
+        _parsing(path),
+        safetensors.safe_open(path, framework="pt") as file,
+    ):
         # copied, because the tensors are views of the file, which is mapped into memory
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         return tensors, file.metadata() or {}
@@ -279,7 +285,10 @@ def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], boo
     The second is None unless current and averaged weights stand side by side.
     """
     content, averaged = _unwrap(content, what, ema)
-    state = {name: tensor.detach().cpu() for name, tensor in _named(content).items()}
+    state = {
+        name: tensor.detach() if tensor.is_meta else tensor.detach().cpu()
+        for name, tensor in _named(content).items()
+    }
     if not state:
         keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else ""
         raise CheckpointError(
@@ -293,12 +302,16 @@ def check_values(state: Mapping[str, Tensor], what: str) -> None:
     """Refuse weights that no network can be used with.
 
     Raises:
-        CheckpointError: if a tensor holds NaN or infinity, is sparse or quantized, or has no values
-            (on the meta device).
+        CheckpointError: if a tensor holds NaN or infinity, is sparse, quantized or of floats of 8
+            bits, whose scale is elsewhere, or has no values (on the meta device).
     """
     for name, tensor in state.items():
-        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
-            raise CheckpointError(f"{what}: {name} is not an ordinary dense tensor.")
+        short = tensor.is_floating_point() and tensor.itemsize < 2
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or short:
+            raise CheckpointError(
+                f"{what}: {name} is not an ordinary dense tensor, but {tensor.dtype} "
+                f"({tensor.layout}, {tensor.device})."
+            )
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
             raise CheckpointError(
