@@ -6,6 +6,7 @@ in `zoo.commands`.
 
 from __future__ import annotations
 
+import io
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -68,6 +69,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int | None]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code: 2 after a user's error, 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a bar or β is not worth a traceback
+        sys.stdout.reconfigure(errors="replace")
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if given[0] == "--version":
         print(f"zoo {zoo.__version__}")

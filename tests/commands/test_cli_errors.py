@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_a_warning_is_one_line_without_code(base, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     told = "zoo: warning: The learned policy was trained for factors of 2 to 6; 8 is outside.\n"
     assert done.stderr == told
+
+
+def test_what_a_pipe_cannot_hold_is_shown_as_question_marks():
+    command = [sys.executable, "-m", "zoo", "show", "resnet20-16", "--cf", "4"]
+    shown = {}
+    for encoding in ("latin-1", "utf-8"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+        done = subprocess.run(command, capture_output=True, env=environment, check=True)
+        shown[encoding] = done.stdout.decode(encoding)
+        assert not done.stderr
+    assert "β" in shown["utf-8"]
+    assert shown["latin-1"] == shown["utf-8"].encode("latin-1", "replace").decode("latin-1")
 
 
 def test_images_of_other_classes_are_not_measured(base, capsys):

@@ -20,6 +20,9 @@ from zoo.models import build_model
         ("Ask for precision='fp32'.", "Ask for --precision fp32."),
         ("num_classes= is not given; image_size=32.", "--classes is not given; --size 32."),
         ("the file a.data=3 and zoo.metric=x", "the file a.data=3 and zoo.metric=x"),
+        ("lr=0.1,seed=3/base.pt does not exist", "lr=0.1,seed=3/base.pt does not exist"),
+        ("/runs/seed=3/cf=4.pt is a folder", "/runs/seed=3/cf=4.pt is a folder"),
+        ("seed=3/base.pt, or a-seed=3 or size=8-b", "seed=3/base.pt, or a-seed=3 or size=8-b"),
     ],
 )
 def test_arguments_become_flags(message: str, told: str) -> None:

@@ -41,7 +41,10 @@ _NAMES = {
 }  # fmt: skip
 """Argument of the library -> flag."""
 
-_ARGUMENT = re.compile(rf"(?<![\w.=])({'|'.join(_NAMES)})=(True\b|'[^']*'|\d[\d.]*\d|\d)?")
+_ARGUMENT = re.compile(
+    rf"(?<![\w.=,/-])({'|'.join(_NAMES)})=(True\b|'[^']*'|\d[\d.]*\d|\d)?(?![\w/-]|\.\w)"
+)
+"""An argument and its value, but no part of a path, as of `runs/lr=0.1,seed=3/base.pt`."""
 
 
 def as_flags(message: str) -> str:
