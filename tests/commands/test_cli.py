@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -251,6 +252,18 @@ def test_a_pruned_folder_is_finetuned_evaluated_and_exported(pruned, base, tmp_p
     assert re.search(r"Accuracy on these images: [\d.]+% in PyTorch", capsys.readouterr().out)
     metadata = zoo.InferenceSession(onnx).metadata
     assert (metadata.precision, metadata.folded) == ("int8", True)
+
+
+def test_finetune_in_the_folder_where_the_shell_is_and_its_log(pruned, tmp_path):
+    folder = Path(shutil.copytree(pruned, tmp_path / "small"))
+    before = (folder / "model.safetensors").read_bytes()
+    asked = [sys.executable, "-m", "zoo", "finetune", ".", "--data", "digits", "--epochs", "1"]
+    with (folder / "train.log").open("w") as log:
+        done = subprocess.run([*asked, "--teacher", "none"], cwd=folder, stdout=log)
+    assert done.returncode == 0
+    assert (folder / "train.log").read_text().endswith("Wrote .\n")
+    assert (folder / "history.png").exists()
+    assert (folder / "model.safetensors").read_bytes() != before
 
 
 def test_benchmark_and_compare_print_their_tables(pruned, base, capsys):

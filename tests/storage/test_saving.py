@@ -1,7 +1,11 @@
-"""What users do to a network before they save it: it is read back, or refused while it is there."""
+"""Networks and folders as users have them: what is saved is read back, or what was there stays."""
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from torch import nn
 import zoo
 from zoo.errors import CheckpointError
 from zoo.models import build_model, parameter_count
+from zoo.spec.plans import Source
 
 
 @pytest.fixture
@@ -67,3 +72,64 @@ def test_what_could_not_be_read_again_is_refused_and_the_old_folder_stays(pruned
         zoo.save(live, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_a_mounted_folder_is_written_into(pruned, tmp_path, monkeypatch) -> None:
+    """A mount can neither be renamed nor replaced, and moves out of it and into it fail too."""
+    place = tmp_path / "mount"
+    place.mkdir()
+
+    def within(real):
+        def move(source, target):
+            if {place in Path(path).parents for path in (source, target)} != {True}:
+                raise OSError(errno.EBUSY, "Device or resource busy")
+            return real(source, target)
+
+        return move
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, within(getattr(os, name)))
+    for bias in (1, 2):  # an empty folder, and an older network
+        with torch.no_grad():
+            pruned.fc.bias += bias
+        zoo.save(pruned, place)
+        assert torch.equal(zoo.load_pruned(place).fc.bias, pruned.fc.bias)
+    assert len(list(place.iterdir())) == 3
+
+
+@pytest.mark.parametrize("source", ["module", "another.pt"])
+def test_a_kill_leaves_no_weights_under_a_record_of_others(
+    pruned, tmp_path, monkeypatch, source
+) -> None:
+    folder = tmp_path / "model"
+    zoo.save(pruned, folder)
+    old = pruned.fc.bias.clone()
+    networks = {("module", 0.0), (source, 1.0)}
+    with torch.no_grad():
+        pruned.fc.bias += 1
+    pruned.pruning = replace(pruned.pruning, source=Source(source))
+    kills = []
+
+    def copied(real):
+        def call(*paths, **options):
+            kills.append(shutil.copytree(folder, tmp_path / f"kill {len(kills)}"))
+            return real(*paths, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "unlink"):
+            patch.setattr(os, name, copied(getattr(os, name)))
+        zoo.save(pruned, folder)
+    found = set()
+    for kill in kills:
+        if (kill / "pruning.json").exists():
+            left = zoo.load_pruned(kill)
+            found.add((left.pruning.source.reference, (left.fc.bias - old).mean().round().item()))
+        else:
+            assert source != "module"
+            with pytest.raises(CheckpointError, match=r"pruning\.json is missing"):
+                zoo.load_pruned(kill)
+        zoo.save(pruned, kill)
+        assert sorted(path.name for path in kill.iterdir()) == sorted(os.listdir(folder))
+    assert found == networks

@@ -238,7 +238,7 @@ def finetune(command: FinetuneCommand) -> int | None:
     size = command.size or record.size
     out = command.out or command.folder
     check_place(out)
-    check_folder(out.absolute().parent)
+    check_folder(out if out.exists() else out.absolute().parent)
     splits = zoo.load_data(command.data, command.data_dir, size=size)
     teacher: Any = None if command.teacher == "none" else command.teacher
     if teacher not in (None, "auto", "source"):

@@ -1,11 +1,13 @@
 """Write a dense network as a checkpoint and a pruned model as a folder; read the folder back.
 
-Everything is written to a temporary place beside its target, and moved once it is complete.
+Everything is written to a temporary place beside its target, or in the folder that is there
+already, and moved once it is complete.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -47,6 +49,8 @@ __all__ = [
 ]
 
 MODEL, README = "model.safetensors", "README.md"
+SCRATCH = ".prunezoo-"
+"""Prefix of the folder, inside one that exists, that a model is written to first."""
 
 
 # --- writing --------------------------------------------------------------------------------------
@@ -97,7 +101,7 @@ def _writing(target: Path) -> Iterator[None]:
 def write_model(model: nn.Module, folder: str | Path) -> None:
     """Write a pruned model as a folder: model.safetensors, pruning.json and README.md.
 
-    An older model in the folder is replaced as a whole; other files there are kept. Wrappers
+    An older model in the folder is replaced; the folder and other files there stay. Wrappers
     (compiled, parallel) are removed. If the classifier was replaced by one for another number of
     classes, the record is updated. The new files are read back before they replace the old.
 
@@ -119,23 +123,23 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
     place = folder.resolve()
     with _writing(folder):
         check_place(place)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as scratch:
-            new = Path(scratch, place.name)
-            if place.exists():
-                shutil.copytree(
-                    place,
-                    new,
-                    symlinks=True,
-                    ignore=lambda at, _: (MODEL, RECORD, README) if Path(at) == place else (),
-                )
-            else:
-                new.mkdir()
+        # a folder that exists may be a mount, a shell's working folder, or hold an open log
+        exists = place.exists()
+        where, prefix = (place, SCRATCH) if exists else (place.parent, f".{place.name}.")
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=where) as scratch:
+            new = Path(scratch, "new")
+            new.mkdir()
             _save_tensors(tensors, new / MODEL, {"memory_format": _layout(model)})
             write_json(new / RECORD, encode_document(record))
             _read_back(new, model, record)
             write_text(new / README, readme(record))
-            _swap(new, place, aside=place.with_name(f"{Path(scratch).name}.old"))
+            if exists:
+                _replace(new, place, old=Path(scratch, "old"))
+            else:
+                new.rename(place)
+        for left_by_a_kill in place.glob(f"{SCRATCH}*"):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
 
 
 COMPILED = "_orig_mod."
@@ -207,25 +211,38 @@ def check_place(place: Path) -> None:
     """
     if place.exists() and not place.is_dir():
         raise CheckpointError(f"{place} is a file; a pruned model needs a folder.")
-    # a training writes its history there, and its trackers may write any files
-    ours = any((place / name).exists() for name in (RECORD, SAVEPOINT, HISTORY))
+    # a training writes its history there, its trackers may write any files, and a kill leaves some
+    ours = any(list(place.glob(name)) for name in (RECORD, SAVEPOINT, HISTORY, f"{SCRATCH}*"))
     if place.exists() and not ours and any(place.iterdir()):
         raise CheckpointError(
             f"{place} is not empty and holds no pruned model; name another folder, or empty it."
         )
 
 
-def _swap(new: Path, place: Path, aside: Path) -> None:
-    """Move the folder `new` to `place`; if that fails, put the old folder back."""
+def _replace(new: Path, place: Path, old: Path) -> None:
+    """Move the files in `new` into the folder `place`; if that fails, put the old ones back.
+
+    Weights do not say which record they belong to. So a record that changes goes before the old
+    weights do and comes after the new ones: a kill in between leaves none, which `read_model`
+    names. Where the record stays the same, as in fine-tuning, a kill leaves a network, old or new.
+    """
+    names = (README, MODEL, RECORD)
+    old.mkdir()
+    for name in names:
+        if (place / name).exists():
+            shutil.copy2(place / name, old / name)
     try:
-        if place.exists():
-            place.rename(aside)
-        new.rename(place)
+        if (old / RECORD).exists() and (old / RECORD).read_bytes() != (new / RECORD).read_bytes():
+            (place / RECORD).unlink()
+        for name in names:
+            os.replace(new / name, place / name)
     except BaseException:
-        if aside.exists() and not place.exists():
-            aside.rename(place)
+        for name in names:
+            if (old / name).exists():
+                os.replace(old / name, place / name)
+            else:
+                (place / name).unlink(missing_ok=True)
         raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _layout(model: nn.Module) -> str:
