@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from learnt import TINY
 
 import zoo
@@ -85,6 +87,33 @@ def test_what_a_pipe_cannot_hold_is_shown_as_question_marks():
 def test_images_of_other_classes_are_not_measured(base, capsys):
     assert main(["evaluate", str(base), "--data", "digits[:5]"]) == 2
     assert "has 5 classes, the network 10 outputs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_a_bad_test_split_takes_no_training_away(pruned, tmp_path, monkeypatch, capsys, command):
+    load = zoo.load_data
+
+    def unlabelled(*arguments, **options):
+        splits = load(*arguments, **options)
+        test = dataclasses.replace(splits.test, labels=torch.full_like(splits.test.labels, -1))
+        return dataclasses.replace(splits, test=test)
+
+    out = tmp_path / "out.safetensors" if command == "train" else tmp_path / "out"
+    network = ["--arch", "cnet"] if command == "train" else [str(pruned), "--teacher", "none"]
+    asked = [command, *network, *TINY, "--out", str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo, "load_data", unlabelled)
+        assert main(asked) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"zoo: error: Wrote {out}, but cannot measure its test accuracy: ")
+    assert "-1" in told
+    assert told.count("\n") == 1
+    assert main(["evaluate", str(out), "--data", "digits"]) == 0
+    accuracy = capsys.readouterr().out.split()[0]
+    assert float(accuracy.strip("%")) > 20
+    monkeypatch.setattr(Engine, "train", lambda *_, **__: pytest.fail("trained"))
+    assert main([*asked, "--resume"]) == 0
+    assert f"test {accuracy}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments", [["list", "--metric", "parms"], ["prune"], ["--nonsense"]])

@@ -85,7 +85,6 @@ def train(command: TrainCommand) -> int | None:
     result = _fit(command, model, splits, recipe, folder)
     if not _main_process():
         return None
-    test = zoo.evaluate(model, splits.test).accuracy
     metadata = {
         "architecture": command.arch,
         "num_classes": str(splits.num_classes),
@@ -93,11 +92,12 @@ def train(command: TrainCommand) -> int | None:
         "data": splits.train.name,
         "split_digest": splits.digest,
         "val_accuracy": f"{result.accuracy:.4f}",
-        "test_accuracy": f"{test:.4f}",
         "recipe": json.dumps(dataclasses.asdict(recipe)),
         "seed": str(command.seed),
     }
     save_checkpoint(model, command.out, metadata)
+    test = _tested(model, splits, command.out)
+    save_checkpoint(model, command.out, metadata | {"test_accuracy": f"{test:.4f}"})
     return _report_training(result, test, recipe, command.out, folder)
 
 
@@ -246,8 +246,8 @@ def finetune(command: FinetuneCommand) -> int | None:
     result = _fit(command, model, splits, recipe, out, teacher)
     if not _main_process():
         return None
-    test = zoo.evaluate(model, splits.test).accuracy
     zoo.save(model, out)
+    test = _tested(model, splits, out)
     return _report_training(result, test, recipe, out, out)
 
 
@@ -317,6 +317,14 @@ def _main_process() -> bool:
     from accelerate import PartialState
 
     return PartialState().is_main_process
+
+
+def _tested(model: nn.Module, splits: Splits, out: Path) -> float:
+    """The test accuracy of a network that is written to `out`; an error says that it is."""
+    try:
+        return zoo.evaluate(model, splits.test).accuracy
+    except ZooError as error:
+        raise ZooError(f"Wrote {out}, but cannot measure its test accuracy: {error}") from error
 
 
 def _report_training(
