@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +151,47 @@ def test_ctrl_c_exits_with_130_and_keeps_the_best_weights(pruned, tmp_path, monk
     assert "after 2 of 9 epochs" in capsys.readouterr().out
     val = zoo.load_data("digits", size=8).val
     assert zoo.evaluate(zoo.load_pruned(out), val) != zoo.evaluate(zoo.load_pruned(pruned), val)
+
+
+@pytest.mark.parametrize("kind", ["train", "finetune", "in place"])
+def test_ctrl_c_leaves_a_network_that_was_there(
+    base, pruned, tmp_path, monkeypatch, capsys, kind
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    if kind == "train":
+        out, whole = tmp_path / "out.safetensors", tmp_path / "whole.safetensors"
+        asked = ["train", "--arch", "cnet"]
+        shutil.copy(base, out)
+    else:
+        shutil.copytree(pruned, out)
+        asked = ["finetune", str(out if kind == "in place" else pruned), "--teacher", "none"]
+    asked += [*TINY, "--seed", "1"]
+    assert main([*asked, "--out", str(whole)]) == 0
+    file = "" if kind == "train" else "model.safetensors"
+    before, epoch = (out / file).read_bytes(), Engine.train
+
+    left = 0
+
+    def interrupted(engine, tell):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+        return epoch(engine, tell)
+
+    asked += ["--out", str(out), "--resume"]
+    for finished in (0, 1):
+        left = finished
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "train", interrupted)
+            assert main(asked) == 130
+        shown = capsys.readouterr().out
+        assert f"Interrupted after {finished} of 2 epochs" in shown
+        assert f"{out} was there before and is left as it was.\nAdd --resume to go on." in shown
+        assert (out / file).read_bytes() == before
+    assert main(asked) == 0
+    assert (out / file).read_bytes() == (whole / file).read_bytes() != before
 
 
 def test_ctrl_c_elsewhere_exits_with_130_too(monkeypatch, capsys):

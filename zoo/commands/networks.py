@@ -95,9 +95,11 @@ def train(command: TrainCommand) -> int | None:
         "recipe": json.dumps(dataclasses.asdict(recipe)),
         "seed": str(command.seed),
     }
-    save_checkpoint(model, command.out, metadata)
-    test = _tested(model, splits, command.out)
-    save_checkpoint(model, command.out, metadata | {"test_accuracy": f"{test:.4f}"})
+    test = None
+    if not (result.interrupted and command.out.exists()):
+        save_checkpoint(model, command.out, metadata)
+        test = _tested(model, splits, command.out)
+        save_checkpoint(model, command.out, metadata | {"test_accuracy": f"{test:.4f}"})
     return _report_training(result, test, recipe, command.out, folder)
 
 
@@ -229,6 +231,7 @@ class FinetuneCommand(_Training):
 
 def finetune(command: FinetuneCommand) -> int | None:
     from zoo.storage.artefacts import check_place
+    from zoo.storage.checkpoints import RECORD
     from zoo.storage.dense import load_dense
     from zoo.training.savepoints import check_folder
 
@@ -246,8 +249,10 @@ def finetune(command: FinetuneCommand) -> int | None:
     result = _fit(command, model, splits, recipe, out, teacher)
     if not _main_process():
         return None
-    zoo.save(model, out)
-    test = _tested(model, splits, out)
+    test = None
+    if not (result.interrupted and (out / RECORD).exists()):
+        zoo.save(model, out)
+        test = _tested(model, splits, out)
     return _report_training(result, test, recipe, out, out)
 
 
@@ -328,14 +333,17 @@ def _tested(model: nn.Module, splits: Splits, out: Path) -> float:
 
 
 def _report_training(
-    result: TrainResult, test: float, recipe: Recipe, out: Path, folder: Path
+    result: TrainResult, test: float | None, recipe: Recipe, out: Path, folder: Path
 ) -> int | None:
-    """Print the results, plot the history into `folder`, and return the exit code."""
+    """Print the results, plot the history into `folder`, and return the exit code.
+
+    Without `test` an interrupted training has left an older network in `out` alone.
+    """
     from zoo.commands.rendering import training_summary
     from zoo.training.savepoints import discard
 
     print(training_summary(result, test, recipe.epochs))
-    print(f"Wrote {out}")
+    print(f"{out} was there before and is left as it was." if test is None else f"Wrote {out}")
     if result.history and importlib.util.find_spec("matplotlib"):
         from zoo.common import plots
 

@@ -165,13 +165,14 @@ def pruning_summary(record: PruningRecord) -> str:
     return "\n".join(lines)
 
 
-def training_summary(result: TrainResult, test: float, epochs: int) -> str:
-    """Text: validation and `test` accuracy after a training of at most `epochs`."""
+def training_summary(result: TrainResult, test: float | None, epochs: int) -> str:
+    """Text: validation and, if measured, `test` accuracy after a training of at most `epochs`."""
     early = f"Interrupted after {len(result.history)} of {epochs} epochs.\n"
+    tested = "" if test is None else f", test {test:.2%}"
     return (
         f"{early if result.interrupted else ''}"
         f"validation {result.initial:.2%} -> {result.accuracy:.2%} (epoch {result.epoch} of "
-        f"{epochs}), test {test:.2%}, {result.seconds:.0f} s on {result.device}"
+        f"{epochs}){tested}, {result.seconds:.0f} s on {result.device}"
         f"{f', taught by {result.teacher}' if result.teacher else ''}"
     )
 
