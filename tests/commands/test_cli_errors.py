@@ -28,6 +28,8 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
     assert "is not empty and holds no pruned model" in capsys.readouterr().err
     assert main(["train", "--arch", "cnet", *TINY, "--out", str(tmp_path)]) == 2
     assert "is a folder; name a file in it" in capsys.readouterr().err
+    assert main(["train", "--arch", "cnet", *TINY, "--out", str(tmp_path / "base.pt")]) == 2
+    assert "base.pt must end in .safetensors" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -55,14 +57,15 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_training(
     ],
 )  # fmt: skip
 def test_a_users_error_is_one_clear_line_and_exit_code_two(arguments, message, tmp_path, capsys):
-    given = [str(tmp_path / "out") if part == "OUT" else part for part in arguments]
+    out = tmp_path / "out.safetensors"
+    given = [str(out) if part == "OUT" else part for part in arguments]
     assert main(given) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("zoo: error: ")
     assert captured.err.count("\n") == 1
     assert message in captured.err
     assert "Traceback" not in captured.out + captured.err
-    assert not (tmp_path / "out").exists()
+    assert not out.exists()
 
 
 def test_a_warning_is_one_line_without_code(base, tmp_path):

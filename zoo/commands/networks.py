@@ -76,6 +76,8 @@ def train(command: TrainCommand) -> int | None:
     recipe = _recipe(command)
     if command.out.is_dir():
         raise ZooError(f"{command.out} is a folder; name a file in it, such as base.safetensors.")
+    if command.out.suffix != ".safetensors":
+        raise ZooError(f"zoo train writes safetensors: {command.out} must end in .safetensors.")
     check_folder(command.out.absolute().parent)
     folder = command.out.with_name(f"{command.out.name}.training")
     splits = zoo.load_data(command.data, command.data_dir, size=command.size)
