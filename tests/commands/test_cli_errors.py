@@ -93,6 +93,22 @@ def test_images_of_other_classes_are_not_measured(base, capsys):
     assert "has 5 classes, the network 10 outputs" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", *TINY, "--arch", "cnet", "--out", "x"],
+        ["prune", "cnet", "--weights", "x", "--out", "x"],
+        ["finetune", "x", *TINY],
+        ["benchmark", "x"],
+        ["compare", "x"],
+    ],
+)
+@pytest.mark.parametrize("seed", [2**64, -(2**63) - 1])
+def test_a_seed_that_no_generator_takes_is_refused_at_once(command, seed, capsys):
+    assert main([*command, "--seed", str(seed)]) == 2
+    assert capsys.readouterr().err.startswith("zoo: error: --seed must be of 64 bits")
+
+
 @pytest.mark.parametrize("command", ["train", "finetune"])
 def test_a_bad_test_split_takes_no_training_away(pruned, tmp_path, monkeypatch, capsys, command):
     load = zoo.load_data

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import SIZE, Metric, read_network
+from zoo.commands.shared import SEED, SIZE, Metric, read_network
 from zoo.common.sizes import Size, sides, spelled
 from zoo.deployment.options import BenchmarkOptions, ExportOptions
 from zoo.errors import ZooError
@@ -95,6 +95,8 @@ class BenchmarkCommand(BenchmarkOptions):
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")]
     """pruned network, as `zoo prune` writes it"""
+    seed: Annotated[int, SEED] = 0
+    """of the images, which are noise"""
 
 
 def benchmark(command: BenchmarkCommand) -> None:
@@ -137,6 +139,8 @@ class CompareCommand(BenchmarkOptions):
     """folder of the data set's files"""
     size: Annotated[Size | None, SIZE] = None
     """image size: pixels per side, or height and width as 96x320; by default the networks' own"""
+    seed: Annotated[int, SEED] = 0
+    """of the images, which are noise"""
 
 
 def compare(command: CompareCommand) -> None:

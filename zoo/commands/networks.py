@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import INTERRUPTED, SIZE, Metric, read_network
+from zoo.commands.shared import INTERRUPTED, SEED, SIZE, Metric, read_network
 from zoo.common.sizes import Size, spelled
 from zoo.errors import ZooError
 
@@ -49,7 +49,7 @@ class _Training:
     """number of epochs, instead of the recipe's"""
     lr: float | None = None
     """peak learning rate, instead of the recipe's"""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """seed of shuffling, augmentation and new weights"""
     resume: bool = False
     """continue an interrupted training of this output after its last finished epoch"""
@@ -150,7 +150,7 @@ class PruneCommand:
     """smallest keep ratio of any channel group; for a policy, or --refit"""
     keep: dict[str, float] = dataclasses.field(default_factory=dict)
     """module names or prefixes with fixed keep ratios, as `layer3 1.0`; for a policy, or --refit"""
-    seed: int = 0
+    seed: Annotated[int, SEED] = 0
     """seed of the random choices"""
     data: str | None = None
     """data set whose training images the criterion uses, named as in zoo train"""

@@ -15,7 +15,16 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["INTERRUPTED", "SIZE", "Metric", "Network", "as_flags", "printable", "read_network"]
+__all__ = [
+    "INTERRUPTED",
+    "SEED",
+    "SIZE",
+    "Metric",
+    "Network",
+    "as_flags",
+    "printable",
+    "read_network",
+]
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -31,6 +40,22 @@ SIZE = PrimitiveConstructorSpec(
 )
 """How flags parse an image size."""
 
+
+def _parsed_seed(text: str) -> int:
+    seed = int(text)
+    if not -(2**63) <= seed < 2**64:
+        raise ZooError(f"--seed must be of 64 bits, from -2**63 to 2**64 - 1; got {seed}.")
+    return seed
+
+
+SEED = PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="INT",
+    instance_from_str=lambda given: _parsed_seed(given[0]),
+    is_instance=lambda value: isinstance(value, int),
+    str_from_instance=lambda seed: [str(seed)],
+)
+"""How flags parse a seed: as one that PyTorch's generators take."""
 
 _NAMES = {
     **{name: name for name in ("align", "cf", "data", "floor", "keep", "metric", "profile", "refit",
