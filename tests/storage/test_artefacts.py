@@ -339,6 +339,17 @@ def test_weights_of_another_model_are_refused(dense, pruned, tmp_path):
         read_model(tmp_path / "wide")
 
 
+@pytest.mark.parametrize("name", ["conv1.weight", "bn1.running_var"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(pruned, tmp_path, name, dtype):
+    write_model(pruned, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file({**tensors, name: tensors[name].to(dtype)}, path)
+    with pytest.raises(CheckpointError, match=f"does not belong to .* {name} holds {dtype}, no"):
+        read_model(tmp_path / "model")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pruning.json"])
 def test_missing_and_damaged_files_are_named(pruned, tmp_path, name):
     write_model(pruned, tmp_path / "model")

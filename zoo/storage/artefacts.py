@@ -328,11 +328,15 @@ def _check(
 ) -> None:
     """Refuse tensors that are not those of `skeleton` at the widths of the record's plan."""
     where = f"{folder}: {MODEL} does not belong to {RECORD}:"
-    shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(skeleton).items()}
+    expected = named_tensors(skeleton)
+    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     odd = sorted(set(shapes) ^ set(tensors))
     if odd:
         kind = "missing" if odd[0] in shapes else "unexpected"
         raise CheckpointError(f"{where} {len(odd)} tensors differ; {odd[0]} is {kind}.")
+    for name, tensor in expected.items():
+        if tensor.is_floating_point() and not tensors[name].is_floating_point():  # of any precision
+            raise CheckpointError(f"{where} {name} holds {tensors[name].dtype}, no floats.")
     groups = matching_groups(record.architecture, skeleton) if record.architecture else None
     if groups is not None:
         if set(groups.names) != set(record.plan.kept):
