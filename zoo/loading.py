@@ -285,7 +285,10 @@ def prune(
 
 
 def save(model: nn.Module, folder: str | Path) -> Path:
-    """Write a pruned network to a folder, atomically: safetensors, pruning.json and README.md.
+    """Write a pruned network to a folder: safetensors, pruning.json and README.md.
+
+    A new folder appears whole. In one that is there the new files, read back before, replace the
+    old; an error puts these back.
 
     Raises:
         ZooError: if the network has no pruning record, or the folder cannot be written.

@@ -252,7 +252,9 @@ def finetune(command: FinetuneCommand) -> int | None:
     if not _main_process():
         return None
     test = None
-    if not (result.interrupted and (out / RECORD).exists()):
+    # in place the best weights are no worse than those they replace
+    other = (out / RECORD).exists() and not out.samefile(command.folder)
+    if not (result.interrupted and other):
         zoo.save(model, out)
         test = _tested(model, splits, out)
     return _report_training(result, test, recipe, out, out)

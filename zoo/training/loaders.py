@@ -98,7 +98,9 @@ def training_batches(
         if isinstance(data, Dataset):
             whole = len(data) >= size * processes  # type: ignore[arg-type]
             data = _loader(data, size, accelerator.device, seed, shuffle=True, drop_last=whole)
-        if type(data).__iter__ is DataLoader.__iter__:  # prepared, it tells its sampler the epoch
+        prepared = getattr(data, "_is_accelerate_prepared", False)
+        if prepared or type(data).__iter__ is DataLoader.__iter__:
+            # an accelerator's loader tells the sampler the epoch
             batches = accelerator.prepare_data_loader(data, device_placement=False)
         elif processes == 1:
             batches = data
