@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import os
 import shutil
@@ -9,12 +10,13 @@ import struct
 import sys
 import types
 import zlib
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from zoo.data.datasets import load_data
 from zoo.errors import DataError
@@ -216,23 +218,36 @@ class FakeRows(dict):
         colours = [(10 * n, 200 * (n % 2), 7) for n in range(count)]
         super().__init__(img=[Image.new("RGB", (16, 16), colour) for colour in colours])
         self[label] = [n % 2 for n in range(count)]
-        kinds = [type("Image", (), {}), type("ClassLabel", (), {"names": ["cat", "dog"]})]
+        kinds = [
+            make_dataclass("Image", [("decode", bool, True)]),
+            type("ClassLabel", (), {"names": ["cat", "dog"]}),
+        ]
         self.features = dict(zip(self, (kind() for kind in kinds), strict=True))
         self.count = count
 
     def __len__(self) -> int:
         return self.count
 
+    def cast_column(self, column: str, feature: object) -> FakeRows:
+        assert column == "img"
+        assert not feature.decode
+        rows = copy.copy(self)
+        rows["img"] = [stored(picture) for picture in self["img"]]
+        return rows
 
-class Undecodable:
-    """A column whose images the datasets package cannot decode."""
 
-    def __iter__(self):
-        yield Image.new("RGB", (16, 16))
-        raise UnidentifiedImageError("cannot identify image file")
+def stored(picture: Image.Image | bytes | Path) -> dict[str, object]:
+    """A picture as an undecoded row has it: bytes, or where they are."""
+    if isinstance(picture, Path):
+        return {"bytes": None, "path": str(picture)}
+    if isinstance(picture, Image.Image):
+        stream = io.BytesIO()
+        picture.save(stream, "PNG")
+        picture = stream.getvalue()
+    return {"bytes": picture, "path": "0.png"}
 
 
-def test_a_data_set_of_the_hub_is_read_by_its_column_types(monkeypatch):
+def test_a_data_set_of_the_hub_is_read_by_its_column_types(tmp_path, monkeypatch):
     asked = []
 
     def load_dataset(name, revision=None):
@@ -248,10 +263,13 @@ def test_a_data_set_of_the_hub_is_read_by_its_column_types(monkeypatch):
     assert splits.val.images[:, 0, 0, 0].tolist() == [180, 190]
     assert splits.test.images[:, :, 5, 5].tolist() == [[10 * n, 200 * (n % 2), 7] for n in range(6)]
     assert splits.test.labels.tolist() == [0, 1] * 3
-    broken = FakeRows(6, "fine")
-    broken["img"] = Undecodable()
-    package.load_dataset = lambda *_, **__: {"train": FakeRows(20, "fine"), "test": broken}
-    with pytest.raises(DataError, match=r"hf:org/pets holds an image that cannot be read: cannot"):
+    others = FakeRows(6, "fine")
+    Image.new("RGB", (16, 16), (99, 9, 9)).save(tmp_path / "3.png")
+    others["img"][3] = tmp_path / "3.png"
+    package.load_dataset = lambda *_, **__: {"train": FakeRows(20, "fine"), "test": others}
+    assert load_data("hf:org/pets", size=8).test.images[3, :, 0, 0].tolist() == [99, 9, 9]
+    others["img"][3] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 2 2\n"
+    with pytest.raises(DataError, match=r"hf:org/pets holds an image that .* cannot identify"):
         load_data("hf:org/pets", size=8)
     package.load_dataset = lambda *_, **__: {"train": FakeRows(4, "fine")}
     with pytest.raises(DataError, match=r"hf:org/pets has the splits train"):

@@ -8,6 +8,7 @@ and serves the final evidence alone. Where a folder holds train/, val/ and test/
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import os
 import re
@@ -25,7 +26,6 @@ from zoo.common.documents import replacing
 from zoo.common.sizes import Size, checked_size, resolution, sides
 from zoo.data.images import (
     EXTENSIONS,
-    UNREADABLE,
     AnyImages,
     ImageFiles,
     ImageSet,
@@ -260,10 +260,17 @@ def _hub_split(name: str, rows: Any, size: Size) -> ImageSet:
             f"{name} has {len(rows):,} images, more than fit in memory at {resolution(size)}: "
             "choose a smaller size, or save it as folders of images."
         )
+    image = columns["Image"]
+    # undecoded, because the library lets Pillow open every format
+    rows = rows.cast_column(image, replace(rows.features[image], decode=False))
+    files = (
+        Path(each["path"]) if each["bytes"] is None else io.BytesIO(each["bytes"])
+        for each in rows[image]
+    )
     try:
-        images = decode_all(rows[columns["Image"]], size)
-    except UNREADABLE as error:  # raised while the library decodes a row
-        raise DataError(f"{name} holds an image that cannot be read: {error}.") from None
+        images = decode_all(files, size)
+    except DataError as error:
+        raise DataError(f"{name} holds an image that cannot be read: {error}") from None
     label = columns["ClassLabel"]
     return ImageSet(
         f"{name} at {resolution(size)}",

@@ -25,7 +25,7 @@ from zoo.errors import DataError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["EXTENSIONS", "UNREADABLE", "AnyImages", "ImageFiles", "ImageSet", "decode_all",
+__all__ = ["EXTENSIONS", "AnyImages", "ImageFiles", "ImageSet", "decode_all",
            "open_picture", "opened", "picture_files", "readable", "sent", "to_rgb"]  # fmt: skip
 
 
@@ -296,9 +296,9 @@ def _scaled(picture: Image, name: str) -> Image:
 
 
 def decode(
-    source: Path | Image, size: Size | None, box: Sequence[float] | None = None
+    source: Path | BinaryIO | Image, size: Size | None, box: Sequence[float] | None = None
 ) -> np.ndarray:
-    """One image as uint8 (H, W, 3).
+    """One image, a file's or decoded already, as uint8 (H, W, 3).
 
     Args:
         size: of the result; None for the image's own.
@@ -309,7 +309,7 @@ def decode(
     """
     from PIL import Image
 
-    pixels = open_picture(source) if isinstance(source, Path) else to_rgb(source)
+    pixels = to_rgb(source) if isinstance(source, Image.Image) else open_picture(source)
     wanted = pixels.size if size is None else sides(size)[::-1]
     if box is not None:
         (left, top, right, bottom), (width, height) = box, pixels.size
@@ -320,7 +320,7 @@ def decode(
     return np.asarray(pixels)
 
 
-def decode_all(images: Iterable[Path | Image], size: Size | None) -> np.ndarray:
+def decode_all(images: Iterable[Path | BinaryIO | Image], size: Size | None) -> np.ndarray:
     """Images as uint8 (N, 3, H, W), decoded in threads.
 
     Raises:
