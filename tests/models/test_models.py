@@ -173,7 +173,7 @@ def test_a_checkpoint_without_the_classifier_is_refused():
     with pytest.raises(CheckpointError, match=r"no classifier 'fc.weight'"):
         known.infer({"conv1.weight": (16, 3, 3, 3)})
     with pytest.raises(CheckpointError, match="2 dimensions"):
-        known.infer({"fc.weight": (10, 128, 1, 1)})
+        known.infer({"fc.weight": (10, 128, 3, 3)})
 
 
 def test_cnet_features_of_no_image_size_are_refused():

@@ -40,7 +40,7 @@ class Architecture:
         build: (num_classes, image_size) -> module.
         build_for: (num_classes, channels) -> module, if the library can build it for images with
             other than three channels; else the convolution that reads the image is replaced.
-        classifier: name of the dense layer whose rows are the classes.
+        classifier: name of the dense layer, or 1x1 convolution, whose rows are the classes.
         num_classes: of the reference.
         image_size: of the reference, in pixels; images are 3 x image_size x image_size.
         flatten_stride: the total stride, if the classifier reads a flattened map.
@@ -49,7 +49,6 @@ class Architecture:
         rescaled: whether that one's layers have other widths or other channel groups, so that keep
             ratios are carried over layer by layer and scaled to the factor; else its counts hold.
         auxiliary: prefixes of a checkpoint's tensor names that are ignored.
-        classifier_dims: dimensions of the classifier's weight; 4 if it is a 1x1 convolution.
     """
 
     name: str
@@ -61,7 +60,6 @@ class Architecture:
     profiles_from: str = ""
     rescaled: bool = False
     auxiliary: tuple[str, ...] = ()
-    classifier_dims: int = 2
     build_for: Callable[[int, int], nn.Module] | None = None
 
     def checked_size(self, image_size: object) -> Size:
@@ -86,10 +84,10 @@ class Architecture:
         """
         key = f"{self.classifier}.weight"
         shape = shapes.get(key)
-        if shape is None or len(shape) != self.classifier_dims:
+        if shape is None or (len(shape) != 2 and shape[2:] != (1, 1)):
             raise CheckpointError(
-                f"The checkpoint has no classifier {key!r} of {self.classifier_dims} dimensions, "
-                f"which {self.name} needs (found: {shape})."
+                f"The checkpoint has no classifier {key!r} of 2 dimensions, or of 4 as a 1x1 "
+                f"convolution, which {self.name} needs (found: {shape})."
             )
         classes, features = shape[:2]
         if self.flatten_stride is None:
@@ -264,7 +262,6 @@ def architecture(name: str) -> Architecture:
             ),
             next((c for family, c in CLASSIFIERS.items() if member.startswith(family)), "fc"),
             auxiliary=AUXILIARY if options else (),
-            classifier_dims=4 if member.startswith("squeezenet") else 2,
             num_classes=1000,
             image_size=224,
             profiles_from=TWINS.get(name, ""),
