@@ -44,6 +44,23 @@ class Branches(nn.Module):
         return self.fc(nn.functional.avg_pool2d(x, 2).flatten(1))
 
 
+class Grouped(nn.Module):
+    """Grouped convolutions, plain and transposed, beside a depthwise one, which a cut may equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.wide = nn.Conv2d(16, 64, 3, padding=1, groups=4)
+        self.narrow, self.up = nn.Conv2d(64, 12, 1), nn.ConvTranspose2d(12, 12, 2, 2, groups=12)
+        self.mix, self.out = nn.Conv2d(12, 8, 1), nn.ConvTranspose2d(8, 16, 2, groups=4)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.wide(torch.relu(self.norm(self.stem(x))))
+        x = self.mix(torch.relu(self.up(self.narrow(torch.relu(x)))))
+        return self.fc(torch.relu(self.out(x)).mean((2, 3)))
+
+
 def pruned(images: ImageSet, schedule: Schedule, module: nn.Module | None = None):
     live = module or randomised(Branches())
     return prune_iteratively(live, images, images, schedule, example_input=torch.zeros(1, 3, 8, 8))
@@ -76,13 +93,18 @@ def test_a_live_network_is_cut_in_nested_steps(toy_images: ImageSet, criterion: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
-def test_in_steps_without_training_it_is_the_whole_cut_at_once(toy_images: ImageSet) -> None:
+@pytest.mark.parametrize(("kind", "cf", "steps"), [(Branches, 3, 4), (Grouped, 8, 6)])
+def test_in_steps_without_training_it_is_the_whole_cut_at_once(
+    toy_images: ImageSet, kind: type[nn.Module], cf: float, steps: int
+) -> None:
     """What is left equals surgery on the dense network with the composed indices, bit for bit."""
-    module = randomised(Branches())
+    module = randomised(kind())
     module.norm.momentum = 0.0
-    result = pruned(toy_images, Schedule(cf=3, steps=4, criterion="l2", recipe=STILL), module)
+    schedule = Schedule(cf, steps, "equal", criterion="l2", recipe=STILL)
+    result = pruned(toy_images, schedule, module)
     groups = channel_groups(module, torch.zeros(1, 3, 8, 8))
     at_once = apply(module, groups, result.steps[-1].plan)
+    assert repr(result.model) == repr(at_once)
     for name, tensor in named_tensors(at_once).items():
         if not name.endswith("num_batches_tracked"):
             assert torch.equal(named_tensors(result.model)[name], tensor), name

@@ -109,8 +109,8 @@ def prune_iteratively(
         criterion=schedule.criterion, seed=schedule.seed, align=schedule.align,
         floor=schedule.floor, keep=schedule.keep, data=True,
     )  # fmt: skip
-    model, groups = _dense_network(weights, arch, example_input)
-    record: Any = model.pruning
+    dense, groups = _dense_network(weights, arch, example_input)
+    model, record = dense, cast(Any, dense.pruning)
     goal = planned(model, groups, replace(asked, criterion="random"), train)
     asked = replace(asked, name=goal.profile)
     times = latency_table(model, groups) if asked.metric == "latency" else None
@@ -126,7 +126,7 @@ def prune_iteratively(
         scores = _scores(model, current, step, train)
         cut = plan_of(replace(step, metric="params"), current, widths, scores)
         plan = plan_of(step, groups, widths, _composed(groups, plan, cut), times)
-        model = apply(model, current, cut)
+        model = apply(model, current, cut, dense)
         model.pruning = replace(record, plan=plan)
         training = finetune(model, train, val, recipe=schedule.recipe, seed=asked.seed)
         done.append(IterativeStep(plan, training))

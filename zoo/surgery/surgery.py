@@ -28,8 +28,13 @@ __all__ = [
 ]
 
 
-def apply(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
+def apply(
+    module: nn.Module, groups: ChannelGroups, plan: Plan, skeleton: nn.Module | None = None
+) -> nn.Module:
     """A copy of `module` with only the channels that `plan` keeps; it shares no storage.
+
+    If `module` was cut since `groups` were traced, `skeleton` is the network as it was then: one
+    input per group may be what the cut has left of a grouped convolution, or a depthwise one's.
 
     Raises:
         GraphError: if a tensor of `module` has another shape than in `groups`.
@@ -46,7 +51,7 @@ def apply(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
         for dim, index in sorted(kept.get(name, {}).items(), reverse=True):  # rows last: faster
             cut = cut.index_select(dim, torch.from_numpy(index).to(cut.device))
         tensors[name] = cut if name in kept else cut.clone()
-    return resized(module, tensors, plan.attributes)
+    return resized(module if skeleton is None else skeleton, tensors, plan.attributes)
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
