@@ -127,6 +127,13 @@ RIGHT: dict[str, tuple[Build, str]] = {
         ),
         "a b",
     ),
+    **{
+        f"{kind.__name__} along channels": (
+            lambda kind=kind: net(lambda n, x: n.c(x[:, None])[:, 0], c=kind(1, 1, 3, padding=1)),
+            "a b",
+        )
+        for kind in (nn.Conv3d, nn.ConvTranspose3d)
+    },
     "a convolution along channels and columns": (
         lambda: net(lambda n, x: n.c(x.transpose(1, 2)).transpose(1, 2), c=conv(8, 8)),
         "a c b",

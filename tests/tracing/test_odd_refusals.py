@@ -55,6 +55,10 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
         lambda: net(lambda _, x: torch.cat([x[:, len(x[0]) // 2 :], x[:, : len(x[0]) // 2]], 1)),
         "a", "its width 8 is a constant at node 'slice",
     ),
+    "swapped by a split at a position": (
+        lambda: net(lambda _, x: torch.cat(torch.tensor_split(x, (4,), 1)[::-1], 1)),
+        "a", "is split at positions, at node 'tensor_split",
+    ),
     "slice assignment": (
         lambda: net(slice_assignment, c=conv(8, 8), d=conv(4, 4)), "d", "constant at node 'slice",
     ),

@@ -207,7 +207,7 @@ def _is_restricted(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     x = values[node.all_input_nodes[0]]
     if name in ("max", "min") and len(node.all_input_nodes) > 1:  # elementwise, of two tensors
         return False
-    if name in ("conv1d", "conv2d"):  # may run along channels, as in efficient channel attention
+    if name.startswith("conv"):  # may run along channels, as in efficient channel attention
         return any(is_channels(row) for row in x.labels[2:])
     if name == "batch_norm":  # weight standardisation: by the weights' own mean and variance
         return bool(node.args[5])

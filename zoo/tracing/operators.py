@@ -199,7 +199,8 @@ RULES: dict[str, Rule] = {
     **_names(shape_rules.unlabelled, "new_zeros", "new_ones", "new_full", "new_empty"),
     **_names(shape_rules.slice_, "slice"),
     **_names(shape_rules.narrow, "narrow"),
-    **_names(shape_rules.parts, "chunk", "split", "tensor_split"),
+    **_names(shape_rules.parts, "chunk", "split"),
+    **_names(shape_rules.tensor_split, "tensor_split"),
     **_names(shape_rules.split_with_sizes, "split_with_sizes"),
     **_names(shape_rules.select, "select"),
     **_names(shape_rules.unbind, "unbind"),
@@ -223,7 +224,8 @@ RULES: dict[str, Rule] = {
 """ATen operator name (without overload) -> rule."""
 
 CHANNEL_WISE = frozenset(
-    {"conv1d", "conv2d", "batch_norm", "layer_norm", "rms_norm", "group_norm"}
+    {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+    | {"batch_norm", "layer_norm", "rms_norm", "group_norm"}
     | {"mean", "sum", "amax", "amin", "max", "min", "var", "std", "linalg_vector_norm", "norm"}
     | {"logsumexp", "prod"}
 )

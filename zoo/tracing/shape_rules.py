@@ -32,6 +32,7 @@ __all__ = [
     "split_with_sizes",
     "spread",
     "stack",
+    "tensor_split",
     "transpose",
     "unbind",
     "unfold",
@@ -316,6 +317,14 @@ def split_with_sizes(
         result.append(Value(shape, tuple(labels)))
         first += size
     return tuple(result)
+
+
+def tensor_split(trace: Trace, shapes: Sequence[Shape], x: Value, at: Any, dim: int = 0) -> Any:
+    """Into a number of parts as chunk; otherwise at positions, which surgery does not move."""
+    if isinstance(at, int):
+        return parts(trace, shapes, x, at, dim)
+    trace.fix(x.labels[dim], "is split at positions")
+    return tuple(_replaced(shape, x, dim, None) for shape in shapes)
 
 
 def select(trace: Trace, shape: Shape, x: Value, dim: int, position: int) -> Value:
