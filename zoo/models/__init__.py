@@ -254,7 +254,7 @@ def architecture(name: str) -> Architecture:
             raise _unknown_member(source, member, _torchvision_names())
         options: dict[str, bool] = {}
         if member in ("googlenet", "inception_v3"):
-            options = {"aux_logits": False, "init_weights": True}
+            options = {"aux_logits": False, "init_weights": True, "transform_input": True}
         return Architecture(
             name,
             lambda classes, _: torchvision.models.get_model(

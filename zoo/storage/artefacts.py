@@ -28,6 +28,7 @@ from zoo.common.documents import (
 )
 from zoo.errors import CheckpointError, ZooError, first_line
 from zoo.models import architecture, build_model, parameter_count
+from zoo.models.stem import transform_input, transforms_input
 from zoo.spec.cost import cost_model
 from zoo.spec.plans import PruningRecord, kept_positions, record_of
 from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
@@ -130,7 +131,7 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
         with tempfile.TemporaryDirectory(prefix=prefix, dir=where) as scratch:
             new = Path(scratch, "new")
             new.mkdir()
-            _save_tensors(tensors, new / MODEL, {"memory_format": _layout(model)})
+            _save_tensors(tensors, new / MODEL, _untold(model))
             write_json(new / RECORD, encode_document(record))
             _read_back(new, model, record)
             write_text(new / README, readme(record))
@@ -245,6 +246,13 @@ def _replace(new: Path, place: Path, old: Path) -> None:
         raise
 
 
+def _untold(model: nn.Module) -> dict[str, str]:
+    """What neither a tensor nor the record shows."""
+    facts = {"memory_format": _layout(model)}
+    transforms = transforms_input(model)
+    return facts if transforms is None else {**facts, "transform_input": str(transforms)}
+
+
 def _layout(model: nn.Module) -> str:
     """The memory format of the convolutions, on which the last bits of their outputs depend."""
     weights = [p for p in model.parameters() if p.dim() == 4 and not p.is_contiguous()]
@@ -291,6 +299,8 @@ def read_model(folder: str | Path, *, skeleton: nn.Module | None = None) -> nn.M
     _check(tensors, skeleton, record, folder)
     if record.architecture:  # the skeleton was built here, so it may be edited
         resize(model := skeleton, tensors, record.plan.attributes)
+        # folders from before it was written are of networks without it
+        transform_input(model, metadata.get("transform_input") == "True")
     else:
         model = resized(skeleton, tensors, record.plan.attributes)
     if metadata.get("memory_format") == "channels_last":

@@ -19,7 +19,7 @@ from zoo.common.sizes import Size, parsed_size, spelled
 from zoo.errors import CheckpointError, ZooError, integer
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
 from zoo.models.adapters import adapted_names
-from zoo.models.stem import RGB
+from zoo.models.stem import RGB, transform_input, transforms_input
 from zoo.storage.checkpoints import Checkpoint, check_values, read_checkpoint
 
 __all__ = ["Dense", "Uninitialised", "load_dense"]
@@ -122,6 +122,8 @@ def load_dense(
     check_values({name: checkpoint.state[name] for name in taken}, checkpoint.source.reference)
     state = {own: checkpoint.state[name] for name, own in taken.items()}
     module.load_state_dict(state, strict=False)
+    if isinstance(weights, nn.Module):
+        transform_input(module, transforms_input(weights))
     return Dense(module.eval(), checkpoint, classes, fit.size, fit.in_channels, new)
 
 
