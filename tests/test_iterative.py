@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.data.datasets import ImageSet
-from zoo.errors import CheckpointError, DataError, ZooError
+from zoo.errors import CheckpointError, DataError, GraphError, ZooError
 from zoo.iterative import IterativeResult, Schedule, prune_iteratively
 from zoo.models import build_model, parameter_count
 from zoo.spec.plans import Source, kept_positions
 from zoo.surgery.surgery import apply, named_tensors
+from zoo.tracing import operators, shape_rules
 from zoo.tracing.graph import channel_groups
 from zoo.training.recipes import Recipe
 
@@ -215,3 +216,25 @@ def test_rewinding_and_its_checkpoint_need_each_other(dense: nn.Module) -> None:
     other = build_model("cnet", 7)
     with pytest.raises(CheckpointError, match="does not fit"):
         zoo.load("resnet20-16", 2, dense, profile="equal", init="rewound", rewind=other)
+
+
+class Swapped(nn.Module):
+    """The halves of a map change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat(torch.tensor_split(self.a(x), (4,), 1)[::-1], 1)
+        return self.fc(torch.relu(self.b(torch.relu(x))).mean((2, 3)))
+
+
+def test_what_tracing_got_wrong_is_found_before_any_training(
+    toy_images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(operators.RULES, "tensor_split", shape_rules.parts)
+    monkeypatch.setattr("zoo.iterative.finetune", lambda *_, **__: pytest.fail("trained"))
+    schedule, x = Schedule(cf=1.5, steps=2, profile="equal", recipe=ONCE), torch.rand(2, 3, 8, 8)
+    with pytest.raises(GraphError, match="does not compute what it computes with zeros"):
+        prune_iteratively(Swapped(), toy_images, toy_images, schedule, example_input=x)

@@ -22,6 +22,7 @@ from zoo.spec.plans import Plan, PruningRecord, kept_positions
 from zoo.spec.profile import Profile
 from zoo.surgery.surgery import apply
 from zoo.tracing.known_groups import groups_of, traced_groups
+from zoo.tracing.verification import verify
 from zoo.training.finetuning import TrainResult, finetune
 from zoo.training.recipes import Recipe, read_recipe
 
@@ -112,6 +113,8 @@ def prune_iteratively(
     dense, groups = _dense_network(weights, arch, example_input)
     model, record = dense, cast(Any, dense.pruning)
     goal = planned(model, groups, replace(asked, criterion="random"), train)
+    if example_input is not None:  # before any training
+        verify(model, groups, goal, example_input, None)
     asked = replace(asked, name=goal.profile)
     times = latency_table(model, groups) if asked.metric == "latency" else None
     costs = cost_model(groups, times)
