@@ -74,6 +74,8 @@ def test_the_file_knows_how_its_images_were_normalised(tmp_path: Path) -> None:
         (ExportOptions(std=std), splits.val),
         (ExportOptions(mean=mean[:2], std=std[:2]), images),
         (ExportOptions(mean=mean, std=(0.0, 1.0, 1.0)), images),
+        (ExportOptions(mean=(float("nan"), 0.0, 0.0), std=std), images),
+        (ExportOptions(mean=mean, std=(float("inf"), 1.0, 1.0)), images),
     ):
         with pytest.raises(ExportError, match="mean"):
             export(model, tmp_path / "n.onnx", inputs=inputs, options=options)

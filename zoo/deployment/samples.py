@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -103,10 +104,11 @@ def normalisation_of(options: ExportOptions, inputs: Any, sample: Sample) -> Nor
     if sample.image_shape is None:
         raise ExportError("mean and std are for networks of one batch of images (N, C, H, W).")
     channels = sample.image_shape[0]
-    if len(mean) != channels or len(std) != channels or not min(std) > 0:
+    finite = all(map(math.isfinite, (*mean, *std)))
+    if len(mean) != channels or len(std) != channels or not min(std) > 0 or not finite:
         raise ExportError(
-            f"mean={mean} and std={std} must be {channels} numbers each, one per channel, and "
-            f"each std positive."
+            f"mean={mean} and std={std} must be {channels} finite numbers each, one per channel, "
+            f"and each std positive."
         )
     return mean, std
 
