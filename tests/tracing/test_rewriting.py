@@ -186,6 +186,9 @@ def test_what_cannot_be_rewritten_says_so() -> None:
         zoo.prune(build(), IMAGES, cf=2, metric="latency", rewrite=True)
     with pytest.raises(ZooError, match="prune with rewrite=True"):
         zoo.prune(build(), IMAGES, cf=50)
+    counting = nn.Sequential(build(), nn.Unflatten(1, (4, 1)), nn.BatchNorm1d(4, momentum=None))
+    with pytest.raises(GraphError, match="'2' cannot be rewritten: set a momentum"):
+        zoo.prune(counting, IMAGES, cf=2, rewrite=True)
 
 
 def test_the_module_is_left_alone() -> None:

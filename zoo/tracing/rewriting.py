@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from zoo.errors import GraphError
 from zoo.tracing.calls import Inputs, batch_of, mapped, tensors_of
@@ -38,8 +39,12 @@ def rewritten(module: nn.Module, inputs: Inputs) -> nn.Module:
         inputs: what it is called with.
 
     Raises:
-        GraphError: if it cannot be traced, or only for this batch size.
+        GraphError: if it cannot be traced, or only for this batch size, or has a batch norm with
+            momentum=None, whose average counts its own calls.
     """
+    for name, layer in module.named_modules():
+        if isinstance(layer, _BatchNorm) and layer.track_running_stats and layer.momentum is None:
+            raise GraphError(f"{name!r} cannot be rewritten: set a momentum in place of None.")
     count = batch_of(inputs)
     pair = mapped(lambda t: torch.cat([t, t]) if t.ndim and len(t) == count == 1 else t, inputs)
     traced = export_module(module, pair)
