@@ -50,6 +50,7 @@ STRUCTURE_NAMES = {
     "ordered dict": ["logits", "maps"],
     "named tuple": ["maps", "logits"],
     "dataclass": ["maps", "more_all_0"],
+    "dataclass with slots": ["maps", "more_all_0"],
     "beside no tensors": ["output_0", "output_4"],
 }
 
