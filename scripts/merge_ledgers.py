@@ -20,7 +20,7 @@ from zoo.errors import ZooError
 from zoo.registry.store import folder_name
 from zoo.search.ledger import read, write
 from zoo.search.lookup import ledger_path
-from zoo.tracing.known_groups import reference_groups
+from zoo.search.summary import costs_of
 
 BASES = Path(__file__).parent / "campaign-results" / "base"
 
@@ -48,9 +48,7 @@ def main(options: Options) -> None:
     networks |= {sha256_of(path) for path in own.rglob("*.safetensors")}
     rows = read(options.runs)
     wanted = [row for row in rows if options.all or row.key.network in networks]
-    groups = reference_groups(options.arch)
-    if any(len(row.key.widths) != len(groups.names) for row in wanted):
-        raise ZooError(f"There are evaluations that are not of {options.arch}.")
+    costs_of(options.arch, wanted)
     count = write([*earlier, *wanted], target)
     left = len(rows) - len(wanted)
     print(
@@ -59,4 +57,7 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description=__doc__))
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ZooError as error:
+        raise SystemExit(str(error)) from None

@@ -358,8 +358,8 @@ def rewards(options: Options) -> Drawn:
 def over_time(options: Options) -> Drawn:
     """Figure 12: the rewards of PPO's episodes, where a ledger stands in for the network."""
     integer("--episodes", options.episodes, 1)
-    if not options.seeds or min(options.seeds) < 0:
-        raise ZooError(f"--seeds must be one or more numbers of at least 0, got {options.seeds}.")
+    if not options.seeds or min(options.seeds) < 0 or max(options.seeds) >= 2**32:
+        raise ZooError(f"--seeds must be one or more numbers from 0 to 2**32 - 1: {options.seeds}.")
     benchmark = LedgerBenchmark(options.arch, ledger=options.ledger)
     runs = []
     for seed in options.seeds:

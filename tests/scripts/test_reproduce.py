@@ -173,6 +173,7 @@ def test_no_verdict_on_equal_profiles_alone(tmp_path):
         ("fig12", {"episodes": 0}, "--episodes must be an integer of at least 1"),
         ("fig12", {"seeds": ()}, "--seeds must be one or more"),
         ("fig12", {"seeds": (-1,)}, "--seeds must be one or more"),
+        ("fig12", {"seeds": (2**32,)}, "--seeds must be one or more"),
     ],
 )
 def test_options_that_no_figure_can_be_drawn_by(ledger, tmp_path, figure, options, message):

@@ -33,7 +33,7 @@ def benchmark() -> LedgerBenchmark:
 
 @pytest.fixture
 def ledger(tmp_path):
-    """Three profiles of which one has two draws; one of them was fine-tuned, too."""
+    """Three profiles of which one has two draws; it was fine-tuned, and measured with l1, too."""
     half = tuple(size // 2 for size in GROUPS.sizes)
     most = (half[0], *GROUPS.sizes[1:])
     rows = [
@@ -42,6 +42,7 @@ def ledger(tmp_path):
         Row(dataclasses.replace(KEY, widths=half, seed=8), 0.5, 1.0),
         Row(dataclasses.replace(KEY, widths=most), 0.7, 1.0),
         Row(dataclasses.replace(KEY, widths=half, fidelity="fine-tune, 1 epoch"), 0.8, 9.0),
+        Row(dataclasses.replace(KEY, widths=half, criterion="l1"), 0.9, 1.0),
     ]
     with Ledger(tmp_path / "ledger.jsonl") as written:
         for row in rows:

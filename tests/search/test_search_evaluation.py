@@ -131,6 +131,17 @@ def test_batch_norm_statistics_are_those_of_the_calibration_images(resnet):
     assert not any(layer.training for layer in norms)
 
 
+def test_dropout_makes_no_two_recalibrations_of_one_candidate(cnet):
+    def once() -> dict[str, torch.Tensor]:
+        module = cut(halved(cnet, 0))
+        module.register_forward_pre_hook(lambda _, given: nn.functional.dropout(given[0], 0.5))
+        recalibrate(module, cnet.module, cnet.train)
+        return module.state_dict()
+
+    first, second = once(), once()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
 def test_without_batch_norm_inputs_are_rescaled_by_what_their_producer_kept(cnet, monkeypatch):
     monkeypatch.setattr(fidelities, "_small_steps", lambda *_: None)
     widths = (16, 8, 32, 16, 4, 16)

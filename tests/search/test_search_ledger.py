@@ -123,6 +123,14 @@ def test_a_ledger_that_cannot_be_read_is_not_held(tmp_path):
         assert len(ledger) == 0, error
 
 
+@pytest.mark.parametrize("line", ["[" * 200_000, '{"accuracy": NaN}', '{"accuracy": 1e999}'])
+def test_a_line_that_is_no_document_is_one_error(tmp_path, line):
+    path = tmp_path / "ledger.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(DocumentError, match="line 1 is not a document"):
+        read([path])
+
+
 @pytest.mark.parametrize("cut", [1, 40, 10_000])
 def test_a_torn_last_line_is_dropped_and_the_file_goes_on(tmp_path, cut):
     path = write(tmp_path / "ledger.jsonl", rows(2))

@@ -60,7 +60,7 @@ def test_the_command_of_a_profile_is_its_search(tmp_path):
         {"episode_images": 0}, {"calibration_images": 0},
         {"val_images": -60}, {"finalists": 0}, {"final_seeds": 0}, {"workers": 0},
         {"finetune_images": 0}, {"std": 0.0}, {"finetune_lr": -1.0}, {"cf": ()},
-        {"budget": "soon"}, {"seed": -1},
+        {"budget": "soon"}, {"seed": -1}, {"seed": 2**32},
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_at_once(changes):

@@ -50,7 +50,8 @@ def tasks() -> list[Task]:
 
 @pytest.fixture
 def candidates(tasks) -> list[Candidate]:
-    return [Candidate(tasks[n % 2], (8 + n,) * 6, n) for n in range(6)]
+    criteria = ("random", "l1", "fpgm")
+    return [Candidate(tasks[n % 2], (8 + n,) * 6, n, criteria[n % 3]) for n in range(6)]
 
 
 @pytest.fixture(scope="module", params=["processes", "ray"])

@@ -29,6 +29,7 @@ __all__ = [
     "decode_document",
     "encode",
     "encode_document",
+    "parse_json",
     "read_json",
     "read_text",
     "write_json",
@@ -168,15 +169,23 @@ def read_json(path: Path) -> Any:
     Raises:
         DocumentError: for a file that is missing, larger, or no JSON that can be read.
     """
-    text = read_text(path)
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """The JSON value in `text`; `where` names it in error messages.
+
+    Raises:
+        DocumentError: for text that is no JSON that can be read.
+    """
     try:
         return json.loads(text, parse_constant=_no_constant, parse_float=_finite)
     except json.JSONDecodeError as error:
-        raise DocumentError(f"{path} is not valid JSON: {error}.") from None
+        raise DocumentError(f"{where} is not valid JSON: {error}.") from None
     except RecursionError:
-        raise DocumentError(f"{path} is not a document: it is nested too deeply.") from None
-    except ValueError as error:  # NaN, infinity, an integer of thousands of digits
-        raise DocumentError(f"{path} is not a document: {error}.") from None
+        raise DocumentError(f"{where} is not a document: it is nested too deeply.") from None
+    except ValueError as error:  # no UTF-8, NaN, infinity, an integer of thousands of digits
+        raise DocumentError(f"{where} is not a document: {error}.") from None
 
 
 def read_text(path: Path) -> str:

@@ -68,7 +68,7 @@ class RayPool:
             ZooError: when an evaluation still fails after `RETRIES` repeats.
         """
         pending = {
-            self._measure.remote(self._task(c.task), c.widths, c.seed, fidelity): index
+            self._measure.remote(self._task(c.task), c.widths, c.seed, c.criterion, fidelity): index
             for index, c in enumerate(candidates)
         }
         try:
@@ -92,7 +92,7 @@ class RayPool:
 
 
 def _measure(
-    task: Task, widths: tuple[int, ...], seed: int, fidelity: Fidelity
+    task: Task, widths: tuple[int, ...], seed: int, criterion: str, fidelity: Fidelity
 ) -> tuple[float, float]:
     torch.set_num_threads(1)
-    return measured(Candidate(task, widths, seed), fidelity)
+    return measured(Candidate(task, widths, seed, criterion), fidelity)

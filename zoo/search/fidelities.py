@@ -306,13 +306,14 @@ def _small_steps(module: nn.Module, train: ImageSet) -> None:
     batches = DeviceLoader(train, min(128, len(train)), device=device(), drop_last=True)
     module.train()
     passes = chain.from_iterable(repeat(batches))
-    for images, labels in islice(passes, SGD_STEPS):
-        with UnitStrides():
-            logits = module(images.to(memory_format=torch.channels_last))
-        loss = functional.cross_entropy(logits, labels)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimizer.step()
-        fall.step()
+    with seeded(0):  # for dropout
+        for images, labels in islice(passes, SGD_STEPS):
+            with UnitStrides():
+                logits = module(images.to(memory_format=torch.channels_last))
+            loss = functional.cross_entropy(logits, labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            fall.step()
     module.eval()

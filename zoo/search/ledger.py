@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from zoo.common.documents import LARGEST, SCHEMA_VERSION, decode, encode, replacing
+from zoo.common.documents import LARGEST, SCHEMA_VERSION, decode, encode, parse_json, replacing
 from zoo.errors import DocumentError, ZooError, unknown
 
 try:
@@ -236,10 +236,7 @@ def _read_lines(path: Path) -> list[Row]:
     whole, _, _ = path.read_bytes().rpartition(b"\n")
     for number, line in enumerate(whole.splitlines(), start=1):
         where = f"{path}, line {number}"
-        try:
-            raw = json.loads(line)
-        except ValueError:
-            raise DocumentError(f"{where}: not valid JSON; move the file away.") from None
+        raw = parse_json(line, where)
         if not isinstance(raw, dict) or raw.pop("schema_version", None) != SCHEMA_VERSION:
             raise DocumentError(
                 f"{where}: not a row of schema_version {SCHEMA_VERSION}, the one that this "

@@ -92,6 +92,7 @@ def ledger_lookup(
     """The evaluated profiles of an architecture that are nearest to a profile, nearest first.
 
     A profile that was measured on several networks or in several ways comes once for each.
+    Evaluations with channels by another criterion than `random` are left out.
 
     Args:
         architecture: a name of the registry.
@@ -128,7 +129,10 @@ def evaluated_profiles(
     fidelity: str = "",
     ledger: str | Path | None = None,
 ) -> list[EvaluatedProfile]:
-    """All evaluated profiles of an architecture; arguments and errors as of `ledger_lookup`."""
+    """All profiles of an architecture that were measured with random channels.
+
+    Arguments and errors are those of `ledger_lookup`.
+    """
     groups = reference_groups(architecture)
     path = ledger_path(architecture) if ledger is None else Path(ledger).expanduser()
     if ledger is None and not path.is_file():
@@ -138,7 +142,8 @@ def evaluated_profiles(
         widths = row.key.widths
         if len(widths) != len(groups.names) or any(map(gt, widths, groups.sizes)):
             raise ZooError(f"{path} holds evaluations of another network than {architecture}.")
-        if row.key.network.startswith(network) and row.key.fidelity.startswith(fidelity):
+        chosen = row.key.network.startswith(network) and row.key.fidelity.startswith(fidelity)
+        if chosen and row.key.criterion == "random":  # others depend on the base network's weights
             accuracies[_measurement(row), widths].append(row.accuracy)
     if not accuracies:
         raise ZooError(

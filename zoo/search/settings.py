@@ -130,7 +130,10 @@ class SearchConfig:
         for name in ("std", "finetune_lr"):
             if not getattr(self, name) > 0:
                 raise ZooError(f"{name} must be positive, got {getattr(self, name)}.")
-        integer("seed", self.seed, 0)
+        if integer("seed", self.seed, 0) >= 2**32:
+            raise ZooError(
+                f"seed must be below 2**32, as NumPy's generators take, got {self.seed}."
+            )
         for name, agents in _AGENTS_OF.items():
             holder: Any = self if hasattr(self, name) else self.env
             given, usual = getattr(holder, name), getattr(type(holder), name)

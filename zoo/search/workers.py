@@ -113,8 +113,8 @@ class Processes:
         executor = self._started([candidates[index].task for index in indices])
         futures: dict[Future, int] = {}
         for index in indices:
-            candidate = candidates[index]
-            job = id(candidate.task), candidate.widths, candidate.seed, fidelity
+            own = candidates[index]
+            job = id(own.task), own.widths, own.seed, own.criterion, fidelity
             futures[executor.submit(_measure, *job)] = index
         for future in as_completed(futures):
             yield futures[future], *future.result()
@@ -169,9 +169,9 @@ def _follow_parent() -> None:
 
 
 def _measure(
-    task: int, widths: tuple[int, ...], seed: int, fidelity: Fidelity
+    task: int, widths: tuple[int, ...], seed: int, criterion: str, fidelity: Fidelity
 ) -> tuple[float, float]:
-    return measured(Candidate(_installed[task], widths, seed), fidelity)
+    return measured(Candidate(_installed[task], widths, seed, criterion), fidelity)
 
 
 @contextmanager
