@@ -107,6 +107,25 @@ def test_show_draws_a_bar_per_group_and_the_evidence(tmp_path, capsys):
     assert any("1 epoch" in line for line in lines)
 
 
+def test_what_documents_and_the_hub_say_is_shown_as_it_is(hub, tmp_path, capsys):
+    given, shown = "runs/[/old]/[old]/:x:/\x1b[31m.pt", "runs/[/old]/[old]/:x:/�[31m.pt"
+    own = zoo.get_profile("bundled:resnet20-16/params-cf4")
+    evidence = dataclasses.replace(own.evidence[0], policy=given, data=given)
+    found = dataclasses.replace(own.provenance, command=given)
+    path = tmp_path / "[m].json"
+    dataclasses.replace(own, provenance=found, evidence=(evidence,)).write(path)
+    assert main(["show", f"file:{path}"]) == 0
+    out = capsys.readouterr().out
+    assert "[m].json: " in out
+    assert f"Found by: {shown}\n" in out
+    assert out.count(shown) == 3
+    hub.add_repo("a/model", tags=["prunezoo", given])
+    assert main(["list", "--hub"]) == 0
+    out += capsys.readouterr().out
+    assert f"prunezoo {shown} " in out
+    assert "\x1b" not in out
+
+
 def test_train_does_what_building_and_finetuning_do(base):
     splits = zoo.load_data("digits", size=8)
     model = build_model("cnet", 10, image_size=8, seed=3)

@@ -160,6 +160,14 @@ def test_tables_lose_no_number_when_piped(capsys: pytest.CaptureFixture[str]) ->
     assert lines[3].split()[-5:] == ["5130", "(5080-5390)", "50", "8", "1,000,000,000"]
 
 
+def test_a_networks_name_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    side = Measurement("a", "CPUExecutionProvider", "fp32", 1, Latency(1, 1, 1, 5), 8, None)
+    names = "runs/[/old]", "runs/[old]", "runs/\x1b[31m"
+    print_tables([comparison_table([ComparisonRow(name, 1, 1, None, (side,)) for name in names])])
+    shown = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert shown == ["network", "runs/[/old]", "runs/[old]", "runs/�[31m"]
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -143,7 +143,7 @@ def _show_repository(what: str) -> None:
         return
     names, reference = files_of(HubReference.parse(what))
     if RECORD in names:
-        print(reference)
+        print(printable(str(reference)))
         _print_record(download(reference.file(RECORD))[0])
     elif INDEX in names:
         print_profiles(zoo.list_profiles(source=str(reference)), None)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from zoo.commands.shared import printable
 from zoo.registry.hub_commits import FoundRepository
 from zoo.registry.store import ProfileEntry
 from zoo.registry.weights import BundledWeights
@@ -273,6 +275,13 @@ def _print_evidence(evidence: Sequence[Evidence], console: Console) -> None:
             console.print(f"{exam[0]}; {fidelity}", highlight=False)
 
 
+class _Plain(Console):
+    """A console that shows text as it is: no markup, and no characters that a terminal obeys."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # of each line, cell and title
+        return super().render_str(printable(text), **options)
+
+
 def _console(piped: int = 140) -> Console:
     """A console on standard output: as wide as the terminal, or `piped` characters if piped."""
-    return Console() if sys.stdout.isatty() else Console(width=piped)
+    return _Plain(width=None if sys.stdout.isatty() else piped, markup=False, emoji=False)
