@@ -64,6 +64,16 @@ def test_a_file_is_downloaded_once_and_its_reference_pinned(hub, files, name):
     assert download(HubReference("org/repo", name))[0].read_bytes() == b"newer"
 
 
+@pytest.mark.parametrize("home", ["hf", "snapshots/vol/hf", "snapshots/snapshots"])
+@pytest.mark.parametrize("name", ["a.json", "snapshots/a.json", "snapshots/b/a.json"])
+def test_a_commit_is_found_under_any_folder(hub, tmp_path, monkeypatch, home, name):
+    hub.add_repo("org/repo", {name: SMALL})
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / home / "hub"))
+    path, pinned = download(HubReference("org/repo", name))
+    assert path.is_relative_to(tmp_path / home)
+    assert str(pinned) == f"hf:org/repo/{name}@{hub.commits('org/repo')[0].id}"
+
+
 def test_the_files_of_a_repository_are_those_of_one_commit(hub, files):
     names, pinned = files_of(HubReference("org/repo", "a.json"))
     assert set(names) == {*files, ".gitattributes"}

@@ -256,9 +256,9 @@ def is_refusal(error: Exception) -> bool:
 
 def _pinned(reference: HubReference, path: Path) -> HubReference:
     """The reference at the commit whose folder `path` lies in: `snapshots/<commit>/<file>`."""
-    folders = path.parts
-    commit = folders[folders.index("snapshots") + 1] if "snapshots" in folders else None
-    return replace(reference, revision=commit or reference.revision)
+    folder = path.parents[(reference.path or "").count("/")]
+    commit = folder.name if folder.parent.name == "snapshots" else reference.revision
+    return replace(reference, revision=commit)
 
 
 def content_id(path: Path, digits: int) -> str:
