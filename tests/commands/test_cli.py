@@ -107,6 +107,13 @@ def test_show_draws_a_bar_per_group_and_the_evidence(tmp_path, capsys):
     assert any("1 epoch" in line for line in lines)
 
 
+def test_show_with_a_factor_takes_no_folder_for_the_architecture(tmp_path, monkeypatch, capsys):
+    (tmp_path / "resnet20-16").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "resnet20-16", "--cf", "4"]) == 0
+    assert "resnet20-16 at 4x params" in capsys.readouterr().out
+
+
 def test_what_documents_and_the_hub_say_is_shown_as_it_is(hub, tmp_path, capsys):
     given, shown = "runs/[/old]/[old]/:x:/\x1b[31m.pt", "runs/[/old]/[old]/:x:/�[31m.pt"
     own = zoo.get_profile("bundled:resnet20-16/params-cf4")

@@ -90,7 +90,7 @@ def show(command: ShowCommand) -> None:
     if source == "learned":
         _show_learned(what)
         return
-    if is_registry(what) or Path(what).is_dir():
+    if is_registry(what) or (command.cf is None and Path(what).is_dir()):
         _show_repository(what)
         return
     if colon and source not in LIBRARIES:
