@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,11 +104,12 @@ def _output_scores(
     sums = [torch.zeros(group.size, dtype=torch.float64) for group in groups.groups]
     count = 0
     with _differentiable(module), _outputs(layers) as outputs:
+        products = partial(_products, module, layers, outputs, over_positions)
         for images, labels in batches:
-            rows = _products(module, layers, outputs, over_positions, images, labels)
+            rows = products(images, labels)
             if rows is None:
                 singles = [
-                    _products(module, layers, outputs, over_positions, image[None], label[None])
+                    products(image[None], label[None])
                     for image, label in zip(images, labels, strict=True)
                 ]
                 rows = {name: torch.cat([row[name] for row in singles if row]) for name in layers}
