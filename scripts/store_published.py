@@ -6,12 +6,12 @@ COUNTS.json is a list of objects with the keys name, architecture, source, licen
 and kept (channel group -> channels kept). The counts of timm's own pruned networks stay in timm.
 """
 
-import hashlib
 import importlib.util
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from zoo.common.digests import sha256_of
 from zoo.common.documents import decode, encode_document, read_json, write_json
 from zoo.errors import ZooError
 from zoo.models import architecture
@@ -73,7 +73,7 @@ package = importlib.util.find_spec("timm").submodule_search_locations[0]
 for name, (source, claimed) in TIMM.items():
     arch = f"timm:{name.removesuffix('_pruned')}"
     file = Path(package) / "models" / "_pruned" / f"{name}.txt"
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    digest = sha256_of(file)
     publication = Publication(source, "Apache-2.0", claimed, "read from the installed timm")
     write(name, TimmCounts(arch, file.name, digest, reference(arch), publication))
 write_published_index(REGISTRY)

@@ -13,13 +13,13 @@ test split of CIFAR-10.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import tyro
 
+from zoo.common.digests import sha256_of
 from zoo.common.documents import encode_document, write_json
 from zoo.data.datasets import load_data
 from zoo.registry.weights import WEIGHTS, BundledWeights, WeightsIndex
@@ -77,7 +77,7 @@ def stored(name: str, path: Path, data_dir: Path) -> BundledWeights:
     kept = ("architecture", "data", "image_size", "num_classes", "split_digest", "epochs", "seed")
     file = FOLDER / entry.file
     save_checkpoint(module.half(), file, {key: metadata[key] for key in kept})
-    return dataclasses.replace(entry, sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    return dataclasses.replace(entry, sha256=sha256_of(file))
 
 
 if __name__ == "__main__":

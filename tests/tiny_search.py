@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from learnt import base_networks
 
-from zoo.search.campaign import SearchConfig, search_profile
+from zoo.search.run import SearchConfig, search_profile
 from zoo.search.tasks import Task, load_tasks
 from zoo.spec.profile import Profile
 

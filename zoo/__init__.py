@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from zoo.publishing.verification import Verification, verify
     from zoo.registry.hub_commits import Published
     from zoo.registry.store import ProfileEntry, get_profile, list_profiles
-    from zoo.search.campaign import SearchConfig, search_profile
     from zoo.search.lookup import EvaluatedProfile, ledger_lookup
+    from zoo.search.run import SearchConfig, search_profile
     from zoo.spec.plans import Plan, PruningRecord
     from zoo.spec.profile import Profile
     from zoo.training.finetuning import Evaluation, TrainResult, evaluate, finetune
@@ -128,7 +128,7 @@ _HOMES = {
     "zoo.publishing.verification": ("Verification", "verify"),
     "zoo.registry.hub_commits": ("Published",),
     "zoo.registry.store": ("ProfileEntry", "get_profile", "list_profiles"),
-    "zoo.search.campaign": ("SearchConfig", "search_profile"),
+    "zoo.search.run": ("SearchConfig", "search_profile"),
     "zoo.search.lookup": ("EvaluatedProfile", "ledger_lookup"),
     "zoo.spec.plans": ("Plan", "PruningRecord"),
     "zoo.spec.profile": ("Profile",),

@@ -105,7 +105,7 @@ def _plain_warning(message: Warning | str, *_: Any, **__: Any) -> str:
 def _flags(name: str, given: Sequence[str]) -> Any:
     """The dataclass of a command; that of `search` is slow to import, and imported on demand."""
     if name == "search" == given[0]:
-        from zoo.search.campaign import SearchConfig
+        from zoo.search.run import SearchConfig
 
         return SearchConfig
     return COMMANDS[name][0]

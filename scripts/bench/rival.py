@@ -21,6 +21,7 @@ import torch_pruning
 import tyro
 from torch import Tensor, nn
 
+from zoo.errors import first_line
 from zoo.models import architecture, build_model, parameter_count
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plans import Plan
@@ -147,7 +148,7 @@ def _halved(arch: str, size: int) -> Outcome:
         with torch.no_grad():
             shape = tuple(module(image).shape)
     except Exception as error:  # whatever it or the network raises
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         seconds = time.perf_counter() - started
         return Outcome(f"failed: {type(error).__name__}: {reason}", dense, seconds=seconds)
     pruned = parameter_count(module)

@@ -36,7 +36,7 @@ from zoo.search.evidence import examined
 from zoo.search.fidelities import Recalibration
 from zoo.search.ledger import Ledger, read
 from zoo.search.lookup import ledger_paths
-from zoo.search.starts import check_start, start_ratios
+from zoo.search.starts import check_start, start_at
 from zoo.search.tasks import Candidate, Task, load_tasks, say, task_data
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.search.workers import pool_of
@@ -161,7 +161,7 @@ class Setting:
 
     def _start(self, reference: str) -> Ratios:
         cost, own = cost_model(self.task.groups), self.options
-        return start_ratios(reference, own.arch, [self.task], cost, self.cf, self.metric)
+        return start_at(reference, own.arch, [self.task], cost, self.cf, self.metric).ratios
 
     def _known(self, policy: str) -> str | None:
         with suppress(ZooError):

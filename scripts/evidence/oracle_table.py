@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from zoo.criteria.ranking import oracle, spearman
+from zoo.criteria.oracle import oracle, spearman
 from zoo.criteria.scores import CRITERIA, channel_scores, labelled_batches
 from zoo.data.datasets import load_data
 from zoo.errors import ZooError

@@ -11,10 +11,10 @@ from odd import Net, conv
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import zoo
-from zoo.criteria.scores import Scores, channel_scores
+from zoo.criteria.scores import Scores, channel_scores, labelled_batches
 from zoo.errors import GraphError
 from zoo.tracing.graph import channel_groups
 
@@ -151,3 +151,15 @@ def test_where_no_gradient_can_be_had_best_takes_a_policy_that_needs_none(
     with pytest.raises(GraphError, match=message):
         zoo.plan(module, IMAGES[:1], cf=2, profile="equal", criterion="taylor", data=data)
     assert zoo.plan(module, IMAGES[:1], cf=2, data=data).profile == "global-lamp"
+
+
+def test_a_loader_gives_its_own_batches_and_the_random_state_is_left_alone() -> None:
+    data = TensorDataset(torch.rand(40, 3, 8, 8), torch.arange(40) % 3)
+    loader = DataLoader(data, 8, shuffle=True)
+    before = torch.get_rng_state()
+    taken = labelled_batches(loader, "cpu", seed=0, count=16)
+    assert torch.equal(torch.get_rng_state(), before)
+    for (images, labels), (expected, own) in zip(taken, loader, strict=False):
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, own)
+    assert len(taken) == 2

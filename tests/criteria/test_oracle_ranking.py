@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from zoo.criteria.ranking import Oracle, oracle, spearman
+from zoo.criteria.oracle import Oracle, oracle, spearman
 from zoo.criteria.scores import channel_scores
 from zoo.errors import ZooError
 from zoo.models import build_model

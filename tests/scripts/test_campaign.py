@@ -274,6 +274,15 @@ def test_a_searched_profile_goes_into_the_registry_with_its_certificate(tmp_path
     assert {each.networks for each in found.comparisons} == {2}
     assert found.verdict.startswith("Provisional: not surely among the best 5%")
 
+    text = path.read_text().replace("recipe_epochs", "recipe_best = false\nrecipe_epochs")
+    path.write_text(text)
+    recipe = "recipe/cnet/8/params-cf2/digits-2"
+    alone = jobs_of(Plan.read(path))[recipe]
+    perform(alone, workshop)
+    rows = json.loads((workshop.out / recipe / "evidence.json").read_text())
+    assert [row["policy"] for row in rows] == ["base", "searched, recipe standard"]
+    assert alone.work == jobs[recipe].work / 2
+
 
 def test_the_work_of_earlier_jobs_is_what_the_plan_says_now(plan, tmp_path) -> None:
     """Rates stay right when a stage's work is counted otherwise than when its jobs ran."""

@@ -12,9 +12,9 @@ from tiny_search import load, search, tiny_search
 from zoo.data.datasets import load_data
 from zoo.errors import ZooError
 from zoo.models import build_model
-from zoo.search.campaign import SearchConfig
 from zoo.search.env import EnvSettings
 from zoo.search.provenance import command_of, shortened
+from zoo.search.run import SearchConfig
 from zoo.search.settings import parse_budget
 from zoo.search.tasks import task_data
 from zoo.storage.artefacts import save_checkpoint

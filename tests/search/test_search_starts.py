@@ -19,8 +19,8 @@ from zoo.planning.policies import policy_solution
 from zoo.planning.solver import FLOOR, scale_curve, solve
 from zoo.registry.store import get_profile
 from zoo.search.agents import AGENTS, STARTING, agent
-from zoo.search.campaign import SearchConfig
 from zoo.search.ledger import read
+from zoo.search.run import SearchConfig
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
 
@@ -34,7 +34,7 @@ from synthetic import Synthetic
 
 from zoo.search.env import EnvSettings, PruningEnv, keep_ratio
 from zoo.search.evidence import policy_widths
-from zoo.search.starts import named, start_ratios
+from zoo.search.starts import check_start, start_at
 from zoo.search.vector_env import PruningVectorEnv
 
 BATCHED = ("cma-es", "genetic", "swarm", "annealing")
@@ -173,10 +173,21 @@ def test_a_start_has_one_keep_ratio_for_every_group():
             started(ratios)
 
 
-def test_a_record_names_what_best_stands_for():
-    assert named("best", 4.0, "macs") == "learned"
-    assert named("best", 8.0, "macs") == "global"
-    assert named("increasing", 4.0, "macs") == "increasing"
+@pytest.mark.parametrize(
+    ("arch", "cf", "name"),
+    [
+        ("resnet20", 4.0, "learned"),
+        ("cnet", 8.0, "global"),
+        ("cnet", 6.0, "global-lamp"),  # ahead of learned there
+        ("cnet", 4.0, "bundled:cnet/macs-cf4"),  # the searched one is
+    ],
+)
+def test_a_start_is_what_best_stands_for_and_is_named_so(arch, cf, name):
+    groups = reference_groups(arch)
+    found, profile = check_start("best", arch, groups, cf, "macs")
+    assert (found, profile) == check_start(name, arch, groups, cf, "macs")
+    assert found == name
+    assert (profile is None) == (":" not in name)
 
 
 # --- whole searches -------------------------------------------------------------------------------
@@ -243,16 +254,16 @@ def test_a_cold_search_is_not_resumed_from_a_start(config, tmp_path):
 def test_profiles_of_other_factors_are_scaled(config):
     tasks, cost = load(config), cost_model(reference_groups("cnet"))
     profile = get_profile("bundled:cnet/params-cf4")
-    at_two = start_ratios("bundled:cnet/params-cf4", "cnet", tasks, cost, 2.0, "macs")
+    at_two = start_at("bundled:cnet/params-cf4", "cnet", tasks, cost, 2.0, "macs").ratios
     assert cost.factor(solve(cost, scale_curve(at_two), 2.0, "macs").widths, "macs") == (
         pytest.approx(2.0, rel=0.02)
     )
-    same = start_ratios("bundled:cnet/params-cf4", "cnet", tasks, cost, 4.0, "params")
+    same = start_at("bundled:cnet/params-cf4", "cnet", tasks, cost, 4.0, "params").ratios
     widths = solve(cost, scale_curve(same), 4.0).widths
     assert np.abs(np.subtract(widths, tuple(profile.kept.values()))).max() <= 1
-    equal = start_ratios("equal", "cnet", tasks, cost, 2.0, "params")
+    equal = start_at("equal", "cnet", tasks, cost, 2.0, "params")
     kept = policy_solution("equal", cost, 2.0).widths
-    assert equal == tuple(w / size for w, size in zip(kept, cost.sizes, strict=True))
+    assert equal.ratios == tuple(w / size for w, size in zip(kept, cost.sizes, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -286,7 +297,7 @@ def test_a_search_starts_from_a_learned_policy_and_from_the_best(tmp_path):
     tasks, cost = load(config), cost_model(reference_groups("cnet"))
     for cf, name in ((2.0, "learned"), (1.5, "global-fisher-per-cost")):
         first, known = (
-            start_ratios(start, "cnet", tasks, cost, cf, "params") for start in ("best", name)
+            start_at(start, "cnet", tasks, cost, cf, "params") for start in ("best", name)
         )
         assert first == known
     silent = {
@@ -297,6 +308,5 @@ def test_a_search_starts_from_a_learned_policy_and_from_the_best(tmp_path):
     training = Training(FEATURES, {}, (), (), (), ("macs",), (2.0,), 0, "", "")
     LearnedPolicy(silent, training).write(tmp_path / "policy")
     name = f"learned:{tmp_path / 'policy'}"
-    assert start_ratios(name, "cnet", tasks, cost, 2.0, "macs") == start_ratios(
-        "global", "cnet", tasks, cost, 2.0, "macs"
-    )
+    learned, ranked = (start_at(n, "cnet", tasks, cost, 2.0, "macs") for n in (name, "global"))
+    assert learned.ratios == ranked.ratios

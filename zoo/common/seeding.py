@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["random_state", "seeded", "set_random_state"]
+__all__ = ["random_state", "seeded", "set_random_state", "undisturbed"]
 
 
 @contextmanager
@@ -19,10 +19,17 @@ def seeded(seed: int) -> Iterator[None]:
 
     They are those of torch on the CPU and the current CUDA device, of NumPy and of Python.
     """
+    with undisturbed():
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Restore the generators' state after the block, which draws on from it."""
     before = random_state()
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
     try:
         yield
     finally:

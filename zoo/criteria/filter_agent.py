@@ -9,7 +9,6 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +21,7 @@ from zoo.criteria.weight_scores import Scores, along
 from zoo.data.batches import check_labels
 from zoo.errors import ZooError, integer
 from zoo.spec.groups import ChannelGroups, Group
+from zoo.surgery.masking import without
 from zoo.surgery.surgery import named_tensors
 
 __all__ = ["FilterAgent", "reinforce_scores"]
@@ -117,7 +117,7 @@ def _learn(
             decisions = keep.sample((settings.samples,))
             rewards = []
             for decision in decisions:
-                with _masked(tensors, group, decision):
+                with without(tensors, group, (decision == 0).nonzero().flatten().tolist()):
                     drop = whole - _accuracy(network, images, labels)
                 efficiency = math.log(group.size / max(1, int(decision.sum())))
                 rewards.append((1 - drop / settings.bound) * efficiency)
@@ -152,22 +152,6 @@ def _policy(filters: Tensor, start: float) -> nn.Module:
     return nn.Sequential(
         nn.Linear(weights, 16), nn.ReLU(), nn.Flatten(0), nn.Linear(16 * size, 64), nn.ReLU(), last
     ).double()
-
-
-@contextmanager
-def _masked(tensors: dict[str, Tensor], group: Group, decision: Tensor) -> Iterator[None]:
-    """Inside the block, zero all positions of the units that are not kept; then restore them."""
-    slots = [slot for slot in group.slots if slot.tensor in tensors]
-    saved = {slot.tensor: tensors[slot.tensor].clone() for slot in slots}
-    for slot in slots:
-        gone = [p for unit in (decision == 0).nonzero() for p in slot.positions(int(unit))]
-        index = torch.tensor(gone, dtype=torch.long, device=tensors[slot.tensor].device)
-        tensors[slot.tensor].index_fill_(slot.dim, index, 0)
-    try:
-        yield
-    finally:
-        for name, tensor in saved.items():
-            tensors[name].copy_(tensor)
 
 
 def _accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from zoo.common.seeding import undisturbed
 from zoo.criteria.data_scores import (
     Batches,
     apoz_scores,
@@ -32,7 +33,7 @@ from zoo.criteria.weight_scores import (
     random_scores,
     synflow_scores,
 )
-from zoo.data.batches import DeviceLoader
+from zoo.data.batches import DeviceLoader, checked_batch, collated
 from zoo.data.datasets import AnyImages
 from zoo.errors import DataError, ZooError, first_line, unknown
 from zoo.spec.groups import ChannelGroups
@@ -54,57 +55,45 @@ def labelled_batches(
     """At least `count` images of `data`, or all there are, in batches (images, labels) on `device`.
 
     A Dataset is shuffled by `seed`, because many are sorted by class. Of a DataLoader or an
-    IterableDataset, the first are taken.
+    IterableDataset, the first are taken. The caller's random state is left alone.
 
     Raises:
         DataError: for anything but (image, label) with floating-point images and integer labels.
     """
     batches: Iterable[Any]
     if isinstance(data, DataLoader):
-        batches = data
+        batches = _batches(data)
     elif isinstance(data, AnyImages):
         batches = DeviceLoader(data, 128, device=device, shuffle=True, seed=seed)
     elif isinstance(data, Dataset):
         shuffle = not isinstance(data, IterableDataset) and len(data) > 0  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(seed)
-        batches = DataLoader(data, 128, shuffle=shuffle, generator=generator)
+        batches = DataLoader(data, 128, shuffle=shuffle, generator=generator, collate_fn=collated)
     else:
         raise DataError(f"Expected a torch Dataset or DataLoader, got {type(data).__name__}.")
     taken: list[tuple[Tensor, Tensor]] = []
-    for batch in _collated(batches):
-        images, labels = _checked(batch)
-        taken.append((images.to(device), labels.to(device).long()))
-        if sum(len(rows) for _, rows in taken) >= count:
-            break
+    with undisturbed():
+        for batch in batches:
+            images, labels = checked_batch(batch)
+            taken.append((images.to(device), labels.to(device).long()))
+            if sum(len(rows) for _, rows in taken) >= count:
+                break
     return taken
 
 
-def _collated(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches; images that torch cannot put into one are a DataError."""
+def _batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Those of a DataLoader; samples of which torch can make none are a DataError."""
     try:
-        yield from batches
+        yield from loader
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, RuntimeError) as error:
+        if loader.collate_fn is not default_collate:
+            raise
         raise DataError(
-            f"The images do not make a batch ({first_line(error)}): they must be tensors of one "
-            f"size. Add ToTensor() and Resize() to the transforms."
+            f"The DataLoader's samples do not make a batch ({first_line(error)}): images must be "
+            f"tensors of one size, which ToTensor() and Resize() in the transforms see to."
         ) from error
-
-
-def _checked(batch: object) -> tuple[Tensor, Tensor]:
-    if isinstance(batch, list | tuple) and len(batch) == 2:
-        images, labels = batch
-        if (
-            isinstance(images, Tensor)
-            and isinstance(labels, Tensor)
-            and (images.ndim, labels.ndim) == (4, 1)
-            and images.is_floating_point()
-            and not labels.is_floating_point()
-        ):
-            return images, labels
-    raise DataError(
-        "Expected data of (image, label): images as floating-point tensors (C, H, W), labels as "
-        "integers."
-    )
 
 
 @dataclass(frozen=True)

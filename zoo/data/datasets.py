@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from zoo.common.cache import cache_folder
 from zoo.common.documents import replacing
 from zoo.common.sizes import Size, checked_size, resolution, sides
 from zoo.data.images import (
@@ -104,7 +104,7 @@ def _hold_out(data: AnyImages, share: float) -> tuple[AnyImages, AnyImages]:
     return data.subset((~held).nonzero().flatten()), data.subset(held.nonzero().flatten())
 
 
-def _folder_set(folder: Path, size: Size | None, cache: bool = True) -> AnyImages:
+def _folder_set(folder: Path, size: Size | None) -> AnyImages:
     """One ImageFolder tree: its files if large, else decoded images, cached if that is possible."""
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder.")
@@ -130,12 +130,11 @@ def _folder_set(folder: Path, size: Size | None, cache: bool = True) -> AnyImage
     stamp = "\n".join(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" for path, stat in facts)
     stamp += f"\n{size}\n{_DECODED}"
     cached = cache_folder() / "images" / f"{hashlib.sha256(stamp.encode()).hexdigest()[:24]}.npy"
-    images = _read_cached(cached, len(paths)) if cache else None
+    images = _read_cached(cached, len(paths))
     if images is None:
         images = decode_all(paths, size)
-        if cache:
-            with suppress(OSError), replacing(cached) as partial:
-                np.save(partial, images)
+        with suppress(OSError), replacing(cached) as partial:
+            np.save(partial, images)
     return ImageSet(folder.name, torch.from_numpy(np.ascontiguousarray(images)), *described)
 
 
@@ -151,11 +150,6 @@ def _read_cached(path: Path, count: int) -> np.ndarray | None:
         return None
     whole = isinstance(images, np.ndarray) and images.dtype == np.uint8 and images.ndim == 4
     return images if whole and len(images) == count else None
-
-
-def cache_folder() -> Path:
-    """Where decoded images and traced groups are kept: $ZOO_CACHE or ~/.cache/prunezoo."""
-    return Path(os.environ.get("ZOO_CACHE", "~/.cache/prunezoo")).expanduser()
 
 
 def _image_folder(root: Path | None, size: Size | None, name: str | None = None) -> Splits:

@@ -27,6 +27,7 @@ from zoo.search.reward import REWARDS, Outcome
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, check_tasks
 from zoo.spec.cost import CostModel, cost_model
 from zoo.spec.groups import ChannelGroups
+from zoo.spec.profile import Metric
 
 try:
     import gymnasium
@@ -60,7 +61,7 @@ class EnvSettings:
         ZooError: for an unknown projection, reward, observation or kind of features.
     """
 
-    metric: Literal["params", "macs", "latency"] = "params"
+    metric: Metric = "params"
     """what is compressed"""
     projection: Literal["none", "scale", "bound"] = "scale"
     """scale: profiles meet the factor; bound: at least the factor; none: left to the reward"""

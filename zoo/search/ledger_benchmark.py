@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zoo.common.correlation import rank_correlation
 from zoo.data.datasets import ImageSet
 from zoo.errors import FactorError
 from zoo.search.env import EnvSettings, PruningEnv
@@ -132,8 +133,6 @@ class LedgerBenchmark:
         Returns:
             Spearman's ρ over all profiles, and over the better half alone.
         """
-        from scipy.stats import spearmanr
-
         order = np.random.default_rng(seed).permutation(len(self.profiles))
         predicted = np.empty(len(order))
         for fold in range(FOLDS):
@@ -143,8 +142,8 @@ class LedgerBenchmark:
             predicted[left] = process(self._ratios[left])
         better = self._accuracies > np.median(self._accuracies)
         return (
-            float(spearmanr(predicted, self._accuracies)[0]),
-            float(spearmanr(predicted[better], self._accuracies[better])[0]),
+            rank_correlation(predicted, self._accuracies),
+            rank_correlation(predicted[better], self._accuracies[better]),
         )
 
 

@@ -18,7 +18,6 @@ import torch
 from zoo.errors import DocumentError
 from zoo.models import architecture
 from zoo.search.settings import SPELLED, SearchConfig
-from zoo.search.starts import named
 from zoo.search.tasks import Task
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile, Provenance, Reference
@@ -48,6 +47,7 @@ class Found:
         seconds: wall time of both; the time of replayed evaluations is divided by the workers.
         tasks: tasks that episodes were played on.
         judges: tasks that finalists were compared on.
+        start: what the search started from; None if from nothing.
         fidelity: of the episodes and of the choice.
     """
 
@@ -59,15 +59,14 @@ class Found:
     seconds: float
     tasks: tuple[Task, ...]
     judges: tuple[Task, ...]
+    start: str | None
     fidelity: str
 
 
 def profile_of(config: SearchConfig, groups: ChannelGroups, found: Found) -> Profile:
     """The profile of `found`, at the architecture's reference, with its provenance."""
     known, env = architecture(config.arch), config.env
-    start = ""
-    if config.start is not None:
-        start = f", from {shortened(named(config.start, found.cf, env.metric))}"
+    start = "" if found.start is None else f", from {shortened(found.start)}"
     judged = () if found.judges == found.tasks else found.judges
     return Profile(
         architecture=config.arch,

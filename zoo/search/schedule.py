@@ -77,8 +77,9 @@ class Network:
             searched profiles are ranked among them, for their certificates.
         figures: base networks that the paper's comparisons of initialisations, channels and
             handmade profiles are measured on, by the first metric.
-        recipe: base networks that no search sees, on which the searched profile and `best` are
-            fine-tuned as users do: by the recipe `standard`, with the dense network as teacher.
+        recipe: base networks that no search sees, on which the searched profile is fine-tuned as
+            users do: by the recipe `standard`, with the dense network as teacher.
+        recipe_best: whether `best` is too, beside it. Where nothing is searched, it is alone.
         recipe_epochs: of that recipe, if not its own.
         random: number of random profiles for each metric and factor.
         metrics, cf: metrics and compression factors of the profiles.
@@ -109,6 +110,7 @@ class Network:
     ledger: tuple[str, ...] = ()
     figures: tuple[str, ...] = ()
     recipe: tuple[str, ...] = ()
+    recipe_best: bool = True
     recipe_epochs: int = RECIPES["standard"].epochs
     random: int = 100
     metrics: tuple[str, ...] = ("params", "macs")
@@ -303,7 +305,7 @@ def _jobs(network: Network, counts: Mapping[str, int]) -> Iterator[Job]:
                 needs = (*bases(base), *found)
                 yield job("evidence", f"{profile}/{base}", needs, images, base=base, **own)
             for base in network.recipe:
-                runs = 2 if network.tasks else 1
+                runs = 2 if network.tasks and network.recipe_best else 1
                 images = runs * (3 * cut + 1) * trained_on(base) * network.recipe_epochs
                 needs = (*bases(base), *found)
                 yield job("recipe", f"{profile}/{base}", needs, images, base=base, **own)

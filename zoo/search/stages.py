@@ -18,13 +18,13 @@ from zoo.loading import create_model
 from zoo.planning.best import best_policies
 from zoo.planning.policies import policy_solution
 from zoo.search.agents import STARTING
-from zoo.search.campaign import search_profile
 from zoo.search.certificate import certify, rank
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, policy_widths
 from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
 from zoo.search.ledger import FILE, Ledger, read
+from zoo.search.run import search_profile
 from zoo.search.schedule import DRAWS, FIGURES, Job
 from zoo.search.settings import SearchConfig
 from zoo.search.tasks import Candidate, Task, load_task, say
@@ -263,10 +263,12 @@ def _evidence(job: Job, workshop: Workshop) -> None:
 def _recipe(job: Job, workshop: Workshop) -> None:
     """What a user gets: the searched profile and `best`, after the recipe `standard`, taught."""
     network, exam, cost = job.network, _exam(job, workshop), _cost(job)
-    (best, *_) = best_policies(job.metric, job.cf, data=True)
-    policies = policy_widths([best], exam, cost, job.cf, job.metric)
+    policies: dict[str, Widths] = {}
     if network.tasks:
-        policies = {SEARCHED: _widths(workshop.profile(job, network.agents[0])), **policies}
+        policies[SEARCHED] = _widths(workshop.profile(job, network.agents[0]))
+    if network.recipe_best or not network.tasks:
+        (best, *_) = best_policies(job.metric, job.cf, data=True, arch=network.arch)
+        policies |= policy_widths([best], exam, cost, job.cf, job.metric)
     fidelity = FineTuning.standard(network.lr, network.recipe_epochs)
     named = {f"{name}{STANDARD}": widths for name, widths in policies.items()}
     with workshop.ledger(job) as ledger:

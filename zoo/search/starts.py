@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import NamedTuple
 
 from zoo.errors import FactorError, ZooError
 from zoo.planning.best import BEST, best_policies
@@ -19,7 +20,19 @@ from zoo.spec.cost import CostModel
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.profile import Profile
 
-__all__ = ["check_start", "named", "start_ratios"]
+__all__ = ["Start", "check_start", "start_at"]
+
+
+class Start(NamedTuple):
+    """What a search starts from at one factor.
+
+    Attributes:
+        name: of a policy, or the reference of a profile; never `best`.
+        ratios: keep ratios, one per channel group, in (0, 1].
+    """
+
+    name: str
+    ratios: tuple[float, ...]
 
 
 def check_start(
@@ -48,21 +61,18 @@ def check_start(
             f"A search of {arch} cannot start from {reference!r}: its channel groups are not those "
             f"of {arch}. {_choices(arch)}"
         )
-    return named(asked.name, cf, metric), profile
+    if asked.name == BEST:
+        return best_policies(metric, cf, data=True, arch=arch)[0], None
+    return asked.name, profile
 
 
-def named(reference: str, cf: float, metric: str) -> str:
-    """The policy that `best` stands for here; every other reference itself."""
-    return best_policies(metric, cf, data=True)[0] if reference == BEST else reference
-
-
-def start_ratios(
+def start_at(
     reference: str, arch: str, tasks: Sequence[Task], cost: CostModel, cf: float, metric: str
-) -> tuple[float, ...]:
-    """Keep ratios to start from at `cf`: one per channel group, in (0, 1].
+) -> Start:
+    """What a search at `cf` starts from.
 
-    Those of a profile are scaled to the factor. Policies that rank channels see the training images
-    of every task, and the keep ratios are the means over the tasks.
+    The keep ratios of a profile are scaled to the factor. Policies that rank channels see the
+    training images of every task, and the keep ratios are the means over the tasks.
 
     Raises:
         ZooError: as `check_start`, and for a policy that does not reach the factor.
@@ -71,7 +81,7 @@ def start_ratios(
     name, profile = check_start(reference, arch, groups, cf, metric)
     if profile is not None:
         ratios = [profile.keep_ratios[group] for group in groups.names]
-        return solve(cost, scale_curve(ratios), cf, metric).keep_ratios
+        return Start(name, solve(cost, scale_curve(ratios), cf, metric).keep_ratios)
     found = []
     for task in tasks:
         widths = policy_widths([name], task, cost, cf, metric)
@@ -81,7 +91,7 @@ def start_ratios(
                 f"{metric}. {_choices(arch)}"
             )
         found.append([w / size for w, size in zip(widths[name], groups.sizes, strict=True)])
-    return tuple(map(fmean, zip(*found, strict=True)))
+    return Start(name, tuple(map(fmean, zip(*found, strict=True))))
 
 
 def _choices(arch: str) -> str:

@@ -18,13 +18,12 @@ from zoo.data.datasets import load_data
 from zoo.errors import DocumentError, FactorError, ZooError
 from zoo.planning.policies import POLICIES
 from zoo.registry.store import stored_groups
-from zoo.search import campaign
-from zoo.search.campaign import SearchConfig, search_profile
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, policy_widths
-from zoo.search.fidelities import FineTuning, FromScratch
+from zoo.search.fidelities import FineTuning, FromScratch, Recalibration
 from zoo.search.ledger import TEST, Ledger, merge, read
+from zoo.search.run import SearchConfig, SearchInterrupted, _Search, search_profile
 from zoo.spec.cost import cost_model
 from zoo.spec.profile import Profile
 from zoo.training.finetuning import evaluate
@@ -186,7 +185,7 @@ def test_two_runs_agree_on_their_common_prefix(config, tmp_path):
 
 
 def test_ctrl_c_ends_the_episodes_and_a_profile_comes_of_it(config, monkeypatch, tmp_path):
-    original, calls = campaign.Recalibration.measure, []
+    original, calls = Recalibration.measure, []
 
     def measure(self, candidate):
         calls.append(candidate)
@@ -194,8 +193,8 @@ def test_ctrl_c_ends_the_episodes_and_a_profile_comes_of_it(config, monkeypatch,
             raise KeyboardInterrupt
         return original(self, candidate)
 
-    monkeypatch.setattr(campaign.Recalibration, "measure", measure)
-    with pytest.raises(campaign.SearchInterrupted) as stopped:
+    monkeypatch.setattr(Recalibration, "measure", measure)
+    with pytest.raises(SearchInterrupted) as stopped:
         search_profile(dataclasses.replace(config, out=tmp_path, cf=(2.0, 3.0), episodes=64))
     (profile,) = stopped.value.profiles
     assert Profile.read(tmp_path / "params-cf2.json") == profile
@@ -239,7 +238,7 @@ def test_the_best_of_every_task_are_candidates_though_one_is_easier():
 
     easy = [episode(number, "easy", 0.9 - number / 100) for number in range(5)]
     hard = [episode(10 + number, "hard", 0.2 - number / 100) for number in range(5)]
-    search = campaign._Search.__new__(campaign._Search)
+    search = _Search.__new__(_Search)
     search.episodes = [*easy, *hard, {**easy[0], "cf": 3.0, "widths": (99,)}]
     search.tasks = [SimpleNamespace(name="easy"), SimpleNamespace(name="hard")]
     search.config = SearchConfig("cnet", ("a",), Path("out"), candidates=4)
@@ -259,9 +258,9 @@ def test_ctrl_c_before_any_episode_leaves_nothing_and_says_so(
             raise KeyboardInterrupt
         return 0.5
 
-    monkeypatch.setattr(campaign.Recalibration, "measure", measure)
-    monkeypatch.setattr(campaign.FineTuning, "measure", lambda *_: 0.5)
-    with pytest.raises(campaign.SearchInterrupted) as stopped:
+    monkeypatch.setattr(Recalibration, "measure", measure)
+    monkeypatch.setattr(FineTuning, "measure", lambda *_: 0.5)
+    with pytest.raises(SearchInterrupted) as stopped:
         search_profile(dataclasses.replace(config, out=tmp_path, agent=agent, cf=(2.0, 3.0)))
     assert len(stopped.value.profiles) == (1 if agent == "ppo" else 0)
     if agent == "random":

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from zoo.common.correlation import rank_correlation
 from zoo.criteria.data_scores import Batches
 from zoo.data.batches import check_labels
 from zoo.errors import ZooError
-from zoo.spec.groups import ChannelGroups, Group
+from zoo.spec.groups import ChannelGroups
+from zoo.surgery.masking import without
 from zoo.surgery.surgery import named_tensors
 
 __all__ = ["Correlation", "Oracle", "oracle", "spearman"]
@@ -87,7 +87,7 @@ def oracle(module: nn.Module, groups: ChannelGroups, batches: Batches) -> Oracle
         for group in groups.groups:
             losses = []
             for unit in range(group.size):
-                with _masked_unit(tensors, group, unit):
+                with without(tensors, group, [unit]):
                     losses.append(_loss(network, batches))
             changes[group.name] = tuple(without - loss for without in losses)
     return Oracle(loss, changes)
@@ -101,24 +101,6 @@ def _loss(network: nn.Module, batches: Batches) -> float:
         total += functional.cross_entropy(logits, labels, reduction="sum").item()
         count += len(labels)
     return total / count
-
-
-@contextmanager
-def _masked_unit(tensors: dict[str, Tensor], group: Group, unit: int) -> Iterator[None]:
-    """Inside the block, zero all positions of one unit; then restore them."""
-    saved = []
-    for slot in group.slots:
-        if slot.tensor in tensors:
-            tensor = tensors[slot.tensor]
-            index = torch.tensor(list(slot.positions(unit)), device=tensor.device)
-            saved.append((tensor, slot.dim, index, tensor.index_select(slot.dim, index)))
-            tensor.index_fill_(slot.dim, index, 0)
-    try:
-        yield
-    finally:
-        # backwards, because slots may overlap
-        for tensor, dim, index, values in reversed(saved):
-            tensor.index_copy_(dim, index, values)
 
 
 def spearman(scores: Sequence[Sequence[float]], oracle: Oracle) -> Correlation:

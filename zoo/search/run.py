@@ -22,7 +22,7 @@ from zoo.search.gate import RANKED
 from zoo.search.ledger import FILE, Ledger, read
 from zoo.search.provenance import Found, as_first_found, profile_of
 from zoo.search.settings import SearchConfig, cost_of, parse_budget, pool_for, trainer_of
-from zoo.search.starts import check_start, named, start_ratios
+from zoo.search.starts import Start, check_start, start_at
 from zoo.search.tasks import SEARCH_SEEDS, Candidate, Task, load_tasks, say
 from zoo.search.vector_env import PruningVectorEnv
 from zoo.spec.cost import CostModel
@@ -109,7 +109,7 @@ class _Search:
     tasks: tuple[Task, ...]
     judges: tuple[Task, ...]
     evaluator: Evaluator
-    start: dict[float, tuple[float, ...]] | None = None
+    start: dict[float, Start] | None = None
     episodes: list[Episode] = field(default_factory=list)
     interrupted: bool = False
 
@@ -199,7 +199,8 @@ class _Search:
     def _started(self, cf: float) -> Widths:
         """The widths of the profile that the search at `cf` started from."""
         assert self.start is not None
-        return solve(self.cost, scale_curve(self.start[cf]), cf, self.config.env.metric).widths
+        curve = scale_curve(self.start[cf].ratios)
+        return solve(self.cost, curve, cf, self.config.env.metric).widths
 
     def _at_factor(self, episode: Episode) -> Widths:
         """The episode's widths, scaled to its factor unless the projection did so."""
@@ -274,9 +275,10 @@ class _AgentRun:
     def play(self) -> list[Episode]:
         """Train the agent, and return the episodes that it proposes in the end."""
         search, config = self.search, self.search.config
+        start = {cf: own.ratios for cf, own in search.start.items()} if search.start else None
         make_env = partial(
             PruningEnv, search.tasks, search.groups, self.factors, search.measure, config.env,
-            cost=search.cost, live_features=live_features, start=search.start,
+            cost=search.cost, live_features=live_features, start=start,
         )  # fmt: skip
         env = PruningVectorEnv(make_env, TOGETHER)
         proposals = trainer_of(config)(
@@ -299,6 +301,7 @@ class _AgentRun:
             seconds=self._seconds,
             tasks=search.tasks,
             judges=search.judges,
+            start=search.start[cf].name if search.start else None,
             fidelity=f"search: {search.fidelity.name}; choice: {choice.name}",
         )
 
@@ -335,15 +338,15 @@ class _AgentRun:
 
 def _start(
     config: SearchConfig, tasks: Sequence[Task], cost: CostModel
-) -> dict[float, tuple[float, ...]] | None:
-    """Factor -> the keep ratios that its search starts from; None for a search without a start."""
+) -> dict[float, Start] | None:
+    """Factor -> what its search starts from; None for a search without a start."""
     if config.start is None:
         return None
     found, metric = {}, config.env.metric
     for cf in config.cf:
-        found[cf] = start_ratios(config.start, config.arch, tasks, cost, cf, metric)
-        told = " ".join(f"{ratio:.2f}" for ratio in found[cf])
-        say(f"{cf:g}x starts from {named(config.start, cf, metric)}: keep ratios {told}")
+        name, ratios = found[cf] = start_at(config.start, config.arch, tasks, cost, cf, metric)
+        told = " ".join(f"{ratio:.2f}" for ratio in ratios)
+        say(f"{cf:g}x starts from {name}: keep ratios {told}")
     return found
 
 
