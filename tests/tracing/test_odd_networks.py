@@ -91,6 +91,21 @@ RIGHT: dict[str, tuple[Build, str]] = {
     "group norm": (lambda: net(lambda n, x: n.c(x), c=nn.GroupNorm(2, 8)), "a b"),
     "instance norm": (lambda: net(lambda n, x: n.c(x), c=nn.InstanceNorm2d(8)), "a b"),
     "PReLU per channel": (lambda: net(lambda n, x: n.c(x), c=nn.PReLU(8)), "a b"),
+    # shapes of other tensors
+    "a product as the tensor that entered it": (
+        lambda: net(
+            lambda n, x: (x.flatten(2).transpose(1, 2) @ n.w).transpose(1, 2).view_as(x),
+            w=param(8, 8),
+        ),
+        "a b",
+    ),
+    "one layer's output as another's": (
+        lambda: net(
+            lambda n, x: n.c(x).flatten(1).reshape_as(n.d(x)) + n.d(x).mean(1, True),
+            c=conv(8, 6), d=conv(8, 6), out=6,
+        ),
+        "a c b",
+    ),
     # channels that move
     "channel shuffle": (
         lambda: net(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,12 @@ import torch.nn.functional as F
 from odd import IMAGES, Build, Net, attention, conv, cut, net, param
 from test_odd_networks import RIGHT
 from torch import Tensor, nn
+from torch.ao.quantization import (
+    get_default_qat_qconfig,
+    get_default_qconfig,
+    prepare,
+    prepare_qat,
+)
 from torch.nn.utils import parametrizations, prune
 
 import zoo
@@ -29,6 +37,12 @@ def slice_assignment(n: nn.Module, x: Tensor) -> Tensor:
 def non_local(n: nn.Module, x: Tensor) -> Tensor:
     q, k, v = (part(x).flatten(2).transpose(1, 2) for part in (n.q, n.k, n.v))
     return ((q @ k.transpose(1, 2)).softmax(-1) @ v).transpose(1, 2).reshape(x.shape)
+
+
+def gated(n: nn.Module, x: Tensor) -> Tensor:
+    """The halves of one layer's output, where another layer's width says where they end."""
+    half, y = x.shape[1] // 2, n.c(x)
+    return torch.cat([y[:, :half].sigmoid(), y[:, half:]], 1)
 
 
 # --- kept whole, with a reason --------------------------------------------------------------------
@@ -64,6 +78,10 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
     ),
     "new zeros": (
         lambda: net(lambda _, x: x + x.new_zeros(8, 1, 1)), "a", "to no channel group",
+    ),
+    "a tensor of constants as another": (
+        lambda: net(lambda n, x: x * n.w.view_as(x[0]), w=param(8 * 64)),
+        "a", "to no channel group, at node 'view_as'",
     ),
     "local response norm": (
         lambda: net(lambda n, x: n.c(x), c=nn.LocalResponseNorm(5)), "a", "to no channel group",
@@ -144,6 +162,16 @@ WHOLE: dict[str, tuple[Build, str, str]] = {
         lambda: net(lambda _, x: (x.flatten(2) * 0.5).clamp(max=x.size(1) / 16).view_as(x)),
         "a", "its width 8 is used as a number at node 'clamp'",
     ),
+    "halves of another layer's output": (
+        lambda: net(gated, c=conv(8, 8)),
+        "a", "its width 8 decides where channels are sliced at node 'slice_1' of module '', File",
+    ),
+    "a loop over a layer": (
+        lambda: net(
+            lambda n, x: [x := n.c(x).relu() for _ in range(x.shape[1] // 4)][-1], c=conv(8, 8)
+        ),
+        "a", "that fails (was called fewer times than in the traced program) at a call of 'c'",
+    ),
     "a loop over the width": (
         lambda: net(lambda _, x: x * sum(x.mean() for _ in range(x.shape[1]))),
         "a", "decides what is computed",
@@ -177,6 +205,14 @@ def masked_weight() -> nn.Module:
     return module
 
 
+def prepared(step: Callable[[nn.Module], nn.Module], config: object) -> nn.Module:
+    module = net().train()
+    module.qconfig = config
+    with warnings.catch_warnings():  # observers warn of a setting that torch's own default has
+        warnings.simplefilter("ignore")
+        return step(module)
+
+
 REFUSED: dict[str, tuple[Build, str]] = {
     "weight_norm": (
         lambda: net(lambda n, x: n.c(x), c=parametrizations.weight_norm(conv(8, 8))),
@@ -205,9 +241,29 @@ REFUSED: dict[str, tuple[Build, str]] = {
         r"OptimizedModule 'c' is compiled",
     ),
     "TorchScript": (lambda: torch.jit.trace(net(), IMAGES), r"is TorchScript: prune the network"),
+    "an exported program": (
+        lambda: torch.export.export(net(), (IMAGES,)).module(),
+        r"GraphModule is a program of torch\.export: prune the network that it was made from",
+    ),
+    "an exported program, unflattened": (
+        lambda: torch.export.unflatten(torch.export.export(net(), (IMAGES,))),
+        r"UnflattenedModule is a program of torch\.export",
+    ),
+    "an exported part": (
+        lambda: net(lambda n, x: n.c(x), c=torch.export.export(conv(3, 3), (IMAGES,)).module()),
+        r"GraphModule 'c' is a program of torch\.export",
+    ),
     "quantised": (
         lambda: torch.ao.quantization.quantize_dynamic(net(), {nn.Linear}),
         r"Linear 'head' is quantised: prune the floating-point",
+    ),
+    "prepared for training in int8": (
+        lambda: prepared(prepare_qat, get_default_qat_qconfig("x86")),
+        r"Conv2d 'a' is prepared for quantisation: prune the floating-point network, then prepare",
+    ),
+    "prepared for calibration": (
+        lambda: prepared(prepare, get_default_qconfig("x86")),
+        r"Observer 'a\.activation_post_process' is prepared for quantisation",
     ),
     "control flow": (
         lambda: net(lambda n, x: n.c(x) if x.sum() > 0 else x, c=conv(8, 8)),
@@ -256,6 +312,19 @@ def test_a_factor_out_of_reach_names_what_stays_whole_and_the_line_that_holds_it
         zoo.prune(module, IMAGES, cf=50, align=8)
 
 
+def test_a_network_that_keeping_channels_whole_does_not_save_is_advised() -> None:
+    """A later layer's width decides how often an earlier one is called."""
+
+    def often(n: nn.Module, x: Tensor) -> Tensor:
+        return [x := n.c(x).relu() for _ in range(len(n.b.weight) // 4)][-1]
+
+    module = net(often, c=conv(8, 8))
+    message = r"'c': was called fewer times .* program\. Prune it with rewrite=True\.$"
+    with pytest.raises(GraphError, match=message):
+        zoo.prune(module, IMAGES, cf=1.3)
+    assert zoo.prune(module, IMAGES, cf=1.3, rewrite=True).pruning.plan.got > 1.2
+
+
 def test_the_caller_keeps_what_was_given() -> None:
     """Neither a refusal nor a success leaves a trace in the network."""
     for build in (RIGHT["two names"][0], WHOLE["swapped halves"][0], REFUSED["lazy"][0]):
@@ -267,3 +336,13 @@ def test_the_caller_keeps_what_was_given() -> None:
             assert module.c.has_uninitialized_params()
         assert {name: id(t) for name, t in named_tensors(module).items()} == before
         assert module.training
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_an_exported_program_is_not_evaluated(inside: bool) -> None:
+    program: nn.Module = torch.export.export(net(), (IMAGES,)).module()
+    module = nn.Sequential(nn.Identity(), program) if inside else program
+    modes = [layer.training for layer in module.modules()]
+    with pytest.raises(GraphError, match=r"cannot be put in eval mode: .* take the network that"):
+        zoo.evaluate(module, [(IMAGES, torch.tensor([0, 1]))])
+    assert [layer.training for layer in module.modules()] == modes

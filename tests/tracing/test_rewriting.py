@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from odd import IMAGES, Build, Net, conv, double, halves, param
+from odd import IMAGES, Build, Net, conv, double, halves, net, param
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -96,6 +97,15 @@ def test_constants_follow_the_widths(name: str, tmp_path: Path) -> None:
         batch = mapped(lambda t, n=count: torch.cat([t] * 3)[:n], x)
         assert torch.equal(call(again, batch), call(pruned, batch))
         assert len(call(pruned, batch)) == count
+
+
+def test_positions_follow_the_widths_before_them() -> None:
+    """The first half keeps other channels than the second: verification compares the outputs."""
+    swap = lambda _, x: torch.cat([x.narrow(1, 4, 4), x.narrow(1, 0, 4)], 1)  # noqa: E731
+    module, kept = net(swap), {"a": 3, "a[1]": 1, "b": 4}
+    profile = replace(halves(channel_groups(rewritten(module, IMAGES), IMAGES)), kept=kept)
+    plan = zoo.prune(module, IMAGES, profile=profile, rewrite=True).pruning.plan
+    assert plan.widths == kept
 
 
 def test_it_computes_what_the_module_does_and_shares_its_tensors() -> None:

@@ -178,6 +178,75 @@ def test_edited_code_of_an_installed_package_is_traced_again(
     assert trace_key(net, X) is None
 
 
+SPECIAL = """
+import dataclasses
+import torch
+from torch import nn
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.all = nn.ModuleList(nn.Conv2d(3 if not n else 8, 8, 1) for n in range(2))
+
+    def __iter__(self):
+        yield from (self[0], self[1])
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, at):
+        return self.all[at]
+
+    def __contains__(self, item):
+        return True
+
+class Shift:
+    def __init__(self):
+        self.by = 1.0
+
+    def __radd__(self, x):
+        return x + self.by
+
+@dataclasses.dataclass
+class Settings:
+    sizes: list = dataclasses.field(default_factory=list)
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = Blocks()
+        self.head, self.settings = nn.Linear(8, 4), Settings()
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        if "a" in self.blocks:
+            x = self.blocks[-1](x) * len(self.blocks)
+        return self.head((x + Shift()).mean((2, 3)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("(self[0], self[1])", "(self[0], self[1], self[1])"),
+        ("return 2", "return 3"),
+        ("self.all[at]", "self.all[abs(at)]"),
+        ("return True", "return False"),
+        ("self.by = 1.0", "self.by = 2.0"),
+        ("x + self.by", "x - self.by"),
+    ],
+)
+def test_edited_special_methods_are_traced_again(
+    traces: list[str], tmp_path: Path, old: str, new: str
+) -> None:
+    for _ in range(2):
+        zoo.plan(imported(tmp_path, SPECIAL).Net(), X, cf=1.3)
+    assert len(traces) == 1
+    zoo.plan(imported(tmp_path, SPECIAL.replace(old, new)).Net(), X, cf=1.3)
+    assert len(traces) == 2
+
+
 def test_a_method_of_timm_that_is_patched_is_traced_again(
     traces: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

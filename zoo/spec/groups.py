@@ -96,8 +96,8 @@ class ChannelGroups:
             MACs of the operator are the weight's elements times this.
         image_size: pixels per side that `positions` was counted at; the last dimension of the first
             input if `inputs` is not empty.
-        fixed_macs: MACs per image of products of two activations (attention), which no width
-            changes.
+        fixed_macs: MACs per image that no width changes: of products of two activations (attention)
+            and of operators without a rule (recurrent layers).
         unprunable: module name -> why its channels stay whole.
         attributes: `<module>:<attribute>` -> value, for every integer of a module that repeats a
             width that none of its own tensors has. Slots treat it as a tensor of that length.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
 from zoo.errors import DocumentError, unknown
@@ -16,13 +16,16 @@ __all__ = [
     "SIBLING",
     "STANDARD",
     "Evidence",
+    "Metric",
     "Profile",
     "Provenance",
     "Publication",
     "Reference",
 ]
 
-METRICS = ("params", "macs", "latency")
+Metric = Literal["params", "macs", "latency"]
+"""What a compression factor counts."""
+METRICS: tuple[Metric, ...] = get_args(Metric)
 
 SIBLING = "sibling"
 """The policy of evidence that was trained from scratch, once for each base network."""

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from zoo.spec.groups import ChannelGroups
+from zoo.spec.groups import ChannelGroups, Group
 from zoo.spec.plans import Plan, kept_positions
 from zoo.surgery.surgery import named_tensors
 
-__all__ = ["mask", "masked"]
+__all__ = ["mask", "masked", "without"]
 
 
 def masked(module: nn.Module, groups: ChannelGroups, plan: Plan) -> nn.Module:
@@ -31,3 +33,22 @@ def mask(module: nn.Module, groups: ChannelGroups, plan: Plan) -> None:
                 tensor = tensors[name]
                 gone = np.setdiff1d(np.arange(tensor.shape[dim]), index)
                 tensor.index_fill_(dim, torch.from_numpy(gone).to(tensor.device), 0)
+
+
+@contextmanager
+def without(tensors: Mapping[str, Tensor], group: Group, units: Iterable[int]) -> Iterator[None]:
+    """Inside the block, zero all positions of these units of a group; then restore them."""
+    gone, saved = list(units), []
+    for slot in group.slots:
+        if slot.tensor in tensors:
+            tensor = tensors[slot.tensor]
+            positions = [position for unit in gone for position in slot.positions(unit)]
+            index = torch.tensor(positions, dtype=torch.long, device=tensor.device)
+            saved.append((tensor, slot.dim, index, tensor.index_select(slot.dim, index)))
+            tensor.index_fill_(slot.dim, index, 0)
+    try:
+        yield
+    finally:
+        # backwards, because slots may overlap
+        for tensor, dim, index, values in reversed(saved):
+            tensor.index_copy_(dim, index, values)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
+from dataclasses import is_dataclass
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from zoo.errors import GraphError
+from zoo.errors import GraphError, first_line
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plans import Plan, kept_positions
 
 __all__ = [
     "apply",
     "evaluating",
+    "is_record",
     "is_repaired",
     "named_tensors",
     "resize",
@@ -64,10 +68,21 @@ def named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Puts `module` in eval mode; afterwards every layer gets its former mode back."""
+    """Puts `module` in eval mode; afterwards every layer gets its former mode back.
+
+    Raises:
+        GraphError: if it has no modes, as a program of torch.export.
+    """
     modes = {layer: layer.training for layer in module.modules()}
-    module.eval()
     try:
+        try:
+            module.eval()
+        except NotImplementedError as error:
+            raise GraphError(
+                f"{type(module).__name__} cannot be put in eval mode: "
+                f"{first_line(error).rstrip('.')}. In place of a program of torch.export, take the "
+                f"network that it was made from."
+            ) from error
         yield
     finally:
         for layer, training in modes.items():
@@ -86,7 +101,8 @@ def resized(
     skeleton that `tensors` does not name are copied.
 
     Raises:
-        GraphError: if `attributes` names anything but an integer attribute.
+        GraphError: if `attributes` names anything but an integer attribute, or if an attribute of
+            a layer cannot be copied.
     """
     memo: dict[int, object] = {}
     for name, old in named_tensors(skeleton).items():
@@ -95,24 +111,59 @@ def resized(
     # deepcopy refuses tensors of an autograd graph, and any beside fake ones
     for tensor in _plain_tensors(skeleton):
         memo.setdefault(id(tensor), tensor.detach().clone())
-    result = copy.deepcopy(skeleton, memo)
+    with unset_fake_temporarily():  # a copy of a tensor inside an object would have no storage
+        known = dict(memo)
+        try:
+            result = copy.deepcopy(skeleton, memo)
+        except Exception as error:  # whatever the attribute raises
+            raise GraphError(_not_copied(skeleton, known, error)) from error
     _repair(result, attributes)
     return result
 
 
+def _not_copied(module: nn.Module, known: Mapping[int, object], error: Exception) -> str:
+    """The message that names the attribute of a layer that copy.deepcopy fails on."""
+    for path, layer in module.named_modules():
+        for name, value in vars(layer).items():
+            try:
+                copy.deepcopy(value if name != "_modules" else None, dict(known))
+            except Exception as failure:
+                owner = f"The {type(layer).__name__} {path!r}" if path else type(layer).__name__
+                return (
+                    f"{owner} cannot be copied because of its attribute {name!r}: "
+                    f"{first_line(failure)}. Prune the network without it."
+                )
+    return f"{type(module).__name__} cannot be copied: {first_line(error)}."
+
+
 def _plain_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Tensors that layers keep as plain attributes, also inside lists, tuples and dicts."""
+    """Tensors that layers keep as plain attributes, also in containers and records."""
     waiting: list[Any] = [
         value
         for layer in module.modules()
         for name, value in layer.__dict__.items()
         if name not in ("_parameters", "_buffers", "_modules")
     ]
+    seen = set()
     for value in waiting:
         if isinstance(value, Tensor):
             yield value
-        elif isinstance(value, list | tuple | dict):
-            waiting.extend(value.values() if isinstance(value, dict) else value)
+        elif id(value) in seen:
+            continue
+        elif isinstance(value, list | tuple | set | deque):
+            waiting.extend(value)
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif is_record(value):
+            waiting.append(vars(value))
+        seen.add(id(value))
+
+
+def is_record(value: object) -> bool:
+    """Whether `value` is a dataclass or a namespace: its `vars` are what it consists of."""
+    if isinstance(value, type | nn.Module) or not hasattr(value, "__dict__"):
+        return False
+    return isinstance(value, SimpleNamespace) or is_dataclass(value)
 
 
 def resize(module: nn.Module, tensors: Mapping[str, Tensor], attributes: Mapping[str, int]) -> None:

@@ -37,8 +37,8 @@ CONSTANTS = bool | int | float | complex | str | bytes | None | types.EllipsisTy
 CONSTANTS |= torch.dtype | torch.device | torch.layout | torch.memory_format
 ROOMS = ("spec", "surgery", "tracing", "models")
 """The folders of the zoo whose code affects a trace."""
-CALLED = ("__call__", "__getattr__", "__getattribute__")
-"""The special methods that may run in a forward pass."""
+METHODS = (types.FunctionType, staticmethod, classmethod, property)
+"""What a class defines special methods as; `__doc__`, `__dict__` and such are none."""
 
 
 def trace_key(module: nn.Module, inputs: Inputs) -> str | None:
@@ -189,12 +189,23 @@ class _Description:
             own = [
                 item
                 for key, member in vars(value).items()
-                if key in CALLED or not key.startswith("__")
+                if _may_run(value, key, member)
                 for item in (key, member)
             ]
             self.waiting.append((name, (*value.__mro__[1:], *own), tolerant))
         elif not tolerant:
             raise _UnknownError
+
+
+def _may_run(owner: type, name: str, member: Any) -> bool:
+    """Whether a forward pass may use what a class defines: of special names, the methods.
+
+    A module's `__init__` has run already, and that of a dataclass follows from its fields.
+    """
+    if name == "__init__":
+        params = getattr(owner, "__dataclass_params__", None)
+        return not (issubclass(owner, nn.Module) or (params is not None and params.init))
+    return not name.startswith("__") or name == "__call__" or isinstance(member, METHODS)
 
 
 def _parts(function: types.FunctionType) -> Iterator[Any]:

@@ -1,30 +1,29 @@
-"""Tracing of networks in eval mode by `torch.export`, as programs of ATen operators.
-
-`check_prunable` refuses networks that surgery can never cut (wrappers, computed weights, ...).
-"""
+"""Tracing of networks in eval mode by `torch.export`, as programs of ATen operators."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
+import operator
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.lazy import LazyModuleMixin
-from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_map
 
 from zoo.common.quiet import quiet
 from zoo.errors import GraphError, ZooError, first_line
-from zoo.surgery.surgery import evaluating
+from zoo.surgery.surgery import evaluating, is_record
 from zoo.tracing.calls import Inputs, arguments, batch_of, call, checked_inputs, described, leaves
+from zoo.tracing.refusals import check_prunable
 
-__all__ = ["GRADIENTS", "check_prunable", "checked_classes", "export", "export_module"]
+__all__ = ["GRADIENTS", "checked_classes", "export", "export_module", "own_attributes"]
 
 GRADIENTS = "gradients"
 """Key in a node's `meta`: whether gradients are on, if the network switches them there."""
@@ -67,13 +66,64 @@ def export_module(module: nn.Module, inputs: Inputs) -> fx.GraphModule:
 def _exported(module: nn.Module, inputs: Inputs, **options: Any) -> torch.export.ExportedProgram:
     args, kwargs = arguments(module, inputs)
     try:
-        with evaluating(module), quiet():
+        with evaluating(module), quiet(), own_attributes(module):
             return torch.export.export(module, args, kwargs, **options)
     except Exception as error:
         raise GraphError(
             f"torch.export cannot trace {type(module).__name__}: {first_line(error)}"
             f"{_failing_line(error)}"
         ) from error
+
+
+@contextlib.contextmanager
+def own_attributes(module: nn.Module) -> Iterator[None]:
+    """Afterwards the layers have the attributes that they had: torch.export leaves copies of them.
+
+    Their lists, dicts and sets hold again what they held; attributes set meanwhile are gone.
+    """
+    standard = vars(nn.Module()).keys()
+    before = {
+        layer: {name: value for name, value in vars(layer).items() if name not in standard}
+        for layer in module.modules()
+    }
+    contents = _contents(before.values())
+    try:
+        yield
+    finally:
+        for layer, own in before.items():
+            for name in vars(layer).keys() - standard - own.keys():
+                del vars(layer)[name]
+            vars(layer).update(own)
+        for held, items in contents:
+            now = _items(held)
+            if len(now) == len(items) and all(map(operator.is_, now, items)):
+                continue
+            held.clear()
+            if isinstance(held, dict):
+                held.update(zip(items[::2], items[1::2], strict=True))
+            else:
+                (held.update if isinstance(held, set) else held.extend)(items)
+
+
+def _contents(values: Iterable[Any]) -> list[tuple[Any, list[Any]]]:
+    """All lists, dicts and sets in nested containers and records, each with its `_items`."""
+    found: dict[int, tuple[Any, list[Any]]] = {}
+    waiting = list(values)
+    for value in waiting:
+        if isinstance(value, list | dict | set | deque) and id(value) not in found:
+            found[id(value)] = value, _items(value)
+            waiting += found[id(value)][1]
+        elif isinstance(value, tuple):
+            waiting += value
+        elif is_record(value):
+            waiting.append(vars(value))
+    return list(found.values())
+
+
+def _items(held: Any) -> list[Any]:
+    """The items of a container; of a dict, each key with its value after it."""
+    pairs = itertools.chain.from_iterable(held.items()) if isinstance(held, dict) else held
+    return list(pairs)
 
 
 @contextlib.contextmanager
@@ -118,59 +168,6 @@ def _inline_regions(program: fx.GraphModule) -> None:
             part.replace_all_uses_with(results[part.args[1]])
             program.graph.erase_node(part)
         program.graph.erase_node(region)
-
-
-def check_prunable(module: nn.Module) -> None:
-    """Refuse networks that are not plain modules with parameters of their own.
-
-    Raises:
-        GraphError: naming the module, and what to prune instead.
-    """
-    for path, layer in module.named_modules():
-        for applies, reason in _REFUSED:
-            if applies(layer):
-                name = f"The {type(layer).__name__} {path!r}" if path else type(layer).__name__
-                raise GraphError(f"{name} {reason}.")
-
-
-def _is_computed(layer: nn.Module) -> bool:
-    """Whether torch computes a parameter of the layer from others before each call."""
-    computing: list[Any] = list(layer._forward_pre_hooks.values())
-    if parametrize.is_parametrized(layer):
-        for steps in layer.parametrizations.values():  # type: ignore[union-attr, operator]
-            computing += steps
-    return any(type(step).__module__.startswith("torch.nn.utils.") for step in computing)
-
-
-_REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
-    (
-        lambda layer: isinstance(getattr(layer, "_orig_mod", None), nn.Module),
-        "is compiled: prune the network inside (its _orig_mod), then compile that",
-    ),
-    (
-        lambda layer: isinstance(layer, nn.DataParallel | nn.parallel.DistributedDataParallel),
-        "is a wrapper: prune the network inside (its module), then wrap that",
-    ),
-    (
-        lambda layer: isinstance(layer, torch.jit.ScriptModule),
-        "is TorchScript: prune the network that it was made from",
-    ),
-    (
-        lambda layer: "quantized" in type(layer).__module__,
-        "is quantised: prune the floating-point network, then quantise that",
-    ),
-    (
-        lambda layer: isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params(),
-        "has no parameters yet: run the network once",
-    ),
-    (
-        _is_computed,
-        "computes its weight from other tensors (weight_norm, spectral_norm or a pruning mask): "
-        "make it permanent first, with torch.nn.utils.parametrize.remove_parametrizations, "
-        "remove_weight_norm, remove_spectral_norm or prune.remove",
-    ),
-)
-"""A test for modules that cannot be pruned, and the end of the error message."""
 
 
 def checked_classes(module: nn.Module, example_input: Inputs) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
+from torch import fx, nn
 
 from zoo.common.quiet import ONE_AT_A_TIME
 from zoo.errors import GraphError
@@ -23,6 +23,7 @@ from zoo.surgery.surgery import is_repaired
 from zoo.tracing.attributes import attribute_labels
 from zoo.tracing.calls import Inputs
 from zoo.tracing.check import first_failure
+from zoo.tracing.hooks import has_hooks, without_observers
 from zoo.tracing.labels import Labels, Value, is_channels
 from zoo.tracing.program import Program, integers, interpret, locate, module_path
 from zoo.tracing.retrace import Failure
@@ -47,7 +48,7 @@ def channel_groups(module: nn.Module, inputs: Inputs) -> ChannelGroups:
 def analyse(module: nn.Module, inputs: Inputs) -> tuple[Program, ChannelGroups]:
     """As `channel_groups`, with the interpreted program that they come from."""
     with ONE_AT_A_TIME:
-        return _analysed(module, inputs)
+        return _analysed(without_observers(module, inputs), inputs)
 
 
 def _analysed(module: nn.Module, inputs: Inputs) -> tuple[Program, ChannelGroups]:
@@ -107,11 +108,12 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
         own = {(slot.tensor, slot.dim) for slot in slots}
         filters, dims = zip(*(home for home in trace.producers if home in own), strict=True)
         groups.append(Group(name, len(roots), slots, filters, dims if any(dims) else ()))
+    positions, fixed_macs = trace.counted()
     return ChannelGroups(
         groups=tuple(groups),
         shapes={name: value.shape for name, value in program.tensors.items() if ":" not in name},
         buffers=tuple(name for name in buffers if name in program.tensors),
-        positions=dict(trace.positions),
+        positions=positions,
         image_size=program.image_size,
         inputs=program.inputs,
         unprunable=unprunable,
@@ -121,7 +123,7 @@ def _assemble(program: Program, buffers: tuple[str, ...]) -> ChannelGroups:
             for slot in group.slots
             if ":" in slot.tensor
         },
-        fixed_macs=trace.fixed_macs,
+        fixed_macs=fixed_macs,
     )
 
 
@@ -168,7 +170,7 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
         and not is_repaired(module.get_submodule(constant.path))
     ]
     find = program.trace.find
-    fixed = {find(label) for label in program.trace.fixed}
+    fixed = program.trace.fixed_roots()
 
     def free(rows: Iterable[tuple[Labels, str]]) -> list[tuple[Labels, str]]:
         return [(r, where) for r, where in rows if not fixed.issuperset(map(find, r.tolist()))]
@@ -183,8 +185,15 @@ def _pin(module: nn.Module, program: Program, failure: Failure) -> None:
     if not fresh:
         why = f"is used in a computation that fails ({failure.message})"
         fresh = free((r, f"a call after {at!r}") for at, r in failure.before if is_channels(r))[-1:]
+    if not fresh and path in program.flows:
+        into, _ = program.flows[path]
+        fresh = free((row, f"a call of {path!r}") for row in into.labels if is_channels(row))
     if not fresh:
-        raise GraphError(f"Surgery would break module {path!r}: {failure.message}.")
+        at = f" at {failure.where}" if failure.where else ""
+        advice = "" if isinstance(module, fx.GraphModule) else " Prune it with rewrite=True."
+        if has_hooks(module):
+            advice = " If a forward hook does that, remove it first."
+        raise GraphError(f"Surgery would break module {path!r}: {failure.message}{at}.{advice}")
     for row, where in fresh:
         reason = f"its width {len(row)} {why} at {where}"
         if why == Failure.reason:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import nn
 
+from zoo.common.cache import cache_folder
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
 from zoo.common.sizes import Size, sides
-from zoo.data.datasets import cache_folder
 from zoo.errors import DocumentError
 from zoo.models import architecture, build_model
 from zoo.models.stem import RGB

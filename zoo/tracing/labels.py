@@ -8,8 +8,9 @@ are tied (cut together) and fixed (never cut), and what the operators' rules rec
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -56,8 +57,9 @@ class Trace:
     Attributes:
         batch: images in the traced batch.
         fixed: label -> why it cannot be cut.
-        positions: weight -> output positions per image, for counting MACs.
-        fixed_macs: MACs of products of activations, per image; no plan changes them.
+        elements: stored tensor -> how many elements it has.
+        macs: weight -> MACs per image, which follow its widths; "" -> those that no plan changes.
+        per_item: whether the operator whose rule is running works for every image anew.
         producers: (weight, its output dimension) -> the labels of the channels that it computes.
         where: node, module and line of the operator whose rule is running; "" if none is.
     """
@@ -68,8 +70,9 @@ class Trace:
         self._tensors: list[tuple[str, int]] = []
         self.batch = batch
         self.fixed: dict[int, str] = {}
-        self.positions: dict[str, int] = defaultdict(int)
-        self.fixed_macs = 0
+        self.elements: dict[str, int] = {}
+        self.macs: dict[str, int] = defaultdict(int)
+        self.per_item = True
         self.producers: dict[tuple[str, int], Labels] = {}
         self.where = ""
 
@@ -85,9 +88,11 @@ class Trace:
         """The stored tensor and dimension that a row's labels were created for; else ("", 0)."""
         if not is_channels(row):
             return "", 0
-        first = self._tensors[bisect_right(self._starts, int(row[0])) - 1]
-        last = self._tensors[bisect_right(self._starts, int(row[-1])) - 1]
+        first, last = self._home(int(row[0])), self._home(int(row[-1]))
         return first if first == last else ("", 0)
+
+    def _home(self, label: int) -> tuple[str, int]:
+        return self._tensors[bisect_right(self._starts, label) - 1]
 
     def find(self, label: int) -> int:
         """The representative of the set that `label` belongs to."""
@@ -118,6 +123,10 @@ class Trace:
             reason = f"{reason}, at {self.where}" if reason and self.where else reason
             self.fixed.update(dict.fromkeys(labels.tolist(), reason))
 
+    def fixed_roots(self) -> set[int]:
+        """The representatives of all labels that are never to be cut."""
+        return {self.find(label) for label in self.fixed}
+
     def produce(self, labels: Labels) -> None:
         """Record that a weight produces channels: `labels` are its own, and its input lacks them.
 
@@ -130,7 +139,30 @@ class Trace:
             self.producers.setdefault(home, labels)
 
     def count(self, weight: Value, positions: int) -> None:
-        """Record that `weight` is applied at so many output positions of the batch, for MACs."""
-        name = weight.name or self.home(weight.labels[0])[0]
-        if name:
-            self.positions[name] += positions // self.batch
+        """Record that `weight` is applied at so many output positions of the batch, for MACs.
+
+        A weight that is computed from stored ones counts as their work, by its filters.
+        """
+        row = weight.labels[0]
+        name = weight.name or self.home(row)[0]
+        macs = math.prod(weight.shape) * positions
+        if name or not is_channels(row):
+            self.add_macs(macs, name)
+            return
+        homes = Counter(self._home(label)[0] for label in row.tolist())
+        for home, filters in homes.items():
+            self.add_macs(macs * filters // len(row), home)
+
+    def add_macs(self, macs: int, weight: str = "") -> None:
+        """Record MACs of the batch: those of a stored `weight`, or such as no plan changes."""
+        self.macs[weight] += macs // self.batch if self.per_item else macs
+
+    def counted(self) -> tuple[dict[str, int], int]:
+        """Weight -> output positions per image, and the MACs per image that no plan changes."""
+        fixed = self.macs[""]
+        positions = {}
+        for name, macs in self.macs.items():
+            if name:
+                positions[name], rest = divmod(macs, self.elements[name])
+                fixed += rest
+        return positions, fixed

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from zoo.errors import GraphError
 from zoo.tracing import shape_rules
 from zoo.tracing.labels import Labels, Trace, Value, is_channels
+from zoo.tracing.macs import macs_of_call
 
 __all__ = [
     "addmm",
@@ -43,7 +45,6 @@ def convolution(
     groups: int = 1,
 ) -> Value:
     del stride, padding, dilation
-    trace.count(weight, shape[0] * math.prod(shape[2:]))
     outputs, fan_in = weight.labels[0], weight.labels[1]
     if outputs is None or fan_in is None:
         raise GraphError("a convolution whose weight has no labels")
@@ -60,7 +61,9 @@ def convolution(
         trace.produce(outputs)
     if bias is not None:
         trace.tie(outputs, bias.labels[0])
-    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
+    rows = _image_rows(trace, shape, x)
+    trace.count(weight, shape[0] * math.prod(shape[2:]))
+    return Value(shape, (None, outputs, *rows))
 
 
 def transposed_convolution(
@@ -77,7 +80,6 @@ def transposed_convolution(
 ) -> Value:
     """Depthwise ones pass labels on; others produce new ones; grouped ones are fixed."""
     del stride, padding, output_padding, dilation
-    trace.count(weight, x.shape[0] * math.prod(x.shape[2:]))
     fan_in, outputs = weight.labels[0], weight.labels[1]
     if weight.shape[1] == 1 and groups > 1:
         outputs = trace.tie(x.labels[1], fan_in)
@@ -92,7 +94,9 @@ def transposed_convolution(
         outputs = np.tile(outputs, groups)
     if bias is not None:
         trace.tie(outputs, bias.labels[0])
-    return Value(shape, (None, outputs, *_image_rows(trace, shape, x)))
+    rows = _image_rows(trace, shape, x)
+    trace.count(weight, x.shape[0] * math.prod(x.shape[2:]))
+    return Value(shape, (None, outputs, *rows))
 
 
 def _image_rows(trace: Trace, shape: Shape, x: Value) -> list[Labels | None]:
@@ -107,7 +111,6 @@ def _image_rows(trace: Trace, shape: Shape, x: Value) -> list[Labels | None]:
 
 
 def linear(trace: Trace, shape: Shape, x: Value, weight: Value, bias: Value | None = None) -> Value:
-    trace.count(weight, math.prod(x.shape[:-1]))
     outputs, fan_in = weight.labels
     if outputs is None or fan_in is None:
         raise GraphError("a linear layer whose weight has no labels")
@@ -118,6 +121,7 @@ def linear(trace: Trace, shape: Shape, x: Value, weight: Value, bias: Value | No
     trace.produce(outputs)
     if bias is not None:
         trace.tie(outputs, bias.labels[0])
+    trace.count(weight, math.prod(x.shape[:-1]))
     return Value(shape, (*x.labels[:-1], outputs))
 
 
@@ -168,12 +172,15 @@ def embedding(trace: Trace, shape: Shape, table: Value, *rest: Any, **options: A
 def product(trace: Trace, shape: Shape, *operands: Any, **options: Any) -> Value:
     """Products of activations (attention): all their channels are fixed."""
     values = [v for v in (*operands, *options.values()) if isinstance(v, Value)]
+    _fix_products(trace, values)
+    trace.add_macs(math.prod(shape) * values[0].shape[-1])
+    return Value(shape, (None,) * len(shape))
+
+
+def _fix_products(trace: Trace, values: Sequence[Value]) -> None:
     for value in values:
         for row in value.labels:
             trace.fix(row, "is multiplied by other activations (attention)")
-    contracted = values[0].shape[-1]
-    trace.fixed_macs += math.prod(shape) * contracted // trace.batch
-    return Value(shape, (None,) * len(shape))
 
 
 def matmul(trace: Trace, shape: Shape, x: Value, y: Value) -> Value:
@@ -184,13 +191,12 @@ def matmul(trace: Trace, shape: Shape, x: Value, y: Value) -> Value:
     return product(trace, shape, x, y)
 
 
-def einsum(trace: Trace, shape: Shape, equation: str, factors: Sequence[Value], **_: Any) -> Value:
-    terms = equation.replace(" ", "").partition("->")[0].split(",")
-    sizes: dict[str, int] = {}
-    for term, factor in zip(terms, factors, strict=True):
-        sizes.update(zip(term, factor.shape, strict=True))
-    product(trace, (), *factors)
-    trace.fixed_macs += math.prod(sizes.values()) // trace.batch
+def einsum(
+    trace: Trace, shape: Shape, equation: str, factors: Sequence[Value], **options: Any
+) -> Value:
+    _fix_products(trace, factors)
+    like = [torch.empty(factor.shape, device="meta") for factor in factors]
+    trace.add_macs(macs_of_call(torch.ops.aten.einsum, equation, like, **options))
     return Value(shape, (None,) * len(shape))
 
 
@@ -198,7 +204,7 @@ def attention(
     trace: Trace, shape: Shape, query: Value, key: Value, value: Value, *rest: Any, **options: Any
 ) -> Value:
     scores = math.prod(query.shape[:-1]) * key.shape[-2] * query.shape[-1]
-    trace.fixed_macs += scores // trace.batch
+    trace.add_macs(scores)
     return product(
         trace, shape, Value((*query.shape[:-1], key.shape[-2]), query.labels), key, value, *rest,
         **options,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,9 +22,11 @@ from zoo.tracing.calls import (
     shapes_of,
     tensors_of,
 )
-from zoo.tracing.exporting import check_prunable, export
+from zoo.tracing.exporting import export
 from zoo.tracing.labels import Labels, Trace, Value, is_channels, rows_of
+from zoo.tracing.macs import is_per_item, macs_of
 from zoo.tracing.operators import RULES, pointwise
+from zoo.tracing.refusals import check_prunable
 
 __all__ = [
     "SHAPE_OPERATORS",
@@ -55,7 +58,6 @@ class Constant:
     Attributes:
         path: the module whose `forward` calls the operator.
         where: node, module and source line.
-        value: the length of the row.
         labels: the row.
         place: which item of the argument it is: `.0`, `.1`, ..., `before`, `after`, or "".
         literal: whether the length is among the operator's arguments.
@@ -63,7 +65,6 @@ class Constant:
 
     path: str
     where: str
-    value: int
     labels: Labels
     place: str
     literal: bool
@@ -118,17 +119,21 @@ def interpret(module: nn.Module, inputs: Inputs) -> Program:
     calls: dict[str, Call] = {}
     constants: list[Constant] = []
     outputs: tuple[Value, ...] = ()
+    per_item = _batched_inputs(exported, inputs)
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             name = names.get(node.name)
             if name is None:  # an input, or a constant
-                values[node] = _without_channels(trace, _shape(node))
+                values[node] = _without_channels(_shape(node))
                 continue
             if name not in tensors:
                 tensors[name] = _stored(trace, name, _shape(node), name in kernels)
             values[node] = tensors[name]
         elif node.op == "call_function":
             trace.where = locate(node)
+            trace.per_item = is_per_item(node, trace.batch, per_item)
+            if trace.per_item:
+                per_item.add(node)
             values[node] = _apply_rule(trace, node, values)
             trace.where = ""
             constants += _constants(node, values)
@@ -166,6 +171,7 @@ def _is_leaf(layer: nn.Module) -> bool:
 
 def _stored(trace: Trace, name: str, shape: tuple[int, ...], is_kernel: bool) -> Value:
     """A parameter or buffer with fresh labels in every dimension; of a kernel, in the first two."""
+    trace.elements[name] = math.prod(shape)
     channels = 2 if is_kernel else len(shape)
     rows = (trace.fresh(n, name, d) if d < channels else None for d, n in enumerate(shape))
     return Value(shape, tuple(rows), name)
@@ -189,6 +195,13 @@ def _input_names(exported: torch.export.ExportedProgram, module: nn.Module) -> d
         for spec in exported.graph_signature.input_specs
         if spec.target in tensors and hasattr(spec.arg, "name")
     }
+
+
+def _batched_inputs(exported: torch.export.ExportedProgram, inputs: Inputs) -> set[fx.Node]:
+    """The inputs with a batch: those as long as the first one."""
+    given = {*exported.graph_signature.user_inputs}
+    nodes = [n for n in exported.graph.nodes if n.op == "placeholder" and n.name in given]
+    return {n for n in nodes if _shape(n)[:1] == tensors_of(inputs)[0].shape[:1]}
 
 
 def _flows(values: dict[fx.Node, Any]) -> dict[str, tuple[Value, Value]]:
@@ -231,14 +244,15 @@ def _apply_rule(trace: Trace, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if rule is None and isinstance(value, torch.Tensor) and _is_pointwise(node.target):
         rule = pointwise
     if rule is None:
-        return _fix_inputs(trace, node, values, f"enters the operator {name!r}, which has no rule")
+        reason = f"enters the operator {name!r}, which has no rule"
+        return _fix_counted(trace, node, values, reason)
     try:
         return rule(trace, _shapes(node), *args, **kwargs)
     except GraphError as error:
-        return _fix_inputs(trace, node, values, f"enters {error} ({name!r})")
+        return _fix_counted(trace, node, values, f"enters {error} ({name!r})")
     except (TypeError, ValueError, IndexError, AttributeError, KeyError) as error:
         reason = f"enters the operator {name!r}, whose rule does not cover its use ({error})"
-        return _fix_inputs(trace, node, values, reason)
+        return _fix_counted(trace, node, values, reason)
 
 
 def _is_pointwise(target: Any) -> bool:
@@ -250,6 +264,15 @@ _ASSERTING = ("_assert", "sym_constrain")
 """Prefixes of the names of operators that return nothing and change nothing."""
 
 
+def _fix_counted(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) -> Any:
+    """As `_fix_inputs`; the MACs, which no plan changes then, are counted if they are known."""
+    macs = macs_of(node)
+    if macs is None:
+        reason += ", and whose MACs are not counted"
+    trace.add_macs(macs or 0)
+    return _fix_inputs(trace, node, values, reason)
+
+
 def _fix_inputs(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason: str) -> Any:
     """Fix all inputs of a node, and return outputs without labels."""
     for source in node.all_input_nodes:
@@ -258,7 +281,7 @@ def _fix_inputs(trace: Trace, node: fx.Node, values: dict[fx.Node, Any], reason:
         for row in rows_of(values.get(source)):
             if is_channels(row):
                 trace.fix(row, reason)
-    return _without_channels(trace, _shapes(node))
+    return _without_channels(_shapes(node))
 
 
 def _shapes(node: fx.Node) -> Any:
@@ -269,9 +292,8 @@ def _shapes(node: fx.Node) -> Any:
     return _shape(node)
 
 
-def _without_channels(_: Trace, shapes: Any, *args: Any, **kwargs: Any) -> Any:
+def _without_channels(shapes: Any) -> Any:
     """Abstract tensors without channels: constants, positions, masks."""
-    del args, kwargs
     if isinstance(shapes, list):
         return tuple(Value(shape, (None,) * len(shape)) for shape in shapes)
     return Value(shapes, (None,) * len(shapes))
@@ -311,9 +333,7 @@ def _constants(node: fx.Node, values: dict[fx.Node, Any]) -> Iterator[Constant]:
     stated = set(integers((*node.args, *node.kwargs.values())))
     for row, place in _shaped_rows(name, node, values):
         if is_channels(row):
-            yield Constant(
-                module_path(node), locate(node), len(row), row, place, len(row) in stated
-            )
+            yield Constant(module_path(node), locate(node), row, place, len(row) in stated)
 
 
 def integers(arguments: Iterable[Any]) -> Iterator[int]:
@@ -340,6 +360,15 @@ def _shaped_rows(
         for bound in node.args[2:4]:
             if is_channels(row) and isinstance(bound, int) and 0 < abs(bound) < len(row):
                 yield row[:bound] if bound > 0 else row[bound:], ""
+    elif name == "narrow":
+        numbers: Any = node.args[1:4]
+        dim, start, length = numbers
+        row = given.labels[dim]
+        if is_channels(row) and isinstance(start, int) and start >= 0:
+            at = [size > 0 for size in (dim, start)]  # which of them are among the lengths
+            if start:
+                yield row[:start], f".{sum(at[:1])}"
+            yield row[start : start + length], f".{sum(at)}"
     elif name == "split_with_sizes":
         dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
         yield given.labels[dim], ""

@@ -231,17 +231,16 @@ GROUPS = 6
 
 def _failure(program: Program, node: fx.Node, reason: str) -> Failure:
     """A failure at a node, with the last row of channels up to it that is not fixed yet."""
-    find = program.trace.find
-    fixed = {find(label) for label in program.trace.fixed}
+    find, fixed = program.trace.find, program.trace.fixed_roots()
     nodes = list(program.exported.graph.nodes)
+    path, where = module_path(node), locate(node)
     for earlier in reversed(nodes[: nodes.index(node) + 1]):
         if earlier.op != "call_function":
             continue
         for row in rows_of(program.values.get(earlier)):
             if is_channels(row) and not fixed.issuperset(map(find, row.tolist())):
-                where = locate(node)
-                return Failure(module_path(node), f"its width {reason}", row, where, reason)
-    return Failure(module_path(node), f"a width {reason}")
+                return Failure(path, f"its width {reason}", row, where, reason)
+    return Failure(path, f"a width {reason}", where=where)
 
 
 # --- slices ---------------------------------------------------------------------------------------
@@ -260,7 +259,8 @@ def _slice_failure(
 ) -> Failure | None:
     """A failure for a slice whose bounds did not move with its channels.
 
-    Two such slices can leave all later shapes right, as when two halves are swapped.
+    Two such slices can leave all later shapes right, as when two halves are swapped. If the
+    channels stay whole already, the bounds follow the width of others.
     """
     row = _sliced_row(program, old)
     if row is None or not _cuts_channels(program, old):
@@ -273,6 +273,8 @@ def _slice_failure(
         moved = sum(stays[:at]) if bound >= 0 else -sum(stays[at:])
         if abs(bound) < len(row) and got != moved + within:
             cut = row if got != bound else row[:bound] if bound > 0 else row[bound:]
+            if program.trace.fixed_roots().issuperset(map(program.trace.find, cut.tolist())):
+                return _failure(program, old, "decides where channels are sliced")
             return Failure(module_path(old), "its channels are sliced", cut, locate(old))
     return None
 

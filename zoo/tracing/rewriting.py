@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from zoo.errors import GraphError
 from zoo.tracing.calls import Inputs, batch_of, mapped, tensors_of
 from zoo.tracing.exporting import export_module
+from zoo.tracing.hooks import without_observers
 from zoo.tracing.program import SHAPE_OPERATORS, operator_name
 
 __all__ = ["SizedOperator", "rewritten"]
@@ -47,7 +48,7 @@ def rewritten(module: nn.Module, inputs: Inputs) -> nn.Module:
             raise GraphError(f"{name!r} cannot be rewritten: set a momentum in place of None.")
     count = batch_of(inputs)
     pair = mapped(lambda t: torch.cat([t, t]) if t.ndim and len(t) == count == 1 else t, inputs)
-    traced = export_module(module, pair)
+    traced = export_module(without_observers(module, pair), pair)
     graph = traced.graph
     traced.operators = holder = nn.Module()
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]

@@ -25,6 +25,7 @@ __all__ = [
     "repeat",
     "repeat_interleave",
     "reshape",
+    "reshape_like",
     "roll",
     "select",
     "shuffle",
@@ -100,6 +101,12 @@ def reshape(trace: Trace, shape: Shape, x: Value, *rest: Any) -> Value:
         merged = _merge(trace, [x.labels[d] for d in old], [x.shape[d] for d in old])
         result += _split(trace, merged, [shape[d] for d in new])
     return Value(shape, tuple(result))
+
+
+def reshape_like(trace: Trace, shape: Shape, x: Value, other: Value) -> Value:
+    """view_as and reshape_as: as long as `other` in every dimension, so both are cut together."""
+    given = reshape(trace, shape, x)
+    return Value(shape, tuple(map(trace.tie, given.labels, other.labels)))
 
 
 def _merge(trace: Trace, labels: Sequence[Labels | None], sizes: Sequence[int]) -> Labels | None:

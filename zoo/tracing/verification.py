@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.common.notices import warn
 from zoo.common.quiet import ONE_AT_A_TIME
 from zoo.common.seeding import seeded
 from zoo.errors import GraphError, first_line
@@ -27,6 +28,7 @@ from zoo.surgery.surgery import evaluating, named_tensors, resized
 from zoo.tracing.calls import Inputs, batch_of, call, leaves, mapped
 from zoo.tracing.contract import difference, masked_forward, random_tensors
 from zoo.tracing.graph import analyse
+from zoo.tracing.hooks import has_hooks
 from zoo.tracing.program import Program
 
 __all__ = ["verify"]
@@ -74,10 +76,7 @@ def verify(
                 )
             if found is not None:
                 return
-    warnings.warn(
-        f"{type(module).__name__} could not be verified: its output is random or not finite.",
-        stacklevel=4,
-    )
+    warn(f"{type(module).__name__} could not be verified: its output is random or not finite.")
 
 
 def _worst_difference(
@@ -109,8 +108,9 @@ def _worst_difference(
     try:
         got = _run(partial(call, pruned), given)
     except Exception as error:
+        cause = "If a hook does that, remove it first; else it" if has_hooks(dense) else "That"
         raise GraphError(
-            f"{type(module).__name__}, pruned, does not run: {first_line(error)}. That is a bug "
+            f"{type(module).__name__}, pruned, does not run: {first_line(error)}. {cause} is a bug "
             f"of the zoo; verify=False skips this check."
         ) from error
     worst = _largest_difference(got, expected)
