@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers import randomised
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import zoo
 from zoo.data.datasets import ImageSet
@@ -25,6 +26,11 @@ from zoo.training.recipes import Recipe
 
 ONCE = Recipe(epochs=1, batch_size=32, lr=0.01, precision="fp32")
 STILL = replace(ONCE, lr=0.0, weight_decay=0.0)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from ()
 
 
 class Branches(nn.Module):
@@ -92,6 +98,19 @@ def test_a_live_network_is_cut_in_nested_steps(toy_images: ImageSet, criterion: 
     once = zoo.prune(module, torch.zeros(1, 3, 8, 8), cf=4).pruning.plan
     assert result.steps[-1].plan.widths == once.widths
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
+def test_the_callers_switched_off_gradients_do_not_matter(
+    toy_images: ImageSet, switch: type[torch.no_grad]
+) -> None:
+    schedule = Schedule(cf=2, steps=2, criterion="taylor", recipe=ONCE)
+    expected = pruned(toy_images, schedule, randomised(Branches())).model.state_dict()
+    with switch():
+        result = pruned(toy_images, schedule, randomised(Branches()))
+    assert_sound(result, 2, 2)
+    got = result.model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in got.items())
 
 
 @pytest.mark.parametrize(("kind", "cf", "steps"), [(Branches, 3, 4), (Grouped, 8, 6)])
@@ -180,8 +199,23 @@ def test_what_cannot_be_meant_is_an_error(toy_images: ImageSet) -> None:
         pruned(toy_images, Schedule(cf=2, recipe="slow"))
     with pytest.raises(ZooError, match=r"a zoo\.Schedule, got dict"):
         pruned(toy_images, {"cf": 2})
-    with pytest.raises(DataError, match="train is a torch Dataset or DataLoader, got list"):
+    with pytest.raises(DataError, match=r"train data must be a torch Dataset or .*; got list"):
         pruned([], Schedule(cf=2))
+    stream, example = DataLoader(Stream()), torch.zeros(1, 3, 8, 8)
+    for train, val in ((stream, toy_images), (toy_images, stream)):
+        with pytest.raises(DataError, match="has no length to plan a training by"):
+            prune_iteratively(network, train, val, Schedule(cf=2), example_input=example)
+
+
+def test_data_sets_go_by_their_names_as_in_finetune() -> None:
+    network, schedule = build_model("cnet", 10, image_size=8), Schedule(cf=2, steps=1, recipe=ONCE)
+    digits = zoo.load_data("digits", size=8)
+    named, given = (
+        prune_iteratively(network, train, val, schedule, example_input=torch.zeros(1, 3, 8, 8))
+        for train, val in (("digits", "digits"), (digits.train, digits.val))
+    )
+    for name, tensor in named_tensors(named.model).items():
+        assert torch.equal(tensor, named_tensors(given.model)[name])
 
 
 # --- rewinding ------------------------------------------------------------------------------------

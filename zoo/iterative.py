@@ -6,12 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.criteria.scores import CRITERIA, channel_scores, labelled_batches
 from zoo.criteria.weight_scores import Scores
-from zoo.errors import DataError, ZooError, integer
+from zoo.errors import ZooError, integer
 from zoo.loading import Weights, load, prune
 from zoo.planning.latency import latency_table
 from zoo.planning.request import Request, plan_of, planned, request
@@ -24,6 +25,7 @@ from zoo.surgery.surgery import apply
 from zoo.tracing.known_groups import groups_of, traced_groups
 from zoo.tracing.verification import verify
 from zoo.training.finetuning import TrainResult, finetune
+from zoo.training.loaders import Data, found
 from zoo.training.recipes import Recipe, read_recipe
 
 __all__ = ["IterativeResult", "IterativeStep", "Schedule", "prune_iteratively"]
@@ -71,10 +73,11 @@ class IterativeResult:
     steps: tuple[IterativeStep, ...]
 
 
+@torch.inference_mode(mode=False)  # whose tensors could not be trained
 def prune_iteratively(
     weights: Weights,
-    train: Dataset[Any] | DataLoader[Any],
-    val: Dataset[Any] | DataLoader[Any],
+    train: Data,
+    val: Data,
     schedule: Schedule,
     *,
     arch: str = "",
@@ -89,8 +92,8 @@ def prune_iteratively(
     Args:
         weights: a checkpoint, as in `zoo.load`, with `arch`; or a live network with
             `example_input`. Neither is changed.
-        train, val: torch Datasets or DataLoaders of (image, label); a criterion that needs data
-            gets the training images.
+        train, val: as in `zoo.finetune`; policies and criteria that need data get the training
+            images.
         schedule: compression, number of steps, and training.
         arch: a registered name, `torchvision:<name>` or `timm:<name>`.
         example_input: one batch (N, C, H, W), as in `zoo.prune`.
@@ -102,15 +105,16 @@ def prune_iteratively(
     Raises:
         ZooError: as `zoo.load`, `zoo.prune` and `zoo.finetune`, and if not exactly one of `arch`
             and `example_input` is given.
-        DataError: if `train` or `val` is not a Dataset or DataLoader.
+        DataError: as `zoo.finetune`.
     """
-    steps = _checked(schedule, train, val)
+    steps = _checked(schedule)
     asked = request(
         schedule.profile, arch, cf=schedule.cf, metric=schedule.metric,
         criterion=schedule.criterion, seed=schedule.seed, align=schedule.align,
         floor=schedule.floor, keep=schedule.keep, data=True,
     )  # fmt: skip
     dense, groups = _dense_network(weights, arch, example_input)
+    train, val = found(train, "train", dense), found(val, "val", dense)
     model, record = dense, cast(Any, dense.pruning)
     goal = planned(model, groups, replace(asked, criterion="random"), train)
     if example_input is not None:  # before any training
@@ -138,14 +142,11 @@ def prune_iteratively(
     return IterativeResult(model, tuple(done))
 
 
-def _checked(schedule: Schedule, train: object, val: object) -> int:
-    """The number of steps; also refuses early what the first training would refuse."""
+def _checked(schedule: Schedule) -> int:
+    """The number of steps; also refuses early a recipe that the first training would refuse."""
     if not isinstance(schedule, Schedule):
         raise ZooError(f"A schedule is a zoo.Schedule, got {type(schedule).__name__}.")
     read_recipe(schedule.recipe)
-    for name, data in (("train", train), ("val", val)):
-        if not isinstance(data, Dataset | DataLoader):
-            raise DataError(f"{name} is a torch Dataset or DataLoader, got {type(data).__name__}.")
     return integer("steps", schedule.steps, 1)
 
 
@@ -158,7 +159,7 @@ def _dense_network(
         record = cast(PruningRecord, model.pruning)
         return model, groups_of(arch, model, record.size, record.in_channels)
     if not arch and example_input is not None:
-        model = prune(cast(nn.Module, weights), example_input, cf=1)
+        model = prune(cast(nn.Module, weights), example_input, cf=1, profile="equal")
         return model, traced_groups(model, example_input)[1]
     raise ZooError("Give arch= for a checkpoint, or example_input= for a live network.")
 

@@ -305,9 +305,10 @@ def test_benchmark_and_compare_print_their_tables(pruned, base, capsys):
         assert f"{parameter_count(network):,}" in shown
     profiles = ["dense", "equal", "increasing"]
     flags = ["--arch", "cnet", "--cf", "2", "--weights", str(base)]
-    assert main(["compare", *profiles, *flags, *quick]) == 0
-    lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
-    assert [line for line in lines if line in profiles] == profiles
+    for compared, own in ((profiles, []), (["dense", "global", "learned"], data)):
+        assert main(["compare", *compared, *flags, *own, *quick]) == 0
+        lines = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.strip()]
+        assert [line for line in lines if line in compared] == compared
     assert main(["compare", *profiles, "--cf", "2", *quick]) == cli.USER_ERROR
     assert "Add --arch" in capsys.readouterr().err
 
@@ -341,17 +342,17 @@ def test_a_checkpoint_is_evaluated_by_the_architecture_it_names(base, tmp_path, 
 
 
 def test_search_passes_its_flags_on(monkeypatch, tmp_path, capsys):
-    from zoo.search import campaign
+    from zoo.search import run
     from zoo.search.env import EnvSettings
 
     received = []
 
-    def search_profile(config: campaign.SearchConfig) -> list[Profile]:
+    def search_profile(config: run.SearchConfig) -> list[Profile]:
         received.append(config)
         kept = {"conv1": 0.5}, {"conv1": 16}
         return [Profile("cnet", "macs", cf, cf, Reference(10, 32), *kept) for cf in config.cf]
 
-    monkeypatch.setattr(campaign, "search_profile", search_profile)
+    monkeypatch.setattr(run, "search_profile", search_profile)
     flags = [
         "--arch",
         "cnet",
@@ -367,7 +368,7 @@ def test_search_passes_its_flags_on(monkeypatch, tmp_path, capsys):
     flags += ["--agent", "gnn", "--budget", "20m", "--out", str(tmp_path), "--resume"]
     assert main(["search", *flags]) == 0
     assert received == [
-        campaign.SearchConfig(
+        run.SearchConfig(
             arch="cnet", cf=(2.0, 4.0), env=EnvSettings(metric="macs"), agent="gnn",
             tasks=("a.pt", "b.pt@digits"), budget="20m", out=tmp_path, resume=True,
         )

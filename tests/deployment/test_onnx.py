@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import noise
 from onnxscript import ir
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,6 +23,7 @@ import zoo.deployment.exporting
 import zoo.deployment.runtime
 from zoo import ExportOptions
 from zoo.data.datasets import ImageSet
+from zoo.data.images import ImageFiles
 from zoo.deployment.exporting import export
 from zoo.deployment.parity import TOLERANCES, Comparison, compare_outputs, gather
 from zoo.deployment.runtime import InferenceSession
@@ -219,6 +221,16 @@ def test_inputs_are_at_most_256_images_spread_over_the_set(
     assert none is None
     result = export(small, tmp_path / "small.onnx", inputs=data)
     assert (result.inputs, result.images) == ("five by file order", 200)
+
+
+def test_images_too_many_for_memory_have_a_name_too(small: nn.Module, tmp_path: Path) -> None:
+    for side in (9, 12):
+        Image.new("RGB", (side, side), "teal").save(tmp_path / f"{side}.png")
+    paths = tuple(tmp_path / f"{side}.png" for side in (9, 12))
+    half = (0.5,) * 3
+    files = ImageFiles("teal squares", paths, 8, torch.tensor([0, 1]), tuple("abcde"), half, half)
+    result = export(small, tmp_path / "small.onnx", inputs=files)
+    assert (result.inputs, result.images) == ("teal squares", 2)
 
 
 def test_a_pruned_module_exports_with_its_record(small: nn.Module, tmp_path: Path) -> None:

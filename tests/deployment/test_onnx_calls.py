@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -127,3 +129,38 @@ def test_networks_of_several_inputs_are_not_timed(tmp_path: Path) -> None:
     pruned = zoo.prune(build(), inputs, cf=1.2)
     with pytest.raises(ZooError, match="Networks of one input can be measured"):
         zoo.benchmark(build(), pruned)
+
+
+def upsampled(times: int, mode: str = "nearest") -> nn.Module:
+    layers = [nn.Upsample(scale_factor=1.35, mode=mode) for _ in range(times)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), *layers, nn.Conv2d(8, 2, 3))
+
+
+class Extremes(nn.Module):
+    """ONNX Runtime computes minima and maxima in fp32; these have both inputs in common."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        other = images.flip(3) * 2
+        return torch.maximum(images, other) + 3 * torch.minimum(images, other)
+
+
+@pytest.mark.parametrize(
+    "network", [upsampled(1), upsampled(2), upsampled(3, "bilinear"), Extremes()]
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_what_operators_take_in_fp32_does_not_hinder_fp16(
+    network: nn.Module, half: bool, tmp_path: Path
+) -> None:
+    images = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    path, options = tmp_path / "a.onnx", zoo.ExportOptions(half_inputs=half)
+    zoo.export(network, path, inputs=images, precision="fp16", options=options)
+    (got,) = run(path, images.half() if half else images)
+    assert (got - network(images)).abs().max() < 1e-2
+    graph = onnx.load(path).graph
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    scales = [constants[node.input[2]] for node in graph.node if node.op_type == "Resize"]
+    for own in scales:  # 1.35 is no fp16 number
+        assert onnx.numpy_helper.to_array(own)[3] == np.float32(1.35)
+    assert {tensor.data_type for tensor in constants.values() if len(tensor.dims) == 4} <= {
+        onnx.TensorProto.FLOAT16
+    }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from odd import Net, conv
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import zoo
 from zoo.criteria.scores import CRITERIA
@@ -170,6 +170,32 @@ def test_data_of_every_integer_type_rank_alike_and_other_data_are_one_error() ->
     for data in (uneven, pictures):
         with pytest.raises(DataError, match="do not make a batch"):
             zoo.plan(module, example, data=DataLoader(data, 4), **options)
+        with pytest.raises(DataError, match=r"several shapes|The images are object, not tensors"):
+            zoo.plan(module, example, data=Listed(data), **options)
+    integers = TensorDataset((images * 255).byte(), labels)
+    for data in (integers, DataLoader(integers, 4)):
+        with pytest.raises(DataError, match=r"images are torch\.uint8, not floats"):
+            zoo.plan(module, example, data=data, **options)
+
+
+class Listed(Dataset):
+    """Of the samples in a list; of None, it fails as a disk does."""
+
+    def __init__(self, samples: list) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, number: int) -> object:
+        if self.samples[number] is None:
+            raise RuntimeError("the disk is full")
+        return self.samples[number]
+
+
+def test_what_a_data_set_raises_of_its_own_is_not_taken_for_its_images() -> None:
+    with pytest.raises(RuntimeError, match=r"^the disk is full$"):
+        zoo.plan(two_groups(), DATA[:1][0], cf=2, profile="global", data=Listed([None] * 4))
 
 
 def test_a_layer_whose_weight_is_used_without_it_is_named() -> None:

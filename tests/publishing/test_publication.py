@@ -190,6 +190,10 @@ def test_data_of_other_classes_and_half_a_normalisation_are_refused(
         zoo.publish(network_folder, "org/net", options=zoo.PublishOptions(mean=(0.5,) * 3))
     with pytest.raises(ZooError, match="Unknown precision 'fp64'"):
         zoo.PublishOptions(precisions=("fp64",))
+    with pytest.raises(ZooError, match=r"mean must be a number per channel, got 0\.5"):
+        zoo.PublishOptions(mean=0.5, std=0.2)
+    given = zoo.PublishOptions(mean=np.full(3, 0.5), std=[0.2] * 3)
+    assert (given.mean, given.std) == ((0.5,) * 3, (0.2,) * 3)
     assert not hub.seen("POST|PUT|DELETE")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import os
 import pathlib
@@ -20,6 +21,7 @@ from zoo.spec.plans import Source
 from zoo.storage.artefacts import save_checkpoint
 from zoo.storage.checkpoints import read_checkpoint
 from zoo.storage.dense import load_dense
+from zoo.storage.wrappers import AVERAGES, WRAPPERS
 
 
 def test_every_kind_of_weights_gives_the_same_network(dense, tmp_path):
@@ -35,7 +37,7 @@ def test_every_kind_of_weights_gives_the_same_network(dense, tmp_path):
         assert not found.module.training
 
 
-@pytest.mark.parametrize("wrapper", [*checkpoints.WRAPPERS, *checkpoints.AVERAGES])
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, *AVERAGES])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_wrappers_and_prefixes_are_taken_off(dense, tmp_path, wrapper, prefix):
     state = dense.state_dict()
@@ -44,6 +46,34 @@ def test_wrappers_and_prefixes_are_taken_off(dense, tmp_path, wrapper, prefix):
     found = read_checkpoint(tmp_path / "m.pt").state
     assert found.keys() == state.keys()
     assert all(torch.equal(found[k], state[k]) for k in state)
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"]
+)
+def test_parts_that_were_wrapped_one_by_one_are_read(dense, wrapper):
+    state = dense.state_dict()
+    wrapped = dict(state)
+    for part in ("layer3.", "layer1.0."):
+        wrapped = {k.replace(part, f"{part}{wrapper}."): v for k, v in wrapped.items()}
+    outside = {f"module.{wrapper}.{name}": tensor for name, tensor in wrapped.items()}
+    for weights in (wrapped, outside):
+        assert same_state(load_dense("resnet20-16", weights).module, state)
+
+
+def test_a_network_of_compiled_parts_is_read(dense):
+    state = dense.state_dict()
+    model = copy.deepcopy(dense)
+    model.layer3 = torch.compile(model.layer3, backend="eager")
+    for weights in (model, model.state_dict()):
+        assert same_state(load_dense("resnet20-16", weights).module, state)
+
+
+def test_names_that_only_look_wrapped_stay():
+    state = {"a_orig_mod.weight": torch.ones(1), "b._orig_mod": torch.ones(1)}
+    assert read_checkpoint(state).state.keys() == state.keys()
+    twice = {"a.weight": torch.ones(1), "a._orig_mod.weight": torch.zeros(1)}
+    assert read_checkpoint(twice).state.keys() == twice.keys()
 
 
 def test_wrappers_nest_and_averaged_models_are_read(dense):
@@ -248,6 +278,25 @@ def test_files_that_are_no_checkpoints(tmp_path):
             read_checkpoint(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.safetensors.index.json", r"the index of a checkpoint in parts\..* its state dict"),
+        ("m.onnx", r"m\.onnx is no PyTorch checkpoint: .* end in \.safetensors, .*\.ckpt\."),
+        ("m.NPZ", "is no PyTorch checkpoint"),
+        ("config.json", "is no PyTorch checkpoint"),
+    ],
+)
+def test_files_of_other_kinds_are_not_told_as_damaged(tmp_path, name, told):
+    if name == "m.NPZ":
+        with (tmp_path / name).open("wb") as file:
+            np.savez(file, weight=np.ones(3))
+    else:
+        (tmp_path / name).write_text('{"weight_map": {}}')
+    with pytest.raises(CheckpointError, match=told):
+        read_checkpoint(tmp_path / name)
+
+
 def test_a_missing_file_names_its_nearest_neighbour(tmp_path):
     (tmp_path / "resnet.pth").touch()
     with pytest.raises(CheckpointError, match=r"resnet\.pt does not exist.*resnet\.pth"):
@@ -341,4 +390,7 @@ def test_hub_references_find_the_weights_file_and_its_commit(repository, files, 
 def test_an_ambiguous_hub_repository_lists_its_weights(repository):
     repository("notes.md", "x.pt", "y.pt")
     with pytest.raises(CheckpointError, match=r"x\.pt, y\.pt"):
+        read_checkpoint("hf:a/r")
+    repository("m-00001-of-00002.safetensors", "m-00002-of-00002.safetensors", "m.bin.index.json")
+    with pytest.raises(CheckpointError, match=r"has a checkpoint in parts: m-00001.*state dict"):
         read_checkpoint("hf:a/r")

@@ -37,7 +37,7 @@ def test_a_network_inside_another_is_found(dense, prefix, others, adapted):
     (warning,) = warned
     said = str(warning.message)
     assert repr(prefix) in said
-    assert f"{len(others)} others" in said
+    assert (f", and {len(others)} others left out: " if others else "were taken.") in said
     assert all(name in said for name in list(others)[:3])
 
 

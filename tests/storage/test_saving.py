@@ -45,6 +45,23 @@ def test_a_part_that_is_compiled_is_saved_under_its_own_names(pruned, tmp_path: 
     assert torch.equal(zoo.load_pruned(tmp_path / "saved")(images), expected)
 
 
+def test_an_average_of_a_pruned_network_is_saved_by_its_part(pruned, tmp_path: Path) -> None:
+    average = torch.optim.swa_utils.AveragedModel(pruned)
+    with pytest.raises(CheckpointError, match=r"AveragedModel .* its part 'module' is.*\(\.module"):
+        zoo.save(average, tmp_path / "saved")
+    zoo.save(average.module, tmp_path / "saved")
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(zoo.load_pruned(tmp_path / "saved")(images), pruned(images))
+
+
+def test_what_a_network_that_is_not_pruned_is_told_to_do_can_be_done(tmp_path: Path) -> None:
+    model, path = build_model("resnet20-16", 10), tmp_path / "dense.pt"
+    with pytest.raises(CheckpointError, match=r"not pruned.* torch\.save\(model\.state_dict\(\)"):
+        zoo.save(model, tmp_path / "saved")
+    torch.save(model.state_dict(), path)
+    zoo.save(zoo.load("resnet20-16", 2, path, profile="equal"), tmp_path / "saved")
+
+
 def test_a_classifier_of_other_classes_is_part_of_the_record(pruned, tmp_path: Path) -> None:
     pruned.fc = nn.Linear(pruned.fc.in_features, 37)
     zoo.save(pruned, tmp_path / "saved")

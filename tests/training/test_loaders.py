@@ -260,6 +260,27 @@ def test_a_network_that_asserts_another_size_is_one_clear_error(toy_images):
             call(model, toy_images)
 
 
+class Auxiliary(nn.Module):
+    """Gives a second output in training mode, as torchvision's GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = network()
+
+    def forward(self, images: torch.Tensor) -> object:
+        logits = self.inner(images)
+        return (logits, logits) if self.training else logits
+
+
+def test_a_network_of_other_outputs_in_training_mode_is_one_clear_error(toy_images):
+    before = weights(model := Auxiliary())
+    assert evaluate(model, toy_images).images == len(toy_images)
+    with pytest.raises(DataError, match=r"network in training mode gives tuple\. Wrap it"):
+        finetune(model, toy_images, None, recipe=QUICK)
+    assert same(before, weights(model))
+    assert not model.training
+
+
 @pytest.mark.parametrize("data", [None, 5, "pathlib"])
 def test_what_is_no_data_at_all_is_refused(data, tmp_path):
     with pytest.raises(DataError, match="torch Dataset or DataLoader"):

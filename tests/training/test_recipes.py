@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, make_dataclass, replace
 from functools import partial
 
@@ -12,6 +13,7 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 from toy import QUICK, network, same, weights
 
+import zoo
 from zoo.cli import main
 from zoo.data.batches import Augmentation, DeviceLoader
 from zoo.data.rand_augment import KINDS, rand_augmented
@@ -82,6 +84,15 @@ def test_a_bad_file_is_an_error_that_names_it(tmp_path, text, told):
 def test_a_bad_value_is_refused_in_python_too(wrong):
     with pytest.raises(ZooError, match=next(iter(wrong))):
         Recipe(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"epochs": 1}, None, 3])
+def test_what_is_no_recipe_is_told_what_is(toy_images, wrong):
+    told = rf"or a zoo\.Recipe, as .*; got {type(wrong).__name__} {re.escape(repr(wrong))}"
+    with pytest.raises(ZooError, match=told):
+        finetune(network(), toy_images, None, recipe=wrong)
+    with pytest.raises(ZooError, match=told):
+        zoo.prune_iteratively(network(), toy_images, None, zoo.Schedule(2, recipe=wrong))
 
 
 def test_the_command_line_takes_a_file(tmp_path, capsys):

@@ -103,6 +103,13 @@ class Twofold(nn.Module):
         return images.mean((2, 3)), images.mean((2, 3))
 
 
+class Refusing(nn.Module):
+    """Raises without a message."""
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("teacher", "told"),
     [
@@ -110,6 +117,7 @@ class Twofold(nn.Module):
         (nn.Conv2d(1, 3, 8), r"teacher does not run on images.*1 channels"),
         (nn.Conv2d(3, 3, 1), r"the teacher gives \(1, 3, 8, 8\)"),
         (Twofold(), "the teacher gives tuple"),
+        (Refusing(), r"\(1, 3, 8, 8\): AssertionError"),
     ],
 )
 def test_a_teacher_of_other_images_or_outputs_is_one_clear_error(teacher, told, toy_images):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from toy import QUICK, network, same, weights
 
 from zoo.data.datasets import ImageSet
@@ -147,18 +149,67 @@ def test_an_unknown_recipe_names_the_nearest_one(toy_images):
         finetune(network(), toy_images, toy_images, recipe="standart")
 
 
-def test_the_callers_random_state_is_left_alone(toy_images):
+class Noisy(Dataset):
+    """Images with noise from the three global generators."""
+
+    def __init__(self, images: ImageSet) -> None:
+        self.images, self.labels = images.normalise(images.images), images.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = torch.rand(()) + random.random() + float(np.random.rand())
+        return self.images[index] + noise, self.labels[index]
+
+
+@pytest.mark.parametrize("kind", ["image set", "dataset", "loader"])
+def test_the_callers_random_state_is_left_alone(toy_images, kind):
+    data = toy_images if kind == "image set" else Noisy(toy_images)
+    if kind == "loader":
+        data = DataLoader(data, 16, shuffle=True)
     before = torch.random.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    finetune(network(), toy_images, toy_images, recipe=replace(QUICK, epochs=1))
+    finetune(network(), data, data, recipe=replace(QUICK, epochs=1))
     assert torch.equal(torch.random.get_rng_state(), before[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
+@pytest.mark.parametrize("switch", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", ["image set", "dataset"])
+def test_training_switches_gradients_on_for_itself(toy_images, switch, kind):
+    data = toy_images
+    if kind == "dataset":
+        data = TensorDataset(toy_images.normalise(toy_images.images), toy_images.labels)
+    recipe = replace(QUICK, ema=0.5)
+    results = []
+    for around in (nullcontext, switch):
+        model, teacher = network(), network(seed=9)
+        with around():
+            finetune(model, data, data, teacher=teacher, recipe=recipe, cpu=True)
+            assert torch.is_grad_enabled() == (around is nullcontext)
+            assert torch.is_inference_mode_enabled() == (around is torch.inference_mode)
+        results.append(weights(model))
+        model(torch.zeros(1, 3, 8, 8)).sum().backward()  # it trains on, outside too
+    assert same(*results)
+
+
+def test_a_network_of_inference_tensors_is_one_clear_error(toy_images):
+    with torch.inference_mode():
+        model = network()
+    with pytest.raises(ZooError, match=r"made in torch\.inference_mode\(\).*copy\.deepcopy"):
+        finetune(model, toy_images, None, recipe=QUICK)
+    trained = copy.deepcopy(model)
+    finetune(trained, toy_images, None, teacher=model, recipe=QUICK)
+    assert not same(weights(model), weights(trained))
+
+
+@pytest.mark.parametrize("kind", ["image set", "dataset", "noisy loader"])
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others(toy_images, kind):
     data = toy_images
     if kind == "dataset":
         data = TensorDataset(toy_images.normalise(toy_images.images), toy_images.labels)
+    if kind == "noisy loader":
+        data = DataLoader(Noisy(toy_images), 16, shuffle=True)
     results = []
     for seed in (4, 4, 5):
         torch.manual_seed(len(results))  # what the caller's generator holds must not matter

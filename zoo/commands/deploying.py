@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import SEED, SIZE, Metric, read_network
+from zoo.commands.shared import SEED, SIZE, read_network
 from zoo.common.sizes import Size, sides, spelled
 from zoo.deployment.options import BenchmarkOptions, ExportOptions
 from zoo.errors import ZooError
+from zoo.spec.profile import Metric
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from zoo.data.datasets import Splits
     from zoo.deployment.exporting import ExportResult
+    from zoo.storage.dense import Dense
 
 __all__ = [
     "BenchmarkCommand",
@@ -134,7 +137,8 @@ class CompareCommand(BenchmarkOptions):
     classes: int = 10
     """number of classes of the new network"""
     data: str | None = None
-    """data set whose test images accuracies are measured on"""
+    """data set whose test images accuracies are measured on, and whose training images policies
+    see"""
     data_dir: Path | None = None
     """folder of the data set's files"""
     size: Annotated[Size | None, SIZE] = None
@@ -163,20 +167,28 @@ def compare(command: CompareCommand) -> None:
                 f"size for all with --size."
             )
         (size,) = sizes
+        splits = _splits(command, size)
     else:
-        networks, size = _pruned_by(command, command.cf)
-    test = None
-    if command.data is not None:
-        test = zoo.load_data(command.data, command.data_dir, size=size).test
+        dense = _dense(command)
+        size = dense.image_size
+        splits = _splits(command, size)
+        networks = _pruned_by(command, command.cf, dense, splits)
     channels = image_channels(next(iter(networks.values())))
     example = torch.zeros(1, channels, *sides(size))
+    test = None if splits is None else splits.test
     rows = zoo.compare(networks, data=test, example_input=example, options=command)
     print_tables([comparison_table(rows)])
     print(machine(command.threads))
 
 
-def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module], Size]:
-    """Name -> one network, pruned by that profile or `dense`; and the network's image size."""
+def _splits(command: CompareCommand, size: Size) -> Splits | None:
+    if command.data is None:
+        return None
+    return zoo.load_data(command.data, command.data_dir, size=size)
+
+
+def _dense(command: CompareCommand) -> Dense:
+    """The network to prune."""
     from zoo.storage.dense import load_dense
 
     if command.arch is None:
@@ -184,17 +196,24 @@ def _pruned_by(command: CompareCommand, cf: float) -> tuple[dict[str, nn.Module]
     weights: Any = command.weights or zoo.create_model(
         command.arch, command.classes, image_size=command.size
     )
-    dense = load_dense(command.arch, weights, image_size=command.size)
+    return load_dense(command.arch, weights, image_size=command.size)
+
+
+def _pruned_by(
+    command: CompareCommand, cf: float, dense: Dense, splits: Splits | None
+) -> dict[str, nn.Module]:
+    """Name -> the network, pruned by that profile or policy, or `dense`."""
     return {
         name: dense.module
         if name == "dense"
         else zoo.load(
-            command.arch,
+            cast(str, command.arch),
             cf,
-            weights,
+            dense.module,
             profile=name,
             metric=command.metric,
+            data=None if splits is None else splits.train,
             image_size=dense.image_size,
         )
         for name in command.networks
-    }, dense.image_size
+    }

@@ -126,7 +126,7 @@ def _onnxruntime() -> Iterator[str]:
 
 def _zoo() -> Iterator[str]:
     import zoo
-    from zoo.data.datasets import cache_folder
+    from zoo.common.cache import cache_folder
     from zoo.planning.learned import learned_policy
 
     yield f"{zoo.__version__} at {Path(zoo.__file__).parent}"

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import INTERRUPTED, SEED, SIZE, Metric, read_network
+from zoo.commands.shared import INTERRUPTED, SEED, SIZE, read_network
 from zoo.common.sizes import Size, spelled
 from zoo.errors import ZooError
+from zoo.spec.profile import Metric
 
 if TYPE_CHECKING:
     from torch import nn

@@ -9,9 +9,10 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 import zoo
-from zoo.commands.shared import Metric, printable
+from zoo.commands.shared import printable
 from zoo.errors import ZooError
 from zoo.registry.hub import HubReference, download, files_of
+from zoo.spec.profile import Metric
 
 LIBRARIES = ("torchvision", "timm")
 """Prefixes of architectures; any other is a source of profiles."""
@@ -83,7 +84,7 @@ class ShowCommand:
 
 def show(command: ShowCommand) -> None:
     from zoo.commands.rendering import print_profile
-    from zoo.registry.store import find_profile, is_registry
+    from zoo.registry.store import find_profile, is_registry, untagged
 
     what, arch = command.profile, None
     source, colon, _ = what.partition(":")
@@ -98,7 +99,7 @@ def show(command: ShowCommand) -> None:
     elif command.cf is not None:
         arch = what
         reference, profile = find_profile(arch, command.cf, command.metric)
-        if arch != profile.architecture:
+        if untagged(arch) != profile.architecture:
             from zoo.planning.borrowed import borrowed  # imports torch
 
             profile = borrowed(profile, arch) or profile

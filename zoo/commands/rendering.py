@@ -12,7 +12,7 @@ from rich.text import Text
 
 from zoo.commands.shared import printable
 from zoo.registry.hub_commits import FoundRepository
-from zoo.registry.store import ProfileEntry
+from zoo.registry.store import ProfileEntry, untagged
 from zoo.registry.weights import BundledWeights
 from zoo.spec.profile import Evidence, Profile
 
@@ -138,7 +138,7 @@ def pruning_summary(record: PruningRecord) -> str:
     """Lines of text: the factor asked for and met, parameters and MACs before and after."""
     plan = record.plan
     source, _, name = plan.profile.partition(":")
-    borrowed = source == "bundled" and name.rpartition("/")[0] != record.architecture
+    borrowed = source == "bundled" and name.rpartition("/")[0] != untagged(record.architecture)
     costs = (
         ("parameters", plan.dense.params, plan.pruned.params),
         ("MACs", plan.dense.macs, plan.pruned.macs),

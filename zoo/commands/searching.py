@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from zoo.commands.shared import INTERRUPTED, Metric
+from zoo.commands.shared import INTERRUPTED
+from zoo.spec.profile import Metric
 
 __all__ = ["LedgerCommand", "SearchCommand", "ledger", "search"]
 
@@ -20,7 +21,7 @@ class SearchCommand:
 
 def search(command: Any) -> int | None:
     from zoo.commands.rendering import headline
-    from zoo.search.campaign import SearchInterrupted, search_profile
+    from zoo.search.run import SearchInterrupted, search_profile
 
     code = None
     try:

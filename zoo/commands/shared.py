@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -19,7 +19,6 @@ __all__ = [
     "INTERRUPTED",
     "SEED",
     "SIZE",
-    "Metric",
     "Network",
     "as_flags",
     "printable",
@@ -28,8 +27,6 @@ __all__ = [
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
-
-Metric = Literal["params", "macs", "latency"]
 
 SIZE = PrimitiveConstructorSpec(
     nargs=1,

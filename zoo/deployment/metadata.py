@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
-from zoo.common.documents import decode
+from zoo.common.documents import decode, parse_json
 from zoo.errors import DocumentError, ExportError
 
 __all__ = ["Metadata"]
@@ -70,19 +69,12 @@ class Metadata:
                 f"{properties[_VERSION]!r}; this one knows '1'."
             )
         kinds = {field.name: field.type for field in fields(cls)}
-        raw = {
-            key: text if kinds[key] == "str" else _value(text, f"{name}: {key}")
-            for key, text in properties.items()
-            if key in kinds
-        }
         try:
+            raw = {
+                key: text if kinds[key] == "str" else parse_json(text, f"{name}.{key}")
+                for key, text in properties.items()
+                if key in kinds
+            }
             return decode(cls, raw, name)
         except DocumentError as error:
             raise ExportError(f"The metadata cannot be read: {error}") from None
-
-
-def _value(text: str, what: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        raise ExportError(f"{what} is {text!r} in the metadata, which cannot be read.") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zoo.errors import ZooError, integer
 
-__all__ = ["BenchmarkOptions", "ExportOptions", "Runtime"]
+__all__ = ["BenchmarkOptions", "ExportOptions", "Runtime", "per_channel"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, _numbers(name, getattr(self, name)))
+                object.__setattr__(self, name, per_channel(name, getattr(self, name)))
         if self.pad is not None:
             object.__setattr__(self, "pad", integer("pad", self.pad, 1))
         least = self.min_agreement
@@ -43,7 +43,12 @@ class ExportOptions:
             raise ZooError(f"min_agreement must be a share from 0 to 1, got {least!r}.")
 
 
-def _numbers(name: str, values: Iterable[float]) -> tuple[float, ...]:
+def per_channel(name: str, values: Iterable[float]) -> tuple[float, ...]:
+    """`values` as floats, one per channel.
+
+    Raises:
+        ZooError: for anything but numbers.
+    """
     try:
         return tuple(map(float, values))
     except (TypeError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from zoo.common.quiet import quiet
 from zoo.deployment.parity import items
-from zoo.errors import ExportError
+from zoo.errors import ExportError, first_line
 from zoo.tracing.calls import Inputs, batch_of, call, leaves, mapped, named_leaves, tensors_of
+from zoo.tracing.exporting import own_attributes
 
 __all__ = ["PRECISIONS", "convert", "in_precision", "input_names"]
 
@@ -48,7 +50,7 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
         names[0] |= {2: "height", 3: "width"}
         dims[0] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), own_attributes(network):
             outputs = [name for name, _ in named_leaves(call(network, item))]
             traced = torch.export.export(
                 _Flat(network, pair), tensors_of(pair), dynamic_shapes=(tuple(dims),)
@@ -65,8 +67,7 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
         root: BaseException = error
         while root.__cause__ is not None:
             root = root.__cause__
-        reason = str(root).strip().partition("\n")[0]
-        raise ExportError(f"The module cannot be converted to ONNX: {reason}") from error
+        raise ExportError(f"The module cannot be converted to ONNX: {first_line(root)}") from error
     assert program is not None
     shape: Any = program.model.graph.inputs[0].shape
     if dynamic_size and any(isinstance(side, int) for side in shape[2:]):
@@ -123,12 +124,11 @@ def in_precision(program: Any, precision: str, half_inputs: bool, calibration: I
                     proto = _to_fp16(proto, half_inputs)
                 else:
                     proto = _to_int8(proto, calibration, precision == "int8-symmetric")
+            model = ir.from_proto(proto)
         except Exception as error:  # the converters' errors share no other base class
-            reason = str(error).strip().partition("\n")[0]
             raise ExportError(
-                f"The program cannot be converted to {precision}: {reason}"
+                f"The program cannot be converted to {precision}: {first_line(error)}"
             ) from error
-        model = ir.from_proto(proto)
     tidy = ir.passes.common
     for step in (tidy.ClearMetadataAndDocStringPass, tidy.TopologicalSortPass,
                  tidy.RemoveUnusedOpsetsPass):  # fmt: skip
@@ -144,7 +144,34 @@ def _to_fp16(model: Any, half_inputs: bool) -> Any:
     """
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
-    return convert_float_to_float16(model, keep_io_types=not half_inputs)
+    _separate_scales(model.graph)
+    half = convert_float_to_float16(model, keep_io_types=not half_inputs)
+    for parts in (half.graph.node, half.graph.value_info):
+        # a value that several operators take in fp32 is cast once for each, under one name
+        once = dict.fromkeys(part.SerializeToString() for part in parts)
+        kept = [type(parts[0]).FromString(data) for data in once]
+        del parts[:]
+        parts.extend(kept)
+    return half
+
+
+def _separate_scales(graph: Any) -> None:
+    """Give each Resize of `graph` scales of its own, so that the converter leaves them in fp32.
+
+    It rounds scales that an fp16 operator takes too, and those of which `value_info` has a type.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    uses = Counter(name for node in graph.node for name in node.input)
+    for number, node in enumerate(graph.node):
+        scales = node.input[2] if node.op_type == "Resize" and len(node.input) > 2 else ""
+        if scales in constants and uses[scales] > 1:
+            uses[scales] -= 1
+            own = graph.initializer.add()
+            own.CopyFrom(constants[scales])
+            node.input[2] = own.name = f"{scales}_of_node_{number}"
+    computed = [value for value in graph.value_info if value.name not in constants]
+    del graph.value_info[:]
+    graph.value_info.extend(computed)
 
 
 def _to_int8(model: Any, inputs: Inputs, symmetric: bool) -> Any:

@@ -7,15 +7,15 @@ import hashlib
 import os
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from zoo.common.cache import cache_folder
+from zoo.common.notices import warn
 from zoo.common.quiet import quiet
-from zoo.data.datasets import cache_folder
 from zoo.errors import ExportError, first_line, unknown
 
 __all__ = ["CPU", "CUDA", "GPUS", "SHORT", "TENSORRT", "onnxruntime_module", "open_session"]
@@ -79,10 +79,9 @@ def open_session(
             f"It needs {_NEEDS.get(failed, _OTHERWISE)}."
         )
     if failed:
-        warnings.warn(
+        warn(
             f"ONNX Runtime cannot use the GPU here and runs on the CPU: {CUDA} needs "
-            f"{_NEEDS[CUDA]}. It says: {reason}",
-            stacklevel=3,
+            f"{_NEEDS[CUDA]}. It says: {reason}"
         )
     return session
 

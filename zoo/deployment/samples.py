@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from zoo.data.datasets import ImageSet
+from zoo.data.images import AnyImages
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.parity import checked, gather, items
 from zoo.errors import ExportError
@@ -74,7 +74,7 @@ def sample_of(
                 "other half is used for the comparison."
             )
         labels = None if labels is None else labels[compared]
-        origin = inputs.name if isinstance(inputs, ImageSet) else "given"
+        origin = inputs.name if isinstance(inputs, AnyImages) else "given"
         return Sample(items(found, compared), labels, origin, items(found, slice(0, None, 2)))
     if int8:
         raise ExportError("int8 needs inputs=: images that set the ranges of its activations.")

@@ -28,8 +28,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from zoo.common.cache import cache_folder
 from zoo.common.documents import decode, encode, read_json, write_json
-from zoo.data.datasets import cache_folder
 from zoo.errors import DocumentError, ZooError
 from zoo.planning.layer_calls import LayerCall, layer_calls
 from zoo.planning.solver import Limits, round_widths

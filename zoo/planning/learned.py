@@ -6,7 +6,6 @@ It was trained by PPO on several networks at once (`zoo/search/transfer.py`). It
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from zoo.common.documents import decode_document, encode_document, read_json, write_json
+from zoo.common.notices import warn
 from zoo.errors import DocumentError, ZooError
 from zoo.planning.decisions import FEATURES, Decisions
 from zoo.planning.rankings import BEST_RANKING, RANKINGS, Ranking
@@ -154,16 +154,14 @@ def play(policy: LearnedPolicy, decisions: Decisions) -> Solution:
     """
     factors = policy.training.factors
     if not policy.training.covers(decisions.cf):
-        warnings.warn(
+        warn(
             f"The learned policy was trained for factors of {min(factors):g} to "
-            f"{max(factors):g}; {decisions.cf:g} is outside.",
-            stacklevel=2,
+            f"{max(factors):g}; {decisions.cf:g} is outside."
         )
     if decisions.metric not in policy.training.metrics:
-        warnings.warn(
+        warn(
             f"The learned policy was trained for {' and '.join(policy.training.metrics)}, not for "
-            f"{decisions.metric}.",
-            stacklevel=2,
+            f"{decisions.metric}."
         )
     while not decisions.finished:
         decisions.decide(policy.correction(decisions.observe()))

@@ -26,7 +26,7 @@ from zoo.planning.learned import LEARNED, learned_policy, play
 from zoo.planning.policies import POLICIES, policy_solution
 from zoo.planning.rankings import RANKINGS, ranking_solution
 from zoo.planning.solver import Limits, round_widths, scale_curve, solve
-from zoo.registry.store import find_profile, get_profile, is_registry, pinned
+from zoo.registry.store import find_profile, get_profile, is_registry, pinned, untagged
 from zoo.spec.cost import CostModel, LatencyTable, cost_model
 from zoo.spec.groups import ChannelGroups
 from zoo.spec.plans import Plan, make_plan
@@ -169,8 +169,7 @@ def _resolved(
         known = [BEST, *(["searched"] if arch else [])]
         choices = [*known, *POLICIES, *RANKINGS, LEARNED, f"{LEARNED}:...", *sources]
         raise unknown("profile", profile, choices)
-    untagged = arch.partition(".")[0] if arch.startswith("timm:") else arch
-    if arch and found.architecture not in (untagged, architecture(arch).profiles_from):
+    if arch and found.architecture not in (untagged(arch), architecture(arch).profiles_from):
         raise FactorError(f"The profile {name} is for {found.architecture}, not {arch}.")
     return name, found
 

@@ -158,7 +158,7 @@ class CataloguedArchitecture:
         cost: of the dense network, at `num_classes` and `image_size`.
         layers: its channel groups in order.
         whole: modules whose channels stay whole.
-        borrows: the architecture with the same channel groups whose profiles it uses; "" if none.
+        borrows: the architecture whose profiles it uses; "" if none.
     """
 
     name: str

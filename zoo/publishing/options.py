@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from zoo.deployment.options import per_channel
 from zoo.errors import ZooError, unknown
 
 __all__ = ["FILES", "PublishOptions"]
@@ -40,6 +41,9 @@ class PublishOptions:
         for name in ("datasets", "precisions"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, (value,))
+        for name in ("mean", "std"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, per_channel(name, getattr(self, name)))
         if (self.mean is None) != (self.std is None) or len(self.mean or ()) != len(self.std or ()):
             raise ZooError("mean= and std= belong together: one number of each per channel.")
         if not all(map(math.isfinite, self.mean or ())) or not all(

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from zoo.common.digests import sha256_of
-from zoo.errors import ZooError
+from zoo.errors import ZooError, first_line
 
 __all__ = [
     "HubReference",
@@ -321,5 +321,5 @@ def _reason(error: Exception) -> str:
         return f"the Hub has an error of its own (HTTP {status}). Try again later."
     if status == 429:
         return "the Hub takes no more requests from here for now; wait, or log in."
-    lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-    return f"{lines[0].rstrip('.')}. Check the name and the network connection."
+    reason = first_line(error.__cause__ or error).rstrip(".")
+    return f"{reason}. Check the name and the network connection."

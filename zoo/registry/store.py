@@ -40,6 +40,7 @@ __all__ = [
     "searched_profile",
     "store_groups",
     "stored_groups",
+    "untagged",
     "write_entries",
     "write_index",
     "write_published_index",
@@ -88,6 +89,11 @@ def architecture_of(folder: str) -> str:
     return folder.replace("--", ":")
 
 
+def untagged(architecture: str) -> str:
+    """A name without the tag, as `.a1_in1k`, by which timm tells the weights of a network apart."""
+    return architecture.partition(".")[0]
+
+
 def list_architectures() -> list[str]:
     """The architectures whose channel groups are bundled; any other is traced when it is pruned."""
     folders = sorted(path.parent.name for path in registry_folder().glob("*/groups.json"))
@@ -116,8 +122,7 @@ def list_profiles(
     if metric is not None and metric not in METRICS:
         raise unknown("metric", metric, METRICS)
     entries = _index(source)
-    if arch is not None and arch.startswith("timm:"):
-        arch = arch.partition(".")[0]  # the tag names weights, not another network
+    arch = None if arch is None else untagged(arch)
     if arch is not None and arch not in {entry.architecture for entry in entries}:
         from zoo.models import architecture  # imports torch, which other calls do not need
 
@@ -272,11 +277,8 @@ def _bundled_path(name: str) -> Path:
 
 
 def stored_groups(arch: str) -> ChannelGroups | None:
-    """The channel groups of a registered architecture at its reference; None if not stored.
-
-    The tag of weights that a timm name may have after a dot is ignored.
-    """
-    name = folder_name(arch.partition(".")[0])
+    """The channel groups of a registered architecture at its reference; None if not stored."""
+    name = folder_name(untagged(arch))
     if "/" in name or "\\" in name:
         return None
     path = registry_folder() / name / "groups.json"

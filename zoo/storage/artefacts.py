@@ -34,6 +34,7 @@ from zoo.spec.plans import PruningRecord, kept_positions, record_of
 from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
 from zoo.storage.dense import Uninitialised
 from zoo.storage.readme import images_of, readme
+from zoo.storage.wrappers import plain_name
 from zoo.surgery.surgery import named_tensors, resize, resized
 from zoo.tracing.calls import example_for
 from zoo.tracing.known_groups import groups_of, matching_groups
@@ -114,11 +115,19 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
     model = _unwrapped(model)
     record = record_of(model)
     if record is None:
+        parts = dict(model.named_modules())
+        inside = [name for name, part in parts.items() if record_of(part) is not None]
+        if inside:
+            raise CheckpointError(
+                f"This {type(model).__name__} is not pruned, but its part {inside[0]!r} is: give "
+                f"that part (.{inside[0]}) to zoo.save."
+            )
         raise CheckpointError(
             f"This {type(model).__name__} is not pruned, so there is no record to reload it by: "
-            "prune it with zoo.load or zoo.prune, or write its weights with save_checkpoint."
+            "prune it with zoo.load or zoo.prune, or write its weights with "
+            "torch.save(model.state_dict(), ...), which weights= of zoo.load reads."
         )
-    tensors = {name.replace(COMPILED, ""): t for name, t in named_tensors(model).items()}
+    tensors = {plain_name(name): tensor for name, tensor in named_tensors(model).items()}
     record = _with_its_classifier(record, tensors)
     folder = Path(folder)
     place = folder.resolve()
@@ -141,10 +150,6 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
                 new.rename(place)
         for left_by_a_kill in place.glob(f"{SCRATCH}*"):
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
-
-
-COMPILED = "_orig_mod."
-"""The prefix that torch.compile adds to the names of a wrapped module's tensors."""
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import re
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from zoo.errors import CheckpointError
 from zoo.registry import hub
 from zoo.registry.weights import weights_path
 from zoo.spec.plans import Source
+from zoo.storage.wrappers import tensors_in
 
 __all__ = [
     "HISTORY",
@@ -38,24 +38,19 @@ __all__ = [
     "read_safetensors",
 ]
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
-DEPTH = 5
-"""Nested wrappers are opened this deep at most: a file can make a dictionary contain itself."""
-
-AVERAGES = ("state_dict_ema", "model_ema", "ema")
-"""Keys of averaged weights that stand beside those of `WRAPPERS`: in files of timm, torchvision's
-training scripts and Ultralytics, all of which evaluate the average."""
-
-CURRENT = "current_model_state"
-"""Key of the weights that are no average in files of Lightning's WeightAveraging, whose average is
-under `state_dict`."""
-
-PREFIXES = ("module.", "_orig_mod.", "model.")
 SLACK = 64 << 20
 """Bytes that a file may claim beyond four times its own."""
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 PREFERRED = ("model.safetensors", "pytorch_model.bin")
+OTHERS = (".gguf", ".h5", ".json", ".keras", ".msgpack", ".npy", ".npz", ".onnx", ".pb", ".tflite")
+"""Suffixes of files that other programs keep weights in."""
+
+INDEX = ".index.json"
+"""How the index of a checkpoint in several files is named, by Transformers and others."""
+_IN_PARTS = (
+    "Read it with the library that wrote it, and give the network or its state dict as weights."
+)
 INERT = (
     "argparse.Namespace",
     "numpy.dtype",
@@ -118,10 +113,10 @@ def read_checkpoint(
         ZooError: if the file cannot be fetched from the Hub.
     """
     if isinstance(weights, nn.Module):
-        state, _ = _tensors(weights, "The module", True)
+        state, _ = tensors_in(weights, "The module", True)
         return Checkpoint(state, Source("module"), {})
     if isinstance(weights, Mapping):
-        state, averaged = _tensors(weights, "The state dict", ema)
+        state, averaged = tensors_in(weights, "The state dict", ema)
         return Checkpoint(state, Source("state dict", averaged=averaged), {})
     if not isinstance(weights, (str, Path)):
         raise CheckpointError(
@@ -134,7 +129,7 @@ def read_checkpoint(
         content, metadata = _parse_safetensors(data, path)
     else:
         content, metadata = _parse_pickle(data, path), {}
-    state, averaged = _tensors(content, str(weights), ema)
+    state, averaged = tensors_in(content, str(weights), ema)
     _check_bytes(
         sum(each.numel() * each.element_size() for each in state.values()), len(data), path
     )
@@ -166,6 +161,8 @@ def _choose(files: Sequence[str], repo: str) -> str:
     if len(found) == 1:
         return found[0]
     listing = ", ".join(found) or "none"
+    if any(name.endswith(INDEX) for name in files):
+        raise CheckpointError(f"{repo!r} has a checkpoint in parts: {listing}. {_IN_PARTS}")
     raise CheckpointError(
         f"{repo!r} does not have one weights file but: {listing}. Name it: hf:{repo}/<file>."
     )
@@ -256,6 +253,13 @@ def _parse_pickle(data: bytes, path: Path) -> Any:
             "refused and nothing in it was run. Where it is trusted, convert it to safetensors: "
             "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')."
         )
+    if path.name.endswith(INDEX):
+        raise CheckpointError(f"{path} is the index of a checkpoint in parts. {_IN_PARTS}")
+    if path.suffix.lower() in OTHERS:
+        raise CheckpointError(
+            f"{path} is no PyTorch checkpoint: weights are read from files that end in "
+            f"{', '.join(SUFFIXES)}."
+        )
     raise CheckpointError(
         f"{path} is truncated or not a PyTorch checkpoint. Copy or download it again."
     )
@@ -279,25 +283,6 @@ def _check_bytes(claimed: int, held: int, path: Path) -> None:
         )
 
 
-def _tensors(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], bool | None]:
-    """The innermost state dict of `content` without name prefixes, and whether it is an average.
-
-    The second is None unless current and averaged weights stand side by side.
-    """
-    content, averaged = _unwrap(content, what, ema)
-    state = {
-        name: tensor.detach() if tensor.is_meta else tensor.detach().cpu()
-        for name, tensor in _named(content).items()
-    }
-    if not state:
-        keys = ", ".join(map(str, list(content)[:5])) if isinstance(content, Mapping) else ""
-        raise CheckpointError(
-            f"{what} holds no tensors where weights are looked for (the top level, or one of "
-            f"{', '.join((*WRAPPERS, *AVERAGES))}); it has: {keys or type(content).__name__}."
-        )
-    return state, averaged
-
-
 def check_values(state: Mapping[str, Tensor], what: str) -> None:
     """Refuse weights that no network can be used with.
 
@@ -318,76 +303,3 @@ def check_values(state: Mapping[str, Tensor], what: str) -> None:
                 f"{what} holds NaN or infinity: {count} of {tensor.numel()} values of {name}. "
                 "Its training diverged; use an earlier checkpoint."
             )
-
-
-def _named(content: Any) -> dict[str, Tensor]:
-    """The tensors at the top level of `content`, without the prefixes that all names share."""
-    found = content if isinstance(content, Mapping) else {}
-    state = {str(name): item for name, item in found.items() if isinstance(item, Tensor)}
-    state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel's counter
-    while prefix := next(
-        (p for p in PREFIXES if state and all(k.startswith(p) for k in state)), None
-    ):
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    return state
-
-
-def _unwrap(content: Any, what: str, ema: bool) -> tuple[Any, bool | None]:
-    """`content` without its wrappers, and whether averaged weights were taken (see `_tensors`)."""
-    averaged = None
-    for _ in range(DEPTH):
-        content, average, current = _opened(content)
-        if average and current:
-            taken = _chosen(content, average, current, what, ema)
-            averaged = taken == average
-            content = content[taken]
-        elif average and not ema:
-            raise CheckpointError(
-                f"{what} holds averaged weights alone, in {average!r}; ema=True takes them."
-            )
-        elif average or current:
-            content = content[average or current]
-    return _opened(content)[0], averaged
-
-
-def _opened(content: Any) -> tuple[Any, str | None, str | None]:
-    """`content` (of a module, its state dict), and its keys of averaged and current weights."""
-    if isinstance(content, nn.Module):
-        content = content.state_dict()
-    if not isinstance(content, Mapping):
-        return content, None, None
-    keys = [k for k, v in content.items() if isinstance(v, (Mapping, nn.Module))]
-    average = next((key for key in AVERAGES if key in keys), None)
-    current = next((key for key in WRAPPERS if key in keys), None)
-    if average is None and current == "state_dict" and CURRENT in keys:
-        return content, current, CURRENT
-    return content, average, current
-
-
-def _chosen(content: Mapping[str, Any], average: str, current: str, what: str, ema: bool) -> str:
-    """The key of the weights to take; a warning says which unless `ema=False` decided it."""
-    if not ema:
-        return current
-    own, averaged = (_named(_innermost(content[key])) for key in (current, average))
-    lacking = [n for n in own if n not in averaged and not n.endswith("num_batches_tracked")]
-    if lacking:
-        warnings.warn(
-            f"{what}: the weights in {current!r} were taken, because the averaged ones in "
-            f"{average!r} lack {len(lacking)} tensors: {', '.join(lacking[:3])}.",
-            stacklevel=3,
-        )
-        return current
-    warnings.warn(
-        f"{what}: the averaged weights in {average!r} were taken, and those in {current!r} left "
-        "out; ema=False takes these.",
-        stacklevel=3,
-    )
-    return average
-
-
-def _innermost(content: Any) -> Any:
-    """`content` without its wrappers; current weights are preferred to averaged ones."""
-    for _ in range(DEPTH):
-        content, average, current = _opened(content)
-        content = content[current or average] if current or average else content
-    return _opened(content)[0]

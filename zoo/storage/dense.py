@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from zoo.common.notices import warn
 from zoo.common.sizes import Size, parsed_size, spelled
 from zoo.errors import CheckpointError, ZooError, integer
 from zoo.models import ARCHITECTURES, Architecture, architecture, build_model
@@ -194,11 +194,8 @@ def _under_a_prefix(
         )
     ((prefix, fit),) = fits.items()
     others = [name for name in shapes if not name.startswith(prefix)]
-    warnings.warn(
-        f"{checkpoint.source.reference}: the weights under {prefix!r} were taken, and "
-        f"{len(others)} others left out: {_some(others)}.",
-        stacklevel=3,
-    )
+    left = f", and {len(others)} others left out: {_some(others)}" if others else ""
+    warn(f"{checkpoint.source.reference}: the weights under {prefix!r} were taken{left}.")
     return replace(fit, names={prefix + name: new for name, new in fit.names.items()})
 
 

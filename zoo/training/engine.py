@@ -18,7 +18,7 @@ from zoo.common.seeding import random_state, set_random_state
 from zoo.common.strides import UnitStrides
 from zoo.data.batches import DeviceLoader, check_labels, check_logits, checked_batch
 from zoo.data.images import AnyImages
-from zoo.errors import DataError, ZooError
+from zoo.errors import DataError, ZooError, first_line
 from zoo.surgery.surgery import evaluating
 from zoo.training.accelerators import half_precision
 from zoo.training.averaging import WeightAverage
@@ -174,6 +174,7 @@ class Engine:
                     "drop_last=True, or choose another batch size."
                 ) from error
             raise
+        check_logits(logits, "network in training mode")  # where some give auxiliary ones too
         logits = logits.float()
         loss = functional.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
         if self.teacher is not None:
@@ -284,9 +285,8 @@ def first_logits(model: nn.Module, images: Tensor, who: str = "network") -> Any:
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise DataError(
-            f"The {who} does not run on images of shape {tuple(images.shape)}: {reason}"
+            f"The {who} does not run on images of shape {tuple(images.shape)}: {first_line(error)}"
         ) from error
 
 

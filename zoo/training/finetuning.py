@@ -105,6 +105,8 @@ class _Standing:
 
 
 @separate_state()
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
 def finetune(
     model: nn.Module,
     train: Data,
@@ -122,7 +124,7 @@ def finetune(
     """Train `model` in place and keep the weights of its best validation accuracy.
 
     Args:
-        model: any classifier, images (N, 3, H, W) to logits (N, classes).
+        model: any classifier, images (N, 3, H, W) to logits (N, classes), in training mode too.
         train, val: torch Datasets or DataLoaders of (image, label), or the name of a data set
             (`cifar10@FOLDER`, `imagefolder:PATH`) whose training and validation splits are used.
             Without `val` nothing is measured and the last weights are kept.
@@ -142,6 +144,8 @@ def finetune(
         progress: show a bar; by default when standard error is a terminal.
         cpu: stay on the CPU even where CUDA is available.
 
+    The caller's `torch.no_grad()` and `torch.inference_mode()` do not matter.
+
     Under `torchrun` or `accelerate launch` the processes share the training data, and a step takes
     the mean gradient of their batches; each of them measures and keeps the same weights.
 
@@ -156,13 +160,19 @@ def finetune(
         DivergenceError: when the training or validation loss, or without `val` a weight, is not
             finite; the best weights so far are in place.
         ZooError: when `checkpoint` cannot be written, with the best weights so far in place; when
-            it holds another training; or for a precision that the device does not have.
+            it holds another training; for a precision that the device does not have; or for a
+            network that was made in `torch.inference_mode()`.
     """
     started = time.perf_counter()
     settings, seed = read_recipe(recipe), integer("seed", seed) % 2**32
     trackers = [trackers] if isinstance(trackers, str) else trackers
     if resume and checkpoint is None:
         raise ZooError("resume=True needs checkpoint=, the folder to continue from.")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ZooError(
+            "The network was made in torch.inference_mode(), whose tensors cannot be trained: make "
+            "it outside, or train a copy.deepcopy of it that is made outside."
+        )
     dense, taught_by = find_teacher(model, teacher)
     folder = None if checkpoint is None else Path(checkpoint).expanduser()
     check_trackers(trackers, folder)
@@ -185,7 +195,8 @@ def finetune(
     engine = Engine(model, batches, settings, accelerator, dense)
     interrupted = False
     if saved is None:
-        initial = _accuracy(model, held, "before training")
+        with seeded(seed):  # a DataLoader of the caller's draws from the global generators too
+            initial = _accuracy(model, held, "before training")
         standing = _Standing(initial, initial, _snapshot(model))
     else:
         standing = _Standing.restored(saved["standing"])

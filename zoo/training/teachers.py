@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 import torch
 from torch import nn
 
+from zoo.common.notices import warn
 from zoo.common.strides import laid_out
 from zoo.errors import CheckpointError, ZooError, unknown
 from zoo.models import parameter_count
@@ -43,7 +43,7 @@ def find_teacher(model: nn.Module, teacher: Teacher) -> tuple[nn.Module | None, 
         if teacher == "source":
             raise
         if _record(model).source.sha256 is not None:
-            warnings.warn(f"Training goes without a teacher. {error}", stacklevel=3)
+            warn(f"Training goes without a teacher. {error}")
         return None, None
 
 

@@ -108,7 +108,7 @@ def read_recipe(recipe: str | Path | Recipe) -> Recipe:
     """The recipe of a name in `RECIPES`, or of a TOML file; a `Recipe` is returned as it is.
 
     Raises:
-        ZooError: for an unknown name.
+        ZooError: for an unknown name, or a recipe of another type.
         DocumentError: for a file that is unreadable or malformed, an unknown key, or a value of the
             wrong type or out of its range.
     """
@@ -116,6 +116,11 @@ def read_recipe(recipe: str | Path | Recipe) -> Recipe:
         return recipe
     if isinstance(recipe, Path) or str(recipe).endswith(".toml"):
         return _read(Path(recipe).expanduser())
+    if not isinstance(recipe, str):
+        raise ZooError(
+            f"A recipe is {', '.join(RECIPES)}, the path of a .toml file, or a zoo.Recipe, as "
+            f"zoo.Recipe(epochs=10); got {type(recipe).__name__} {recipe!r}."
+        )
     if recipe not in RECIPES:
         raise unknown("recipe", recipe, [*RECIPES, "a path that ends in .toml"])
     return RECIPES[recipe]
