@@ -239,3 +239,22 @@ class Attending(nn.Module):
 def test_the_macs_of_attention_count() -> None:
     (row,) = compare({"a": Attending()}, example_input=torch.zeros(1, 3, 4, 4), options=QUICK)
     assert row.macs == 16 * 3 * 8 + 2 * 16 * 16 * 8 + 8 * 6
+
+
+class Recurrent(nn.Module):
+    """A convolution and a recurrent layer along its 16 positions of 8 channels."""
+
+    def __init__(self, layer: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.conv, self.layer, self.fc = nn.Conv2d(3, 8, 1), layer(8, 5), nn.Linear(5, 6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        steps = self.conv(images).flatten(2).permute(2, 0, 1)
+        return self.fc(self.layer(steps)[0].mean(0))
+
+
+@pytest.mark.parametrize(("layer", "gates"), [(nn.RNN, 1), (nn.GRU, 3), (nn.LSTM, 4)])
+def test_the_macs_of_recurrent_layers_count(layer: type[nn.RNNBase], gates: int) -> None:
+    images = torch.zeros(1, 3, 4, 4)
+    (row,) = compare({"a": Recurrent(layer)}, example_input=images, options=QUICK)
+    assert row.macs == 16 * 3 * 8 + 16 * gates * (8 + 5) * 5 + 5 * 6

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 
 from zoo.deployment.exporting import ExportResult, export
 from zoo.deployment.options import BenchmarkOptions, ExportOptions
@@ -33,6 +32,7 @@ from zoo.models import parameter_count
 from zoo.planning.latency import device_name
 from zoo.spec.plans import record_of
 from zoo.tracing.calls import checked_inputs, input_shapes, shapes_of
+from zoo.tracing.macs import macs_of_call
 from zoo.training.finetuning import evaluate
 
 __all__ = [
@@ -346,9 +346,8 @@ def _macs(name: str, network: nn.Module, shape: tuple[int, ...]) -> int:
     """
     module = cpu_copy(network)
     # some versions of torch do not count the fused attention of CPUs
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        outputs_of(module, torch.zeros(1, *shape))
-    macs = int(counter.get_total_flops() // 2)
+    with sdpa_kernel(SDPBackend.MATH):
+        macs = macs_of_call(partial(outputs_of, module), torch.zeros(1, *shape))
     if macs == 0:
         raise ExportError(f"{name} has no multiply-accumulates: no convolution, no dense layer.")
     return macs

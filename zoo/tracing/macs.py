@@ -104,6 +104,7 @@ def _along_time(x: Tensor, weight: Tensor, bias: Tensor, pad: int = 0) -> int:
 
 FORMULAS: dict[str, Callable[..., int]] = {
     **dict.fromkeys(("rnn_tanh", "rnn_relu", "gru", "lstm"), _recurrent),
+    "mkldnn_rnn_layer": lambda x, *weights: _recurrent(x, weights[:2]),
     "deform_conv2d": _deformable,
     "bilinear": _bilinear,
     "conv_tbc": _along_time,
