@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
 from odd import IMAGES, Net, conv, net, param
 from torch import Tensor, nn
+from torch.ao import quantization
 
 import zoo
 from zoo.errors import GraphError
@@ -296,3 +297,30 @@ def test_values_that_hold_themselves_are_copied() -> None:
     pruned = zoo.prune(module, IMAGES, cf=1.5)
     assert pruned.held.again[0] is pruned.held
     assert pruned.held is not module.held
+
+
+class Quantisable(nn.Module):
+    """Written to be quantised: a residual block between stubs, added by a FloatFunctional."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.quant, self.dequant = quantization.QuantStub(), quantization.DeQuantStub()
+        self.stem, self.a, self.b, self.head = conv(3, 8), conv(8, 8), conv(8, 8), conv(8, 4)
+        self.relu, self.add = nn.ReLU(), torch.ao.nn.quantized.FloatFunctional()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.stem(self.quant(x)))
+        x = self.add.add_relu(x, self.b(self.relu(self.a(x))))
+        return self.dequant(self.head(x))
+
+
+def test_a_network_that_is_to_be_quantised_prunes_and_is_quantised_then() -> None:
+    torch.manual_seed(0)
+    pruned = zoo.prune(Quantisable().eval(), IMAGES, cf=2)
+    assert pruned.pruning.plan.got == pytest.approx(2, rel=0.1)
+    expected = pruned(IMAGES)
+    pruned.qconfig = quantization.get_default_qconfig("x86")
+    prepared = quantization.prepare(pruned)
+    prepared(IMAGES)
+    outputs = quantization.convert(prepared)(IMAGES)
+    assert (outputs - expected).norm() < 0.05 * expected.norm()

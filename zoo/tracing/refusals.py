@@ -54,6 +54,10 @@ _PREPARED = (
 """Where layers are defined that torch puts into a network to train or calibrate it for int8."""
 
 
+_FLOAT = (torch.ao.nn.quantized.FloatFunctional,)
+"""Layers of the package for quantised ones that compute with floating-point numbers."""
+
+
 def _is_computed(layer: nn.Module) -> bool:
     """Whether torch computes a parameter of the layer from others before each call."""
     computing: list[Any] = list(layer._forward_pre_hooks.values())
@@ -81,7 +85,7 @@ _REFUSED: tuple[tuple[Callable[[nn.Module], bool], str], ...] = (
         "is a program of torch.export: prune the network that it was made from",
     ),
     (
-        lambda layer: "quantized" in type(layer).__module__,
+        lambda layer: "quantized" in type(layer).__module__ and not isinstance(layer, _FLOAT),
         "is quantised: prune the floating-point network, then quantise that",
     ),
     (
