@@ -260,7 +260,7 @@ def test_a_searched_profile_goes_into_the_registry_with_its_certificate(tmp_path
     found = profile.certificate
     assert found is not None
     ((ranked,), measured) = found.ranks, read([registry / "ledger" / "cnet.parquet"])
-    assert ranked.data.endswith("8x8), validation split")
+    assert ranked.data.endswith("8x8), test split")
     short = [
         r for r in measured if (r.key.fidelity, r.key.network) == (ranked.fidelity, ranked.network)
     ]

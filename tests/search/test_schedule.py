@@ -70,7 +70,7 @@ def test_every_job_comes_after_those_that_it_needs(jobs: dict[str, Job]) -> None
     assert evidence.needs == ("base/cnet/16/a-1", "search/cnet/16/params-cf2")
 
 
-def test_a_certificate_ranks_where_no_search_looked_and_needs_all_evidence(tmp_path: Path) -> None:
+def test_a_certificate_ranks_on_exams_and_needs_all_evidence(tmp_path: Path) -> None:
     path = tmp_path / "plan.toml"
     path.write_text(
         PLAN.replace('ledger = ["a-0"]', 'ledger = ["a-0", "a-1"]', 1)
@@ -85,7 +85,7 @@ def test_a_certificate_ranks_where_no_search_looked_and_needs_all_evidence(tmp_p
         "evidence/cnet/16/params-cf2/a-2",
         "ledger/cnet/16/params-cf2/a-1",
     )
-    path.write_text(PLAN)  # its ledger is of a network that searches see
+    path.write_text(PLAN)  # its ledger is of no exam
     assert not any(name.startswith("certificate") for name in jobs_of(Plan.read(path)))
 
 

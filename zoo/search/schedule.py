@@ -73,8 +73,8 @@ class Network:
         lr: its peak learning rate.
         tasks, held_back: base networks, as `cifar10-0`, that searches see; no tasks, no search.
         exams: base networks that no search sees, for evidence; two or more for a certificate.
-        ledger: base networks that random profiles are measured on; on those that no search sees,
-            searched profiles are ranked among them, for their certificates.
+        ledger: base networks that random profiles are measured on; on those of `exams`, with test
+            images, and searched profiles are ranked among them, for their certificates.
         figures: base networks that the paper's comparisons of initialisations, channels and
             handmade profiles are measured on, by the first metric.
         recipe: base networks that no search sees, on which the searched profile is fine-tuned as
@@ -166,13 +166,13 @@ class Network:
 
     @property
     def ranked(self) -> tuple[str, ...]:
-        """The base networks of `ledger` that no search sees."""
-        return tuple(base for base in self.ledger if base not in self.seen)
+        """The base networks of `ledger` that are exams."""
+        return tuple(base for base in self.ledger if base in self.exams)
 
     @property
     def has_certificates(self) -> bool:
         """Whether profiles are searched, measured and ranked, and so get a certificate."""
-        return bool(self.tasks and self.exams and self.ranked)
+        return bool(self.tasks and self.ranked)
 
 
 @dataclass(frozen=True)
@@ -228,8 +228,8 @@ class Plan:
                 )
             if network.has_certificates and len(network.exams) < 2:
                 raise DocumentError(
-                    f"{path}: {network.arch} has one exam; a certificate needs two, or no `ledger` "
-                    f"that searches do not see."
+                    f"{path}: {network.arch} has one exam; a certificate needs two, or no exam in "
+                    f"`ledger`."
                 )
         return plan
 

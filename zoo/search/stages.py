@@ -16,6 +16,7 @@ from zoo.data.datasets import Splits, load_data
 from zoo.errors import FactorError, ZooError
 from zoo.loading import create_model
 from zoo.planning.best import best_policies
+from zoo.planning.learned import LEARNED, learned_policy
 from zoo.planning.policies import policy_solution
 from zoo.search.agents import STARTING
 from zoo.search.certificate import certify, rank
@@ -110,6 +111,17 @@ class Workshop:
     def task(self, job: Job, base: str) -> Task:
         return load_task(job.network.arch, str(self.checkpoint(job, base)), self.splits(job, base))
 
+    def exam(self, job: Job, base: str) -> Task:
+        """A base network that nothing was learnt on, measured on test images.
+
+        Raises:
+            ZooError: if the learned policy, from which searches start, was trained on it.
+        """
+        task = self.task(job, base)
+        if task.network in learned_policy(LEARNED).networks:
+            raise ZooError(f"{base} of {job.network.arch} cannot be an exam: `learned` saw it.")
+        return examined(task, self.splits(job, base).test)  # type: ignore[arg-type]
+
 
 def perform(job: Job, workshop: Workshop) -> None:
     """Run one job, after the jobs that it needs.
@@ -174,9 +186,10 @@ def _base(job: Job, workshop: Workshop) -> None:
 
 def _ledger(job: Job, workshop: Workshop) -> None:
     """Random profiles of one factor, after a recalibration and after a short fine-tune."""
+    at = workshop.exam if job.base in job.network.exams else workshop.task
     with workshop.ledger(job) as ledger:
         evaluator = Evaluator(ledger)
-        for candidate in _random(job, workshop.task(job, job.base)):
+        for candidate in _random(job, at(job, job.base)):
             for fidelity in (Recalibration(), SHORT):  # one by one, so that the order is random
                 evaluator([candidate], fidelity, "random")
 
@@ -243,7 +256,7 @@ def _search(job: Job, workshop: Workshop) -> None:
 
 def _evidence(job: Job, workshop: Workshop) -> None:
     """Measure every policy, and what the agents found if they searched, on one exam."""
-    network, exam, cost = job.network, _exam(job, workshop), _cost(job)
+    network, exam, cost = job.network, workshop.exam(job, job.base), _cost(job)
     policies: dict[str, Widths] = {}
     for number, agent in enumerate(network.agents if network.tasks else ()):
         policies[agent if number else SEARCHED] = _widths(workshop.profile(job, agent))
@@ -262,7 +275,7 @@ def _evidence(job: Job, workshop: Workshop) -> None:
 
 def _recipe(job: Job, workshop: Workshop) -> None:
     """What a user gets: the searched profile and `best`, after the recipe `standard`, taught."""
-    network, exam, cost = job.network, _exam(job, workshop), _cost(job)
+    network, exam, cost = job.network, workshop.exam(job, job.base), _cost(job)
     policies: dict[str, Widths] = {}
     if network.tasks:
         policies[SEARCHED] = _widths(workshop.profile(job, network.agents[0]))
@@ -276,12 +289,6 @@ def _recipe(job: Job, workshop: Workshop) -> None:
     write_json(workshop.out / job.name / ROWS, rows)
 
 
-def _exam(job: Job, workshop: Workshop) -> Task:
-    """The job's base network, measured on test images."""
-    task = workshop.task(job, job.base)
-    return examined(task, workshop.splits(job, job.base).test)  # type: ignore[arg-type]
-
-
 def _certificate(job: Job, workshop: Workshop) -> None:
     """Rank the first agent's profile among random ones, and add all its evidence to it."""
     profile = workshop.profile(job, job.network.agents[0])
@@ -289,11 +296,11 @@ def _certificate(job: Job, workshop: Workshop) -> None:
     with workshop.ledger(job) as ledger:
         evaluator = Evaluator(ledger)
         for base in job.network.ranked:
-            task = workshop.task(job, base)
+            task = workshop.exam(job, base)
             own = [Candidate(task, _widths(profile), seed) for seed in range(DRAWS)]
             accuracy = statistics.fmean(evaluator(own, SHORT, SEARCHED))
             random = evaluator(_random(job, task), SHORT, "random")
-            data, network = f"{task.val.name}, validation split", task.network
+            data, network = f"{task.val.name}, test split", task.network
             ranks.append(
                 rank(accuracy, random, data=data, fidelity=SHORT.name, network=network, draws=DRAWS)
             )
