@@ -118,7 +118,7 @@ class Workshop:
             ZooError: if the learned policy, from which searches start, was trained on it.
         """
         task = self.task(job, base)
-        if task.network in learned_policy(LEARNED).networks:
+        if task.network in learned_policy(LEARNED).training.networks:
             raise ZooError(f"{base} of {job.network.arch} cannot be an exam: `learned` saw it.")
         return examined(task, self.splits(job, base).test)  # type: ignore[arg-type]
 
