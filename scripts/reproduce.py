@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 from tyro.conf import Positional
@@ -29,7 +29,7 @@ from zoo.common.plots import (
 )
 from zoo.errors import ZooError, integer
 from zoo.search.agents import agent
-from zoo.search.ledger import Row, read
+from zoo.search.ledger import TEST, Row, read
 from zoo.search.ledger_benchmark import LedgerBenchmark
 from zoo.search.lookup import ledger_path
 from zoo.search.reward import landscape
@@ -110,7 +110,13 @@ class Evaluations:
         return self.series(lambda row: row.source if row.source in sources else None)
 
     def at(self, row: Row) -> float | None:
-        return next((cf for cf in self.cf if at_factor([row], self.model, cf, "params")), None)
+        """The factor in parameters that the row's profile was made for, not by MACs."""
+        found = next((cf for cf in self.cf if at_factor([row], self.model, cf, "params")), None)
+        params, macs = (
+            min(abs(self.model.factor(row.key.widths, metric) / cf - 1) for cf in self.cf)
+            for metric in ("params", "macs")
+        )
+        return found if params <= macs else None
 
     @property
     def missing(self) -> ZooError:
@@ -121,17 +127,28 @@ class Evaluations:
         )
 
     def like_most(self, wanted: Callable[[Row], bool]) -> Evaluations:
-        """The rows of the base network and the fidelity with most of the wanted rows.
+        """The rows of the base network, images and fidelity with most of the wanted rows.
+
+        Of as many on several, those on test images are taken.
 
         Raises:
             ZooError: if there are none.
         """
-        counts = Counter((r.key.network, r.key.fidelity) for r in self.rows if wanted(r))
+        counts = Counter(setting_of(row) for row in self.rows if wanted(row))
         if not counts:
             raise self.missing
-        setting = counts.most_common(1)[0][0]
-        rows = (r for r in self.rows if (r.key.network, r.key.fidelity) == setting)
-        return replace(self, rows=tuple(rows))
+        most = max(counts, key=lambda setting: (counts[setting], setting.split.startswith(TEST)))
+        return replace(self, rows=tuple(row for row in self.rows if setting_of(row) == most))
+
+
+class Setting(NamedTuple):
+    network: str
+    split: str
+    fidelity: str
+
+
+def setting_of(row: Row) -> Setting:
+    return Setting(row.key.network, row.key.split, row.key.fidelity)
 
 
 def lines_of(title: str, of: Evaluations, series: Series) -> tuple[Figure, tuple[str, ...]]:

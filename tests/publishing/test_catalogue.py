@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 import zoo
@@ -30,6 +33,13 @@ def architectures() -> dict[str, CataloguedArchitecture]:
 def row(policy: str, mean: float, params: int, macs: int, sd: float = 0.001) -> Evidence:
     seeds = (0, 1)
     return Evidence(policy, params, macs, mean, sd, seeds, (mean, mean), "short", "set, test split")
+
+
+def drawn(policy: str, accuracies: Sequence[float]) -> Evidence:
+    of, seeds = [float(a) for a in accuracies], tuple(range(len(accuracies)))
+    sd = statistics.stdev(of) if len(of) > 1 else 0.0
+    mean = statistics.fmean(of)
+    return Evidence(policy, 1, 1, mean, sd, seeds, tuple(of), "short", "set, test split")
 
 
 def test_everything_in_the_registry_is_there_once(architectures) -> None:
@@ -92,6 +102,29 @@ def test_the_verdict_owns_up_to_rivals_that_did_better(architectures) -> None:
     assert "level with `y`" in said
     assert "`x` did better with no more parameters and MACs" in said
     assert "ahead" not in said
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (3, 3), (5, 5), (8, 8), (5, 1)])
+def test_equal_policies_are_called_ahead_or_behind_in_a_twentieth_of_cases(
+    architectures, counts
+) -> None:
+    found, rng, trials = architectures["resnet20-16"].profiles[0], np.random.default_rng(0), 1000
+    wrong = 0
+    for _ in range(trials):
+        own, other = (
+            Row(drawn(policy, rng.normal(0.7, 0.01, count)), 1, 1, ())
+            for policy, count in zip(("searched", "x"), counts, strict=True)
+        )
+        exams = (Exam("set", "", (own, other)),)
+        wrong += "level with `x`" not in " ".join(shows(dataclasses.replace(found, exams=exams)))
+    assert wrong / trials == pytest.approx(0.05, abs=0.02)
+
+
+def test_one_seed_each_tells_nothing_apart(architectures) -> None:
+    rows = (Row(drawn("searched", [0.9]), 1, 1, ()), Row(drawn("x", [0.1]), 1, 1, ()))
+    found = architectures["resnet20-16"].profiles[0]
+    said = " ".join(shows(dataclasses.replace(found, exams=(Exam("set", "", rows),))))
+    assert "level with `x` (+80.00 points)" in said
 
 
 def test_what_was_trained_longer_is_no_rival_of_what_was_not(architectures) -> None:

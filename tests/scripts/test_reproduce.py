@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from zoo.planning.policies import policy_solution
 from zoo.search.fidelities import FineTuning, FromScratch
-from zoo.search.ledger import Key, Ledger, Row
+from zoo.search.ledger import TEST, Key, Ledger, Row, read
 from zoo.search.stages import SHORT
 from zoo.spec.cost import cost_model
 from zoo.tracing.known_groups import reference_groups
@@ -108,6 +109,28 @@ def test_figure_4_counts_the_profiles_near_the_best_and_above_the_searched(
     assert "| 1.5x | 20 | 22.00% | 41.00% | 60.00% | 5% |  |" in text
     assert "| 2x | 20 | 22.00% | 41.00% | 60.00% | 5% | 55.00% |" in text
     assert "the claim holds. As good as the one searched on another base network: 15% at 2x" in text
+
+
+def test_figure_4_leaves_profiles_made_by_macs_out(ledger, tmp_path, capsys):
+    near = (
+        kept
+        for seed in range(1000)
+        for kept in [policy_solution("random", COST, 1.5, "macs", seed).widths]
+        if 0.005 < abs(COST.factor(kept, "params") / 1.5 - 1) < 0.02
+    )
+    key = Key(HOME, "split", 10, 16, next(near), "random", 77, SHORT.name)
+    with Ledger(ledger) as written:
+        written.add(Row(key, 0.99, 1.0, "random"))
+    assert "| 1.5x | 20 | 22.00% | 41.00% | 60.00% |" in told("fig4", ledger, tmp_path, capsys)
+
+
+def test_figure_4_takes_the_test_images_of_as_many_profiles(ledger, tmp_path, capsys):
+    rows = [row for row in read([ledger]) if row.source == "random" and row.key.network == HOME]
+    with Ledger(ledger) as written:
+        for row in rows:
+            key = dataclasses.replace(row.key, network="exam", split=f"{TEST}split")
+            written.add(dataclasses.replace(row, key=key, accuracy=row.accuracy / 2))
+    assert "| 1.5x | 20 | 11.00% | 20.50% | 30.00% |" in told("fig4", ledger, tmp_path, capsys)
 
 
 def test_figure_4_has_no_verdict_on_a_handful_of_profiles(tmp_path):

@@ -16,7 +16,7 @@ from scipy import stats
 
 from zoo.common.documents import decode, encode
 from zoo.errors import ZooError
-from zoo.search.certificate import certify, compare, holm, rank
+from zoo.search.certificate import certify, compare, everywhere, holm, rank
 from zoo.spec.certificate import Certificate
 from zoo.spec.profile import Evidence
 
@@ -213,6 +213,15 @@ def test_a_sibling_is_trained_once_for_each_base_network():
     del once["c", 9]
     with pytest.raises(ZooError, match="not paired"):
         certify(rows(searched=own, sibling=once), ranks)
+
+
+def test_a_rival_that_does_not_reach_the_factor_on_every_network_is_left_out():
+    part = dict(list(WORSE.items())[1:])
+    kept = everywhere(rows(base=BEST, searched=BEST, equal=WORSE, part=part, sibling=part))
+    assert {row.policy for row in kept} == {"base", "searched", "equal", "sibling"}
+    own = everywhere(rows(searched=BEST, equal=WORSE, part=part))
+    (found,) = certify(own, [rank(0.7, [0.1] * 200)]).comparisons
+    assert (found.rival, found.networks) == ("equal", 6)
 
 
 def test_every_rank_must_pass():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +12,14 @@ from zoo.spec.profile import SIBLING, STANDARD, Evidence
 
 __all__ = ["LEVEL", "limits", "percent", "shows", "spread"]
 
-LEVEL = "Differences no larger than the larger of the two standard deviations are called level."
+LEVEL = (
+    "Ahead and behind are differences that a two-sided t-test over the seeds tells from chance at "
+    "5 %, each test alone; the others are called level."
+)
 """The rule behind `shows`."""
+
+T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t at 1, 2, ... degrees of freedom; more count as the last."""
 
 RIVALS = {
     "equal": "`equal`, one keep ratio everywhere",
@@ -58,7 +65,7 @@ def _shown(exam: Exam, policy: str) -> list[str]:
             continue
         gap = own.evidence.mean - row.evidence.mean
         words = f"`{row.evidence.policy}` ({100 * gap:+.2f} points)"
-        if abs(gap) <= max(own.evidence.sd, row.evidence.sd):
+        if abs(gap) <= _by_chance(own.evidence, row.evidence):
             level.append(words)
         else:
             (ahead if gap > 0 else behind).append(words)
@@ -81,6 +88,16 @@ def _shown(exam: Exam, policy: str) -> list[str]:
             f"After the recipe `standard`, with the dense network as teacher: {listed(standard)}."
         )
     return sentences
+
+
+def _by_chance(a: Evidence, b: Evidence) -> float:
+    """The difference of two means that the t-test does not tell from chance."""
+    n, m = len(a.seeds), len(b.seeds)
+    freedom = n + m - 2
+    if not freedom:
+        return math.inf
+    variance = ((n - 1) * a.sd**2 + (m - 1) * b.sd**2) / freedom
+    return T[min(freedom, len(T)) - 1] * math.sqrt(variance * (1 / n + 1 / m))
 
 
 def limits(of: CataloguedArchitecture, found: CataloguedProfile | None) -> tuple[str, ...]:

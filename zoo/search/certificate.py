@@ -16,7 +16,7 @@ try:
 except ImportError:
     raise ZooError("Certificates need SciPy: pip install 'prunezoo[search]'.") from None
 
-__all__ = ["Pair", "certify", "compare", "holm", "rank"]
+__all__ = ["Pair", "certify", "compare", "everywhere", "holm", "rank"]
 
 Pair = tuple[str, int]
 """(base network, seed): accuracies of candidate and rival are paired by it."""
@@ -55,6 +55,16 @@ def certify(
     if not found:
         raise ZooError("A certificate needs a rank among random profiles: there is none.")
     return Certificate(found, compare(own, pairs))
+
+
+def everywhere(evidence: Iterable[Evidence]) -> list[Evidence]:
+    """The rows without those of policies that do not reach the factor on every base network."""
+    rows = list(evidence)
+    networks = {row.network for row in rows}
+    reached: dict[str, set[str]] = defaultdict(set)
+    for row in rows:
+        reached[row.policy].add(row.network)
+    return [row for row in rows if row.policy == SIBLING or reached[row.policy] == networks]
 
 
 def rank(

@@ -76,7 +76,7 @@ class Network:
         ledger: base networks that random profiles are measured on; on those of `exams`, with test
             images, and searched profiles are ranked among them, for their certificates.
         figures: base networks that the paper's comparisons of initialisations, channels and
-            handmade profiles are measured on, by the first metric.
+            handmade profiles are measured on, as in `ledger`, by the first metric.
         recipe: base networks that no search sees, on which the searched profile is fine-tuned as
             users do: by the recipe `standard`, with the dense network as teacher.
         recipe_best: whether `best` is too, beside it. Where nothing is searched, it is alone.

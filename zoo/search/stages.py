@@ -19,7 +19,7 @@ from zoo.planning.best import best_policies
 from zoo.planning.learned import LEARNED, learned_policy
 from zoo.planning.policies import policy_solution
 from zoo.search.agents import STARTING
-from zoo.search.certificate import certify, rank
+from zoo.search.certificate import certify, everywhere, rank
 from zoo.search.env import EnvSettings
 from zoo.search.evaluation import Evaluator
 from zoo.search.evidence import evidence, examined, policy_widths
@@ -122,6 +122,10 @@ class Workshop:
             raise ZooError(f"{base} of {job.network.arch} cannot be an exam: `learned` saw it.")
         return examined(task, self.splits(job, base).test)  # type: ignore[arg-type]
 
+    def measured(self, job: Job) -> Task:
+        """The job's base network: on test images if it is an exam, else on validation images."""
+        return (self.exam if job.base in job.network.exams else self.task)(job, job.base)
+
 
 def perform(job: Job, workshop: Workshop) -> None:
     """Run one job, after the jobs that it needs.
@@ -186,10 +190,9 @@ def _base(job: Job, workshop: Workshop) -> None:
 
 def _ledger(job: Job, workshop: Workshop) -> None:
     """Random profiles of one factor, after a recalibration and after a short fine-tune."""
-    at = workshop.exam if job.base in job.network.exams else workshop.task
     with workshop.ledger(job) as ledger:
         evaluator = Evaluator(ledger)
-        for candidate in _random(job, at(job, job.base)):
+        for candidate in _random(job, workshop.measured(job)):
             for fidelity in (Recalibration(), SHORT):  # one by one, so that the order is random
                 evaluator([candidate], fidelity, "random")
 
@@ -203,8 +206,8 @@ def _random(job: Job, task: Task) -> list[Candidate]:
 
 
 def _figures(job: Job, workshop: Workshop) -> None:
-    """What the paper's figures 1 to 3 compare, on validation images."""
-    network, task, cost = job.network, workshop.task(job, job.base), _cost(job)
+    """What the paper's figures 1 to 3 compare."""
+    network, task, cost = job.network, workshop.measured(job), _cost(job)
     fidelities = {
         kept: kind.of(network.finetune_epochs, network.finetune_images, 0.05)
         for kept, kind in ((True, FineTuning), (False, FromScratch))
@@ -308,7 +311,7 @@ def _certificate(job: Job, workshop: Workshop) -> None:
     profile = dataclasses.replace(
         profile,
         evidence=(*rows, *(row for row in tuned if row.standard)),
-        certificate=certify(rows, ranks, policy=SEARCHED),
+        certificate=certify(everywhere(rows), ranks, policy=SEARCHED),
     )
     profile.write(workshop.out / job.name / PROFILE)
 

@@ -40,6 +40,9 @@ def check_start(
 ) -> tuple[str, Profile | None]:
     """The name that `reference` stands for, and its profile; None where it is a policy.
 
+    `best` is the best policy of all architectures: what is known of this one comes from the test
+    images of its exams, and no search may see those.
+
     Args:
         reference: the name of a policy, or of a profile as `zoo.load` takes it.
         arch, groups: the architecture of the search.
@@ -49,6 +52,8 @@ def check_start(
         ZooError: for a name that means nothing, or a profile of other channel groups; the message
             names the choices.
     """
+    if reference == BEST:
+        reference = best_policies(metric, cf, data=True)[0]
     try:
         asked = request(reference, arch, cf=cf, metric=metric, refit=True, data=True)
     except FactorError as error:
@@ -61,8 +66,6 @@ def check_start(
             f"A search of {arch} cannot start from {reference!r}: its channel groups are not those "
             f"of {arch}. {_choices(arch)}"
         )
-    if asked.name == BEST:
-        return best_policies(metric, cf, data=True, arch=arch)[0], None
     return asked.name, profile
 
 
