@@ -320,3 +320,15 @@ def test_where_all_stays_whole_the_reason_and_the_line_are_said(
     ) as said:
         zoo.prune(net, IMAGES, cf=2)
     assert ", in forward" in str(said.value)
+
+
+def test_a_depthwise_convolution_of_one_channel_is_no_other_computation() -> None:
+    """Sliced channels are traced again with few: a program leaves groups of 1 out, as a default."""
+
+    def halves(n: nn.Module, x: Tensor) -> Tensor:
+        half = x.shape[1] // 2
+        return n.r(n.q(n.p(x[:, :half] + x[:, half:])))
+
+    deep = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+    module = net(halves, p=conv(4, 4), q=deep, r=conv(4, 8))
+    assert not analyse(module, IMAGES)[1].unprunable

@@ -216,13 +216,22 @@ def _fixed_numbers(node: fx.Node, dense: fx.Node) -> list[float]:
     Left out are lengths, which the shapes show, and the groups of a depthwise convolution, which
     are its channels.
     """
-    name, args = operator_name(dense), list(node.args)
+    name, args = operator_name(dense), _arguments(node)
     if name in SHAPE_OPERATORS:
         return [number for number in _numbers((args, node.kwargs)) if isinstance(number, float)]
     weight: Any = dense.args[1] if name.startswith("conv") else None
     if weight is not None and len(args) > GROUPS and weight.meta["val"].shape[1] == 1:
         del args[GROUPS]
     return list(_numbers((args, node.kwargs)))
+
+
+def _arguments(node: fx.Node) -> list[Any]:
+    """The positional arguments with their defaults, which programs leave out: groups of 1, say."""
+    args, target = list(node.args), node.target
+    if isinstance(target, torch._ops.OpOverload):
+        later = target._schema.arguments[len(args) :]
+        args += [a.default_value for a in later if not a.kwarg_only and a.name not in node.kwargs]
+    return args
 
 
 GROUPS = 6
