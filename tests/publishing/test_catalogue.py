@@ -99,7 +99,7 @@ def test_the_verdict_owns_up_to_rivals_that_did_better(architectures) -> None:
     bare = dataclasses.replace(found.profile, certificate=None)
     said = " ".join(shows(dataclasses.replace(found, profile=bare, exams=(Exam("set", "", rows),))))
     assert "behind `x` (-10.00 points)" in said
-    assert "level with `y`" in said
+    assert "not told apart from `y`" in said
     assert "`x` did better with no more parameters and MACs" in said
     assert "ahead" not in said
 
@@ -116,7 +116,9 @@ def test_equal_policies_are_called_ahead_or_behind_in_a_twentieth_of_cases(
             for policy, count in zip(("searched", "x"), counts, strict=True)
         )
         exams = (Exam("set", "", (own, other)),)
-        wrong += "level with `x`" not in " ".join(shows(dataclasses.replace(found, exams=exams)))
+        wrong += "not told apart from `x`" not in " ".join(
+            shows(dataclasses.replace(found, exams=exams))
+        )
     assert wrong / trials == pytest.approx(0.05, abs=0.02)
 
 
@@ -124,7 +126,7 @@ def test_one_seed_each_tells_nothing_apart(architectures) -> None:
     rows = (Row(drawn("searched", [0.9]), 1, 1, ()), Row(drawn("x", [0.1]), 1, 1, ()))
     found = architectures["resnet20-16"].profiles[0]
     said = " ".join(shows(dataclasses.replace(found, exams=(Exam("set", "", rows),))))
-    assert "level with `x` (+80.00 points)" in said
+    assert "not told apart from `x` (+80.00 points)" in said
 
 
 def test_what_was_trained_longer_is_no_rival_of_what_was_not(architectures) -> None:

@@ -23,7 +23,7 @@ from zoo.publishing.catalogue import (
 from zoo.publishing.drawings import accuracy_plot, network, standalone
 from zoo.publishing.model_card import TAG
 from zoo.publishing.usage import CHECKPOINT, featured, python_lines, reproduction_lines, shell_lines
-from zoo.publishing.verdicts import LEVEL, limits, percent, shows, spread
+from zoo.publishing.verdicts import RULE, limits, percent, shows, spread
 from zoo.registry.hub import card_parts, card_text
 
 __all__ = ["FIGURES", "card", "figures", "metadata", "stale_cards", "write_cards"]
@@ -166,7 +166,7 @@ def _profile(of: CataloguedArchitecture, found: CataloguedProfile) -> list[str]:
         "*A column for each channel group in order, as high as the square root of its channels; "
         "the fill is the share that is kept, the number the pixels of its maps.*",
         *_claim(found),
-        *([] if not claims else ["### What the evidence shows", *_list(claims), LEVEL]),
+        *([] if not claims else ["### What the evidence shows", *_list(claims), RULE]),
         *(part for exam in found.exams for part in _table(exam)),
         "### What it does not show",
         *_list(limits(of, found)),

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from zoo.publishing.catalogue import CataloguedArchitecture, CataloguedProfile, Exam
 from zoo.spec.profile import SIBLING, STANDARD, Evidence
 
-__all__ = ["LEVEL", "limits", "percent", "shows", "spread"]
+__all__ = ["RULE", "limits", "percent", "shows", "spread"]
 
-LEVEL = (
+RULE = (
     "Ahead and behind are differences that a two-sided t-test over the seeds tells from chance at "
-    "5 %, each test alone; the others are called level."
+    "5 %, each test alone; those that it does not are not told apart."
 )
 """The rule behind `shows`."""
 
@@ -58,7 +58,7 @@ def _shown(exam: Exam, policy: str) -> list[str]:
     before = "" if own.before is None else f", {percent(own.before)} before any training"
     head = f"On {exam.data}, this profile reaches {spread(own.evidence)}{dense}{before}."
     ahead: list[str] = []
-    level: list[str] = []
+    alike: list[str] = []
     behind: list[str] = []
     for row in exam.policies:
         if row is own or row.evidence.standard:
@@ -66,12 +66,16 @@ def _shown(exam: Exam, policy: str) -> list[str]:
         gap = own.evidence.mean - row.evidence.mean
         words = f"`{row.evidence.policy}` ({100 * gap:+.2f} points)"
         if abs(gap) <= _by_chance(own.evidence, row.evidence):
-            level.append(words)
+            alike.append(words)
         else:
             (ahead if gap > 0 else behind).append(words)
     parts = [
         f"{how} {listed(names)}"
-        for how, names in (("ahead of", ahead), ("level with", level), ("behind", behind))
+        for how, names in (
+            ("ahead of", ahead),
+            ("behind", behind),
+            ("not told apart from", alike),
+        )
         if names
     ]
     sentences = [head, *([f"There it is {'; '.join(parts)}."] if parts else [])]
