@@ -6,6 +6,7 @@ curl --data-binary @picture.jpg http://localhost:8000
 import io
 import os
 
+from PIL import Image
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -16,6 +17,7 @@ import zoo
 from zoo.deployment.pictures import open_picture
 
 session = zoo.InferenceSession(os.environ["MODEL"])
+session(Image.new("RGB", (8, 8)))  # a file that takes no pictures fails here, not at a request
 
 
 def classified(body: bytes) -> JSONResponse:

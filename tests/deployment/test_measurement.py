@@ -16,6 +16,7 @@ import zoo
 from zoo.commands import deploying
 from zoo.commands.rendering import benchmark_table, comparison_table, print_tables
 from zoo.commands.shared import Network
+from zoo.deployment import measurement
 from zoo.deployment.measurement import (
     BenchmarkRow,
     ComparisonRow,
@@ -26,7 +27,7 @@ from zoo.deployment.measurement import (
     time_calls,
 )
 from zoo.deployment.options import BenchmarkOptions
-from zoo.errors import ExportError, ZooError
+from zoo.errors import DataError, ExportError, ZooError
 
 QUICK = BenchmarkOptions(batch_sizes=(1, 4), repeats=3, warmup=1, memory=False, threads=1)
 
@@ -117,6 +118,31 @@ def test_memory_is_that_of_a_process_of_its_own() -> None:
     maps = 64 * 4096 * 8 * 8 * 4
     assert maps <= row.dense.peak_bytes <= 4 * maps
     assert row.pruned.peak_bytes < maps
+
+
+def test_python_files_of_the_working_folder_are_not_run(tmp_path, monkeypatch) -> None:
+    (tmp_path / "numpy.py").write_text("open('ran', 'w')")
+    model, _ = trained("cnet")
+    monkeypatch.chdir(tmp_path)
+    options = BenchmarkOptions(batch_sizes=1, repeats=1, warmup=0, threads=1)
+    benchmark(model, model, options=options)
+    assert [path.name for path in tmp_path.iterdir()] == ["numpy.py"]
+
+
+def test_a_comparison_looks_at_its_data_before_it_measures(monkeypatch) -> None:
+    monkeypatch.setattr(measurement, "_measured", None)
+    dense = zoo.create_model("resnet20-16", 10)
+    images = torch.zeros(1, 3, 8, 8)
+    with pytest.raises(DataError, match="6 classes"):
+        compare({"dense": dense}, data=halves(8).test, example_input=images, options=QUICK)
+    with pytest.raises(ZooError, match="Give the networks by name"):
+        compare([dense], example_input=images)
+
+
+def test_one_value_stands_for_a_tuple_of_it() -> None:
+    options = BenchmarkOptions(batch_sizes=4, precisions="fp32", providers=["CPUExecutionProvider"])
+    assert (options.batch_sizes, options.precisions) == ((4,), ("fp32",))
+    assert options.providers == ("CPUExecutionProvider",)
 
 
 def test_a_comparison_counts_every_network_once() -> None:

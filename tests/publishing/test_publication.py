@@ -15,8 +15,10 @@ import onnxruntime
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from learnt import halves
 from loopback_hub import LoopbackHub
 from PIL import Image
+from torch.utils.data import DataLoader
 
 import zoo
 from zoo.errors import ZooError
@@ -195,6 +197,28 @@ def test_data_of_other_classes_and_half_a_normalisation_are_refused(
     given = zoo.PublishOptions(mean=np.full(3, 0.5), std=[0.2] * 3)
     assert (given.mean, given.std) == ((0.5,) * 3, (0.2,) * 3)
     assert not hub.seen("POST|PUT|DELETE")
+
+
+def test_data_that_are_no_images_of_the_zoo_are_one_clear_error(hub, network_folder, images):
+    for data in (halves(16), DataLoader(images), [], images.subset([])):
+        with pytest.raises(ZooError, match=r"data must be images of zoo.load_data with at least"):
+            zoo.publish(network_folder, "org/net", data=data)
+    assert not hub.seen("POST|PUT|DELETE")
+
+
+def test_the_card_tells_what_each_file_was_compared_on(hub, network_folder, images):
+    zoo.publish(network_folder, "org/net", data=images)
+    card = hub.files("org/net")["README.md"].decode()
+    rows = [[cell.strip() for cell in line.split("|")] for line in card.splitlines()]
+    files = {row[1]: row for row in rows if len(row) > 7 and row[1].startswith("`onnx/")}
+    counts = {name: int(row[3]) for name, row in files.items()}
+    assert counts == {
+        "`onnx/model.onnx`": 64, "`onnx/model_fp16.onnx`": 64, "`onnx/model_quantized.onnx`": 32,
+    }  # fmt: skip
+    odd = images.subset(range(1, 64, 2))
+    own = zoo.evaluate(zoo.load_pruned(network_folder), odd).accuracy
+    assert files["`onnx/model_quantized.onnx`"][7] == f"{own:.2%}"
+    assert "only the two accuracies of one row are of the same images" in card
 
 
 def test_a_registry_is_published_mirrored_and_verified_as_a_whole(hub, tmp_path):

@@ -93,6 +93,27 @@ def test_an_onnx_file_of_other_weights_or_of_another_network_is_found(repository
     assert "model_quantized.onnx" in third
 
 
+def test_a_file_of_another_precision_than_its_name_says_is_found(repository_folder):
+    """Else one that says that it is int8, which is not compared, could hold anything."""
+    path = repository_folder / "onnx" / "model.onnx"
+    file = onnx.load(path)
+    (told,) = (each for each in file.metadata_props if "precision" in each.key)
+    assert told.value == "fp32"
+    told.value = "int8"
+    onnx.save(file, path)
+    write_checksums(repository_folder)
+    found = zoo.verify(repository_folder)
+    (line,) = found.failed
+    assert line == "onnx/model.onnx says that it is of int8, its name that it is of fp32"
+
+
+def test_what_was_not_compared_did_not_pass(repository_folder):
+    found = zoo.verify(repository_folder)
+    exports = [line.split()[0] for line in found.passed if "is an export of" in line]
+    assert exports == ["onnx/model.onnx", "onnx/model_fp16.onnx"]
+    assert [line.split()[0] for line in found.unchecked] == ["onnx/model_quantized.onnx"]
+
+
 @pytest.fixture
 def registry(tmp_path: Path) -> Path:
     return Path(shutil.copytree(registry_folder(), tmp_path / "registry"))

@@ -26,6 +26,7 @@ from zoo.deployment.runtime import InferenceSession
 pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+PATHS = [str(SCRIPTS), str(SCRIPTS.parent)]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "uvicorn", "serve:app", "--port", str(port)]
     environment = os.environ | {"MODEL": str(path)}
-    paths = [str(SCRIPTS), str(SCRIPTS.parent)]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    environment["PYTHONPATH"] = os.pathsep.join(PATHS)
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as server:
         try:
             for _ in range(600):
@@ -87,8 +87,23 @@ def test_a_body_that_is_no_picture_is_refused_and_the_server_goes_on(
         with pytest.raises(urllib.error.HTTPError) as refused:
             post(address, body)
         assert refused.value.code == 400
-        assert reason in json.load(refused.value)["error"]
+        told = json.load(refused.value)["error"]
+        assert reason in told
+        assert " at 0x" not in told
     assert len(post(address, whole.getvalue())["logits"]) == 6
+
+
+def test_a_file_that_takes_no_pictures_is_refused_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "plain.onnx"
+    export(trained("cnet")[0], path)  # noise, without mean and std
+    done = subprocess.run(
+        [sys.executable, "-c", "import serve"],
+        env=os.environ | {"MODEL": str(path), "PYTHONPATH": os.pathsep.join(PATHS)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "plain.onnx does not say how pictures become its images" in done.stderr
 
 
 def test_the_guide_quotes_the_server() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,7 +209,8 @@ def readable(name: object) -> Iterator[None]:
     try:
         yield
     except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be read as an image: {error}.") from None
+        reason = re.sub(r" <[^>]* object at 0x\w+>", "", str(error))
+        raise DataError(f"{name} cannot be read as an image: {reason}.") from None
 
 
 def opened(source: Path | BinaryIO) -> Image:
@@ -225,7 +227,7 @@ def open_picture(source: Path | BinaryIO) -> Image:
     Raises:
         DataError: if it cannot be read, and as `to_rgb`.
     """
-    with readable(source), opened(source) as picture:
+    with readable(source if isinstance(source, Path) else "The picture"), opened(source) as picture:
         return to_rgb(picture)
 
 

@@ -176,17 +176,26 @@ def compare(
 
     Raises:
         ExportError: if a network cannot be exported, or a provider not be used.
+        DataError: for data that do not fit the networks; nothing was measured then.
         ZooError: if there is nothing to measure.
     """
+    if not isinstance(networks, Mapping):
+        raise ZooError(
+            f'Give the networks by name, as {{"dense": network}}, got {type(networks).__name__}.'
+        )
     shape = _image_shape(networks, example_input)
     macs = {name: _macs(name, network, shape) for name, network in networks.items()}
+    accuracies = {
+        name: None if data is None else evaluate(network, data).accuracy
+        for name, network in networks.items()
+    }
     measured = list(_measured(networks, shape, options or BenchmarkOptions()))
     return tuple(
         ComparisonRow(
             name,
             parameter_count(network),
             macs[name],
-            None if data is None else evaluate(network, data).accuracy,
+            accuracies[name],
             tuple(row for row in measured if row.network == name),
         )
         for name, network in networks.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Real
 
 from zoo.errors import ZooError, integer
 
@@ -39,7 +40,7 @@ class ExportOptions:
         if self.pad is not None:
             object.__setattr__(self, "pad", integer("pad", self.pad, 1))
         least = self.min_agreement
-        if least is not None and not 0 <= least <= 1:
+        if least is not None and not (isinstance(least, Real) and 0 <= least <= 1):
             raise ZooError(f"min_agreement must be a share from 0 to 1, got {least!r}.")
 
 
@@ -81,6 +82,12 @@ class BenchmarkOptions:
     """measure the peak memory of each network too, in a process of its own"""
     seed: int = 0
     """of the images, which are noise"""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_sizes", "precisions", "providers"):
+            value = getattr(self, name)
+            alone = isinstance(value, str) or not isinstance(value, Iterable)
+            object.__setattr__(self, name, (value,) if alone else tuple(value))
 
 
 @dataclass(frozen=True, kw_only=True)

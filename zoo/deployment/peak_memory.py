@@ -22,7 +22,8 @@ def peak_memory(
 ) -> int | None:
     """Peak bytes of loading `file` and one call with images (N, C, H, W); None if unknown."""
     arguments = map(str, (file, provider, threads or 0, *shape))
-    command = [sys.executable, "-m", "zoo.deployment.peak_memory", *arguments]
+    # -P: with -m alone, Python files of the working folder would be imported
+    command = [sys.executable, "-P", "-m", "zoo.deployment.peak_memory", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return int(done.stdout) if done.returncode == 0 else None
 

@@ -148,22 +148,27 @@ def _inputs(
 
 def _files(exports: Sequence[ExportResult], lacking: Sequence[str]) -> str:
     rows = [
-        "| file | bytes | largest difference | same top class | accuracy there |",
-        "|---|---:|---:|---:|---:|",
+        "| file | bytes | images | largest difference | same top class | accuracy | PyTorch's |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for each in exports:
         same = "" if each.top1_agreement is None else f"{each.top1_agreement:.2%}"
-        accuracy = "" if each.accuracy is None else f"{each.accuracy:.2%}"
+        accuracy, own = (
+            "" if share is None else f"{share:.2%}"
+            for share in (each.accuracy, each.module_accuracy)
+        )
         rows.append(
-            f"| `onnx/{each.path.name}` | {each.bytes:,} | {each.max_abs_difference:.2g} | {same} "
-            f"| {accuracy} |"
+            f"| `onnx/{each.path.name}` | {each.bytes:,} | {each.images} "
+            f"| {each.max_abs_difference:.2g} | {same} | {accuracy} | {own} |"
         )
     if not exports:
         return "There are no ONNX files."
-    first = exports[0]
-    told = (
-        f"Compared with PyTorch on {first.images} images ({_line(first.inputs)}) in ONNX Runtime."
-    )
+    told = f"Compared with PyTorch in ONNX Runtime, on images of: {_line(exports[0].inputs)}."
+    if len({(each.images, each.module_accuracy) for each in exports}) > 1:
+        told += (
+            " An int8 file is compared on others than those that set its ranges, so that only the "
+            "two accuracies of one row are of the same images."
+        )
     return "\n".join([*rows, "", told, *lacking])
 
 

@@ -65,6 +65,11 @@ def write_repository(
             images of other classes; int8 without data.
         ExportError: if an ONNX file does not compute what the network does.
     """
+    if not (data is None or (isinstance(data, AnyImages) and len(data))):
+        raise ZooError(
+            f"data must be images of zoo.load_data with at least one of them, as its .test, got "
+            f"{type(data).__name__}."
+        )
     raw = PruningRecord.read(folder / RECORD)
     if not raw.architecture:
         raise ZooError(

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,6 +62,10 @@ Check = tuple[str, Callable[[], Iterable[str]]]
 
 class Unchecked(str):
     """A line that is not wrong: what a check could not look at."""
+
+
+class Skipped(Unchecked):
+    """Why a check was not made at all."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,8 @@ def _run(what: str, checks: Iterable[Check]) -> Verification:
         unknown = [line for line in lines if isinstance(line, Unchecked)]
         unchecked += unknown
         failed += [line for line in lines if not isinstance(line, Unchecked)]
-        passed += [told] if len(unknown) == len(lines) and told not in unchecked else []
+        skipped = any(isinstance(line, Skipped) for line in unknown)
+        passed += [told] if len(unknown) == len(lines) and not skipped else []
     return Verification(what, tuple(passed), tuple(failed), tuple(unchecked))
 
 
@@ -172,7 +178,7 @@ def _files_check(folder: Path) -> Check:
     if (folder / CHECKSUMS).is_file():
         return f"every file that was published has the sha256 in {CHECKSUMS}", wrong
     unknown = f"there is no {CHECKSUMS}: whether files were changed is not known"
-    return unknown, lambda: [Unchecked(unknown)]
+    return unknown, lambda: [Skipped(unknown)]
 
 
 def _network_checks(folder: Path) -> Iterator[Check]:
@@ -183,7 +189,7 @@ def _network_checks(folder: Path) -> Iterator[Check]:
     def tensors() -> Iterator[str]:
         if own:
             read_safetensors(folder / MODEL)
-            yield Unchecked(unknown)
+            yield Skipped(unknown)
         else:
             models.append(read_model(folder))
 
@@ -199,11 +205,11 @@ def _network_checks(folder: Path) -> Iterator[Check]:
             f"{CONFIG} says what {RECORD} says",
             lambda: _wrong_config(read_json(folder / CONFIG), record),
         )
-    for name in FILES.values():
+    for precision, name in FILES.items():
         if (folder / name).is_file():
             yield (
                 f"{name} is an export of this network",
-                lambda name=name: _wrong_file(folder / name, name, model, record),  # type: ignore[misc]
+                partial(_wrong_file, folder, name, precision, model, record),
             )
 
 
@@ -229,20 +235,25 @@ def _wrong_config(told: object, record: PruningRecord) -> Iterator[str]:
         yield f"{CONFIG} has the key {reprlib.repr(key)}, which the zoo does not write"
 
 
-def _wrong_file(path: Path, name: str, model: nn.Module, record: PruningRecord) -> Iterator[str]:
+def _wrong_file(
+    folder: Path, name: str, precision: str, model: nn.Module, record: PruningRecord
+) -> Iterator[str]:
     import torch
 
     from zoo.deployment.runtime import InferenceSession
 
-    session = InferenceSession(path, "CPUExecutionProvider")
+    session = InferenceSession(folder / name, "CPUExecutionProvider")
     facts = session.metadata
     if (facts.architecture, facts.profile) != (record.architecture, record.plan.profile):
         yield f"{name} is another network's: {facts.architecture} by {facts.profile}"
         return
-    tolerance = TOLERANCE.get(facts.precision)
+    if facts.precision != precision:
+        yield f"{name} says that it is of {facts.precision}, its name that it is of {precision}"
+        return
+    tolerance = TOLERANCE.get(precision)
     shape = (NOISE_IMAGES, record.in_channels, *sides(record.size))
     if tolerance is None or math.prod(shape) > MOST_VALUES:  # int8's ranges are those of pictures
-        yield Unchecked(f"{name} was not compared with PyTorch: {facts.precision} of {shape[2:]}")
+        yield Skipped(f"{name} was not compared with PyTorch: {precision} of {shape[2:]}")
         return
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
