@@ -175,3 +175,27 @@ def test_too_little_agreement_keeps_the_old_file_unless_less_is_asked(tmp_path: 
     assert InferenceSession(path, CPU)(images).shape == (len(images), 6)
     with pytest.raises(ZooError, match="from 0 to 1, got 97"):
         ExportOptions(min_agreement=97)
+
+
+class Blurred(nn.Module):
+    """Blurs by a kernel that is no buffer, and sees where it looks: tensors that stay fp32."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.kernel = torch.full((3, 1, 3, 3), 1 / 9)
+        self.conv, self.fc, self.scale = nn.Conv2d(4, 8, 3), nn.Linear(8, 5), scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.conv2d(x, self.kernel, padding=1, groups=3)
+        place = torch.linspace(-1, 1, x.shape[-1]).expand(x.shape[0], 1, x.shape[-2], -1)
+        x = self.conv(torch.cat([x, place], 1)).relu().mean((2, 3)) * self.scale
+        return self.fc(x / self.scale)
+
+
+def test_a_network_with_tensors_that_are_no_buffers_is_written_in_fp16(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 16, 16)
+    result = export(Blurred().eval(), tmp_path / "b.onnx", inputs=images, precision="fp16")
+    assert result.top1_agreement == 1
+    with pytest.raises(ExportError, match=r"not finite|arithmetic in fp16"):
+        export(Blurred(1e7).eval(), tmp_path / "c.onnx", inputs=images, precision="fp16")

@@ -6,9 +6,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from zoo.deployment.options import ExportOptions
 from zoo.deployment.parity import (
@@ -113,8 +116,27 @@ def _half_outputs(network: nn.Module, inputs: Inputs) -> Outputs:
 
     On the CPU, ONNX Runtime computes a file's fp16 operators in fp32, which does not overflow.
     """
-    half = mapped(lambda t: t.half() if t.is_floating_point() else t, inputs)
+    half, halved = mapped(_half, inputs), copy.deepcopy(network).half()
     try:
-        return outputs_of(copy.deepcopy(network).half(), half)
+        return outputs_of(halved, half)
+    except ExportError:
+        pass  # it may hold tensors that are no buffers, or make fp32 ones
+    try:
+        with _AllHalf():
+            return outputs_of(halved, half)
     except ExportError as error:
         raise ExportError(f"The module cannot compute in fp16. {error}") from error
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.half() if tensor.is_floating_point() else tensor
+
+
+class _AllHalf(TorchDispatchMode):
+    """Gives every operator fp16 in place of other floating-point numbers."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        del types
+        return func(*tree_map_only(Tensor, _half, args), **tree_map_only(Tensor, _half, kwargs))
