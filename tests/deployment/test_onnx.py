@@ -34,6 +34,8 @@ from zoo.spec.plans import Plan, PruningRecord, Source
 
 CPU = ["CPUExecutionProvider"]
 
+OLD = onnx.helper.make_model(onnx.helper.make_graph([], "old", [], [])).SerializeToString()
+
 
 class Small(nn.Module):
     """Convolution, batch norm, a shortcut and a flatten, on 3 x 8 x 8 images."""
@@ -135,7 +137,7 @@ def test_a_hook_that_changes_outputs_is_exported_too(small: nn.Module, tmp_path:
 
 
 @pytest.mark.parametrize("shift", [0.5, float("nan")])
-@pytest.mark.parametrize("old", [None, b"the old file"])
+@pytest.mark.parametrize("old", [None, OLD])
 def test_a_file_that_computes_something_else_never_appears(
     shift: float,
     old: bytes | None,
@@ -377,7 +379,7 @@ def test_a_full_disk_keeps_the_old_file(
     small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "small.onnx"
-    path.write_bytes(b"the old file")
+    path.write_bytes(OLD)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -385,7 +387,7 @@ def test_a_full_disk_keeps_the_old_file(
     monkeypatch.setattr(ir, "save", full)
     with pytest.raises(ExportError, match="No space left"):
         export(small, path, inputs=noise(4))
-    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"the old file"]
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [OLD]
 
 
 def test_exporting_and_running_print_nothing(tmp_path: Path) -> None:

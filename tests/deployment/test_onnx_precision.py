@@ -21,6 +21,8 @@ from zoo.errors import ExportError, ZooError
 
 CPU = "CPUExecutionProvider"
 
+OLD = onnx.helper.make_model(onnx.helper.make_graph([], "old", [], [])).SerializeToString()
+
 
 @pytest.mark.parametrize(
     ("arch", "precision"),
@@ -165,10 +167,10 @@ def test_too_little_agreement_keeps_the_old_file_unless_less_is_asked(tmp_path: 
     calibrated_on_specks = images.clone()
     calibrated_on_specks[::2] *= 1e-3
     path = tmp_path / "m.onnx"
-    path.write_bytes(b"the old file")
+    path.write_bytes(OLD)
     with pytest.raises(ExportError, match=r"agree on the top class of .*; allowed are .*97.0%"):
         export(model, path, inputs=calibrated_on_specks, precision="int8")
-    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [b"the old file"]
+    assert [entry.read_bytes() for entry in tmp_path.iterdir()] == [OLD]
     least = ExportOptions(min_agreement=0.0)
     result = export(model, path, inputs=calibrated_on_specks, precision="int8", options=least)
     assert result.top1_agreement < 0.97

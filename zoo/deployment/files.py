@@ -23,10 +23,19 @@ EXTERNAL_BYTES = 1 << 30
 
 @contextlib.contextmanager
 def scratch_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; making it shows early whether `path` can be written."""
+    """A temporary folder beside `path`; making it shows early whether `path` can be written.
+
+    Raises:
+        ExportError: if it cannot, or something other than an ONNX file or an empty one is there.
+    """
     try:
         if path.is_dir():
             raise ExportError(f"{path} is a folder; name a file in it, as {path / 'model.onnx'}.")
+        if path.exists() and not _is_replaceable(path):
+            raise ExportError(
+                f"{path} exists and is no ONNX file, so it is left as it is: name another file, as "
+                f"model.onnx, or remove it first."
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     except OSError as error:
@@ -35,6 +44,20 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether `path` is an ONNX file by its content, or an empty file."""
+    import onnx
+
+    if not path.is_file():  # a device, as /dev/null
+        return False
+    content = path.read_bytes()
+    try:
+        model = onnx.load_model_from_string(content, format="protobuf")
+    except Exception:  # of protobuf's implementations, each has its own
+        return False
+    return not content or (model.ir_version > 0 and model.HasField("graph"))
 
 
 def write_files(file: Any, folder: Path, path: Path) -> list[Path]:
