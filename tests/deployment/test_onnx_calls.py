@@ -164,3 +164,38 @@ def test_what_operators_take_in_fp32_does_not_hinder_fp16(
     assert {tensor.data_type for tensor in constants.values() if len(tensor.dims) == 4} <= {
         onnx.TensorProto.FLOAT16
     }
+
+
+class Phased(nn.Module):
+    """A convolution, scaled by the magnitudes of complex numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(3, 2)
+        self.register_buffer("phase", torch.tensor([3 + 4j, 1j]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images).mean((2, 3)) * self.phase.abs()
+
+
+class Spectrum(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.fft.fft2(images)
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        (Spectrum(), "gives complex numbers.*torch.view_as_real"),
+        (Phased(), "phase is complex.*hold it as two real tensors"),
+        (nn.Sequential(conv(3, 2)).to("meta"), "0.weight is on the meta device.*load the weights"),
+        (nn.Sequential(conv(3, 2), nn.LazyConv2d(2, 1)), "1.weight has no shape yet: call the"),
+        (nn.Sequential(nn.LazyBatchNorm2d()), "0.weight has no shape yet"),
+    ],
+)
+def test_tensors_that_no_file_holds_are_named(
+    network: nn.Module, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        zoo.export(network, tmp_path / "a.onnx", inputs=torch.rand(4, 3, 8, 8))
+    assert list(tmp_path.iterdir()) == []

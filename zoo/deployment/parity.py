@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from zoo.errors import ExportError, GraphError
@@ -239,10 +240,20 @@ def cpu_copy(model: Any) -> nn.Module:
     """A copy of `model` to export: in eval mode, in float32, on the CPU.
 
     Raises:
-        ExportError: if it is not a module, or cannot be copied.
+        ExportError: if it is not a module, cannot be copied, or has tensors that are not exported.
     """
     if not isinstance(model, nn.Module):
         raise ExportError(f"Only modules can be exported, not {type(model).__name__}.")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ExportError(f"{name} has no shape yet: call the module once, then export it.")
+        if tensor.is_meta:
+            raise ExportError(f"{name} is on the meta device and has no values: load the weights.")
+        if tensor.is_complex():
+            raise ExportError(
+                f"{name} is complex, which ONNX's operators do not take: hold it as two real "
+                f"tensors, as torch.view_as_real gives them."
+            )
     try:
         network = copy.deepcopy(model)
     except Exception as error:  # whatever a part of the user's module raises
@@ -262,16 +273,22 @@ def outputs_of(network: nn.Module, inputs: Inputs) -> Outputs:
     """The outputs of a network for all `inputs`.
 
     Raises:
-        ExportError: if it does not take them, or an output is not finite.
+        ExportError: if it does not take them, or an output is complex or not finite.
     """
 
     def run(part: Inputs) -> Outputs:
         try:
-            return leaves(call(network, part))
+            found = leaves(call(network, part))
         except Exception as error:  # whatever the user's module raises
             raise ExportError(
                 f"The module does not take inputs of shape {described(part)}: {error}"
             ) from error
+        if any(output.is_complex() for output in found):
+            raise ExportError(
+                "The module gives complex numbers, which ONNX's operators do not: return "
+                "torch.view_as_real of them."
+            )
+        return found
 
     outputs = by_batches(run, inputs)
     if not outputs:
