@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 from collections.abc import Callable
@@ -284,3 +285,17 @@ def test_the_macs_of_recurrent_layers_count(layer: type[nn.RNNBase], gates: int)
     images = torch.zeros(1, 3, 4, 4)
     (row,) = compare({"a": Recurrent(layer)}, example_input=images, options=QUICK)
     assert row.macs == 16 * 3 * 8 + 16 * gates * (8 + 5) * 5 + 5 * 6
+
+
+def test_a_network_whose_values_vanish_in_fp16_is_timed_though_not_exported(tmp_path) -> None:
+    """As an untrained MobileNetV2, whose logits are about 1e-9."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(16)]
+    for layer in layers:
+        layer.weight.data *= 0.2
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(3 * 64, 4, bias=False)).eval()
+    images = torch.rand(4, 3, 8, 8)
+    with pytest.raises(ExportError, match="arithmetic in fp16 the module's outputs change"):
+        zoo.export(network, tmp_path / "a.onnx", inputs=images, precision="fp16")
+    options = dataclasses.replace(QUICK, precisions=("fp16",))
+    assert len(benchmark(network, network, example_input=images, options=options)) == 2

@@ -175,6 +175,41 @@ def test_top1_disagreement_counts_only_where_pytorch_is_sure() -> None:
     assert compare_outputs((huge,), (huge + 5,), 1e-3).relative_difference == 5e-4
 
 
+@pytest.mark.parametrize("unit", [1e-30, 1e-6, 1.0, 1e6])
+def test_differences_are_judged_by_the_outputs_own_magnitude(unit: float) -> None:
+    reference, swapped = (
+        torch.tensor(rows) * unit for rows in ([[2.0, 1], [1, 2]], [[1.0, 2]] * 2)
+    )
+    result = compare_outputs((reference,), (swapped,), 1e-2)
+    assert (result.relative_difference, result.top1_agreement) == (pytest.approx(0.5), 0.5)
+    assert not TOLERANCES["fp32"].allows(result)
+    near = compare_outputs((reference,), (reference * (1 + 1e-6),), 1e-3)
+    assert TOLERANCES["fp32"].allows(near)
+    nothing = torch.zeros(2, 2)
+    assert TOLERANCES["fp32"].allows(compare_outputs((nothing,), (nothing,), 1e-3))
+    assert not TOLERANCES["fp16"].allows(compare_outputs((reference,), (nothing,), 1e-2))
+
+
+class Dropping(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(images), training=True) * 1e-3
+
+
+class Tiny(Small):
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * 1e-8
+
+
+@pytest.mark.parametrize(("kind", "precision"), [(Dropping, "fp32"), (Tiny, "fp16")])
+def test_small_outputs_are_compared_too(
+    kind: type[nn.Module], precision: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="of the largest value"):
+        export(kind(), tmp_path / "a.onnx", inputs=noise(32), precision=precision)
+    assert list(tmp_path.iterdir()) == []
+    export(Tiny(), tmp_path / "a.onnx", inputs=noise(32))
+
+
 def test_what_is_no_logits_agrees_by_the_variance_that_is_explained() -> None:
     score = torch.arange(8.0)[:, None] + 100
     constant = score.mean().expand(8, 1)

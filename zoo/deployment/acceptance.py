@@ -65,7 +65,8 @@ def check_file(
         other = compare_outputs(
             outputs_of(network, some), _half_outputs(network, some), tolerance.tie
         )
-        if not tolerance.allows(other):
+        # where no agreement is asked, as for a benchmark, the values may vanish, but not overflow
+        if tolerance.agreement > 0 and not tolerance.allows(other):
             raise ExportError(
                 f"With all of its arithmetic in fp16 the module's outputs change: {other}; "
                 f"allowed are {tolerance}."

@@ -50,8 +50,8 @@ class ExportResult:
         path: of the file.
         precision: of its weights and arithmetic.
         max_abs_difference: largest |difference| of a value.
-        relative_difference: the same, divided by the largest |value| of its output if that exceeds
-            1; the largest over the outputs.
+        relative_difference: the same, divided by the largest |value| of its output; the largest
+            over the outputs.
         top1_agreement: share of images with the same top class, in [0, 1]. Except for int8, an
             image whose two top logits are closer than the tolerance counts as agreement. None if no
             output is logits, (N, classes) with at least two classes.

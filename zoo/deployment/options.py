@@ -31,7 +31,8 @@ class ExportOptions:
     arch: str | None = None
     """architecture to write into the file of a dense network; a pruned one knows its own"""
     min_agreement: float | None = None
-    """least share of images with PyTorch's top class; by default 0.99, and 0.97 for int8"""
+    """least share of images with PyTorch's top class; by default 0.99, and 0.97 for int8; 0 also
+    takes a network that computes something else with all of its arithmetic in fp16"""
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):

@@ -26,7 +26,7 @@ BLOCK = 8
 """Tensor cores (fp16) and ONNX Runtime on CPUs are fast at multiples of this many channels."""
 
 SAME = 1e-5
-"""Allowed difference of outputs by float32's rounding, relative to the largest value if above 1."""
+"""Allowed difference of outputs by float32's rounding, relative to the largest value."""
 
 
 def padded_alike(model: nn.Module, inputs: Inputs, asked: int | None) -> tuple[nn.Module, int, str]:

@@ -45,8 +45,8 @@ class Tolerance:
     """How far a file's outputs may be from its module's.
 
     Attributes:
-        difference: of a value, as a share of the largest of its output if that exceeds 1. Infinite
-            if rounding is so coarse that no difference says much.
+        difference: of a value, as a share of the largest of its output. Infinite if rounding is so
+            coarse that no difference says much.
         tie: the two top classes may be exchanged if their logits are closer than this share.
         agreement: least share of images with the same top class. If `difference` is infinite, also
             the least R² of outputs that are not logits.
@@ -73,6 +73,10 @@ TOLERANCES = {
     "int8": Tolerance(math.inf, 0.0, 0.97),
 }
 """By precision. int8 rounds too coarsely to compare logits, so top classes are compared."""
+
+
+_SMALLEST = torch.finfo(torch.float32).tiny / torch.finfo(torch.float32).eps
+"""Of smaller outputs, float32 has too few digits to tell a share of a difference."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,7 @@ def compare_outputs(
     pairs = list(zip(reference, got, strict=True))
     differences = [(mine - theirs).abs().max().item() for theirs, mine in pairs]
     relative = [
-        difference / max(1.0, theirs.abs().max().item())
+        difference / _magnitude(theirs)
         for difference, theirs in zip(differences, reference, strict=True)
     ]
     classes = [_agreement(*pair, tie) for pair in pairs if _are_logits(pair[0])]
@@ -132,6 +136,11 @@ def _worst(values: list[float]) -> float:
     return max(values, key=lambda value: (math.isnan(value), value))
 
 
+def _magnitude(output: Tensor) -> float:
+    """The largest absolute value, by which differences are judged in whatever unit it is."""
+    return max(_SMALLEST, output.abs().max().item())
+
+
 def _are_logits(output: Tensor) -> bool:
     return output.ndim == 2 and output.shape[1] > 1
 
@@ -139,7 +148,7 @@ def _are_logits(output: Tensor) -> bool:
 def _agreement(reference: Tensor, got: Tensor, tie: float) -> float:
     ours, theirs = got.argmax(1), reference.argmax(1)
     top = reference.topk(2).values
-    clear = top[:, 0] - top[:, 1] > tie * max(1.0, reference.abs().max().item())
+    clear = top[:, 0] - top[:, 1] > tie * _magnitude(reference)
     return 1 - (clear & (theirs != ours)).double().mean().item()
 
 
