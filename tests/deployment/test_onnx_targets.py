@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import zoo
+import zoo.deployment.files
 from zoo.deployment.exporting import export
 from zoo.errors import ExportError
 
@@ -46,3 +48,20 @@ def test_an_onnx_file_of_any_name_and_an_empty_file_are_replaced(tmp_path: Path)
             expected = network(seed)(images()).detach()
             got = zoo.InferenceSession(path, "CPUExecutionProvider")(images())
             torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_that_a_copy_of_the_file_names_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(zoo.deployment.files, "EXTERNAL_BYTES", 1000)
+    path, copy = tmp_path / "model.onnx", tmp_path / "model_v1.onnx"
+    for seed in range(2):
+        export(network(seed), path, inputs=images())
+        if seed == 0:
+            shutil.copy(path, copy)
+    for file, seed in ((copy, 0), (path, 1)):
+        got = zoo.InferenceSession(file, "CPUExecutionProvider")(images())
+        torch.testing.assert_close(got, network(seed)(images()).detach(), rtol=1e-3, atol=1e-4)
+    copy.unlink()
+    export(network(2), path, inputs=images())
+    assert len(list(tmp_path.glob("*.data"))) == 1

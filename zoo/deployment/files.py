@@ -81,7 +81,10 @@ def write_files(file: Any, folder: Path, path: Path) -> list[Path]:
 
 
 def move_files(written: list[Path], path: Path) -> None:
-    """Move the files to `path`: weights first, so that a model never lacks its own."""
+    """Move the files to `path`: weights first, so that a model never lacks its own.
+
+    Weights of the file that was there go, unless another ONNX file in the folder names them.
+    """
     try:
         for file in written:
             os.chmod(file, 0o644)
@@ -89,5 +92,18 @@ def move_files(written: list[Path], path: Path) -> None:
     except OSError as error:
         raise ExportError(f"{path} cannot be written: {error}.") from error
     for old in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 16}.data"):
-        if old.name not in [file.name for file in written]:
+        if old.name not in [file.name for file in written] and not _is_named(old):
             old.unlink(missing_ok=True)
+
+
+def _is_named(weights: Path) -> bool:
+    """Whether an ONNX file beside `weights`, as a copy or a renamed one, may refer to them."""
+    for file in weights.parent.iterdir():
+        if ".onnx" not in file.name.lower() or file.suffix == ".data" or not file.is_file():
+            continue
+        try:
+            if weights.name.encode() in file.read_bytes():
+                return True
+        except OSError:  # what cannot be read may refer to them
+            return True
+    return False
