@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -246,3 +247,16 @@ def test_widths_of_whole_blocks_are_not_said_to_be_padded(tmp_path: Path) -> Non
     model = pruned("resnet20-16", 16, cf=2.0, align=16)
     result = export(model, tmp_path / "m.onnx")
     assert (result.pad, result.unpadded) == (1, "")
+
+
+@pytest.mark.parametrize("wrapper", [torch.compile, nn.DataParallel])
+def test_of_a_wrapped_network_the_one_inside_is_exported(wrapper: Any, tmp_path: Path) -> None:
+    model = pruned("resnet20-16", 16)
+    plain = export(model, tmp_path / "plain.onnx")
+    result = export(wrapper(model), tmp_path / "wrapped.onnx")
+    assert (result.pad, result.unpadded, result.bytes) == (plain.pad, "", plain.bytes)
+    plain_facts, facts = (
+        InferenceSession(tmp_path / f"{name}.onnx", CPU).metadata for name in ("plain", "wrapped")
+    )
+    assert facts == plain_facts
+    assert (facts.architecture, facts.profile) == ("resnet20-16", "equal")

@@ -33,6 +33,7 @@ from zoo.deployment.samples import (
 )
 from zoo.errors import ExportError, unknown
 from zoo.spec.plans import PruningRecord, record_of
+from zoo.storage.wrappers import unwrapped
 from zoo.tracing.calls import (
     Inputs,
     batch_of,
@@ -102,9 +103,9 @@ def export(
     factor, sha256 of the dense checkpoint, classes, image shape, mean and std.
 
     Args:
-        model: a network whose output is tensors in any structure. A lone tensor, as a classifier's
-            logits (N, classes), is named `logits`; others by their places in the structure. A lone
-            input is named `pixel_values`.
+        model: a network whose output is tensors in any structure; wrappers (compiled, parallel)
+            are removed. A lone tensor, as a classifier's logits (N, classes), is named `logits`;
+            others by their places in the structure. A lone input is named `pixel_values`.
         path: of the file; missing folders are made.
         inputs: normalised images to compare on, at most 256 of them: a tensor (N, C, H, W), a
             Dataset (sampled evenly) or a DataLoader of (image, label). For a network with other
@@ -124,6 +125,7 @@ def export(
     if precision not in PRECISIONS:
         raise unknown("precision", precision, PRECISIONS, ExportError)
     path, options = Path(path).expanduser(), options or ExportOptions()
+    model = unwrapped(model)
     record = record_of(model)
     with scratch_folder(path) as folder:
         network = cpu_copy(model)

@@ -34,7 +34,7 @@ from zoo.spec.plans import PruningRecord, kept_positions, record_of
 from zoo.storage.checkpoints import HISTORY, RECORD, SAVEPOINT, read_safetensors
 from zoo.storage.dense import Uninitialised
 from zoo.storage.readme import images_of, readme
-from zoo.storage.wrappers import plain_name
+from zoo.storage.wrappers import plain_name, unwrapped
 from zoo.surgery.surgery import named_tensors, resize, resized
 from zoo.tracing.calls import example_for
 from zoo.tracing.known_groups import groups_of, matching_groups
@@ -112,7 +112,7 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
             `folder` holds other things.
         ZooError: if the folder cannot be written; the old one is left as it was.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     record = record_of(model)
     if record is None:
         parts = dict(model.named_modules())
@@ -150,17 +150,6 @@ def write_model(model: nn.Module, folder: str | Path) -> None:
                 new.rename(place)
         for left_by_a_kill in place.glob(f"{SCRATCH}*"):
             shutil.rmtree(left_by_a_kill, ignore_errors=True)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def _with_its_classifier(record: PruningRecord, tensors: Mapping[str, Tensor]) -> PruningRecord:

@@ -1,4 +1,4 @@
-"""Find the tensors in what a checkpoint holds: in wrappers, beside an average, under prefixes."""
+"""Find the network in wrappers, and the tensors in what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zoo.common.notices import warn
 from zoo.errors import CheckpointError
 
-__all__ = ["AVERAGES", "WRAPPERS", "plain_name", "tensors_in"]
+__all__ = ["AVERAGES", "WRAPPERS", "plain_name", "tensors_in", "unwrapped"]
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "net")
 DEPTH = 5
@@ -36,6 +36,17 @@ _WITHIN = re.compile(
 def plain_name(name: str) -> str:
     """The name of a tensor in a network none of whose parts is wrapped: compiled, sharded, ..."""
     return _WITHIN.sub("", name)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside torch.compile, DataParallel and DistributedDataParallel."""
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
 def tensors_in(content: Any, what: str, ema: bool) -> tuple[dict[str, Tensor], bool | None]:
