@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -116,6 +117,20 @@ class Numbered(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, np.int64]:
         return self.images[index], self.labels[index]
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_data_sets_own_mean_and_std_may_be_lists_and_arrays(kind: Any, tmp_path: Path) -> None:
+    model, splits = trained("cnet")
+    data = Numbered(splits.val.normalise(splits.val.images), splits.val.labels)
+    data.mean, data.std = kind([0.5, 0.25, 0.125]), kind([0.5, 0.5, 0.25])
+    export(model, tmp_path / "m.onnx", inputs=data)
+    metadata = InferenceSession(tmp_path / "m.onnx", CPU).metadata
+    assert (metadata.mean, metadata.std) == ((0.5, 0.25, 0.125), (0.5, 0.5, 0.25))
+    signals = Numbered(torch.rand(8, 3), splits.val.labels[:8])
+    signals.mean, signals.std = data.mean, data.std
+    export(nn.Linear(3, 6), tmp_path / "m.onnx", inputs=signals)
+    assert InferenceSession(tmp_path / "m.onnx", CPU).metadata.mean == ()
 
 
 def test_labels_and_numbers_of_numpy_are_taken_and_a_dense_file_names_its_architecture(

@@ -308,3 +308,8 @@ def test_a_file_that_gives_no_logits_is_an_error(
     onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=9), path)
     with pytest.raises(ExportError, match=r"gives maps: tensor\(.*; expected .* logits"):
         InferenceSession(path, CPU)
+
+
+def test_a_path_may_begin_at_home(small_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(small_file.parent))
+    assert InferenceSession(f"~/{small_file.name}", CPU).path == small_file

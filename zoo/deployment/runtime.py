@@ -56,7 +56,7 @@ class InferenceSession:
             ExportError: if the file is missing, corrupt, too new or no classifier of images, or a
                 provider that was asked for cannot be used.
         """
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise ExportError(f"{self.path} does not exist or is not a file.")
         if threads is not None:

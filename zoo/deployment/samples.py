@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.data.images import AnyImages
-from zoo.deployment.options import ExportOptions
+from zoo.deployment.options import ExportOptions, per_channel
 from zoo.deployment.parity import checked, gather, items
 from zoo.errors import ExportError
 from zoo.spec.groups import InputShape
@@ -93,8 +94,8 @@ def sample_of(
 def normalisation_of(options: ExportOptions, inputs: Any, sample: Sample) -> Normalisation | None:
     """(mean, std) of the images, from the options or else the data set, or None."""
     given = options if options.mean or options.std else data_set_of(inputs)
-    mean, std = getattr(given, "mean", None), getattr(given, "std", None)
-    if not (isinstance(mean, tuple) and isinstance(std, tuple)):
+    mean, std = (_own_channels(given, name) for name in ("mean", "std"))
+    if mean is None or std is None:
         if options.fold or given is options:
             raise ExportError(
                 "Normalisation needs both a mean and a std per channel: give both in "
@@ -102,6 +103,8 @@ def normalisation_of(options: ExportOptions, inputs: Any, sample: Sample) -> Nor
             )
         return None
     if sample.image_shape is None:
+        if not options.fold and given is not options:  # as of a data set of signals
+            return None
         raise ExportError("mean and std are for networks of one batch of images (N, C, H, W).")
     channels = sample.image_shape[0]
     finite = all(map(math.isfinite, (*mean, *std)))
@@ -111,6 +114,14 @@ def normalisation_of(options: ExportOptions, inputs: Any, sample: Sample) -> Nor
             f"and each std positive."
         )
     return mean, std
+
+
+def _own_channels(given: Any, name: str) -> tuple[float, ...] | None:
+    """The attribute `name` of `given`, if it is numbers in a tuple, a list or a flat array."""
+    values = getattr(given, name, None)
+    flat = isinstance(values, np.ndarray | Tensor) and values.ndim == 1
+    sequence = flat or isinstance(values, tuple | list)
+    return per_channel(name, values) if sequence else None  # type: ignore[arg-type]
 
 
 def data_set_of(inputs: Any) -> Any:
