@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -66,6 +67,28 @@ def test_outputs_have_the_names_they_stand_under(structure: str, tmp_path: Path)
     assert (result.top1_agreement, result.r2) == (1.0, pytest.approx(1.0))
     for got, expected in zip(run(tmp_path / "a.onnx", images), leaves(pruned(images)), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+class Namesakes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(3, 4)
+
+    def forward(self, image: Tensor) -> dict[str, Any]:
+        maps = self.conv(image)
+        sums = maps.sum((2, 3))
+        return {"image": maps, "a": {"b": sums}, "a_b": sums * 2, "a_b_2": sums * 3}
+
+
+def test_outputs_never_share_a_name_with_an_input_or_each_other(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, inputs = Namesakes().eval(), {"image": torch.rand(5, 3, 8, 8)}
+    zoo.export(network, tmp_path / "a.onnx", inputs=inputs)
+    expected = ["image_out", "a_b", "a_b_3", "a_b_2"]
+    assert names(tmp_path / "a.onnx") == (["image"], expected)
+    found = leaves(call(network, inputs))
+    for got, own in zip(run(tmp_path / "a.onnx", inputs), found, strict=True):
+        torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-5)
 
 
 def test_a_classifier_of_one_output_is_not_agreed_on_by_default(tmp_path: Path) -> None:

@@ -105,7 +105,8 @@ def export(
     Args:
         model: a network whose output is tensors in any structure; wrappers (compiled, parallel)
             are removed. A lone tensor, as a classifier's logits (N, classes), is named `logits`;
-            others by their places in the structure. A lone input is named `pixel_values`.
+            others by their places in the structure, and one with an input's name, as `image`, is
+            `image_out`. A lone input is named `pixel_values`.
         path: of the file; missing folders are made.
         inputs: normalised images to compare on, at most 256 of them: a tensor (N, C, H, W), a
             Dataset (sampled evenly) or a DataLoader of (image, label). For a network with other

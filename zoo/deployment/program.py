@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
 
     A lone tensor is called `pixel_values` as input and `logits` as output, as other tools do it.
     Other inputs have the keys of their dict as names, or `input_0` and so on; other outputs have
-    their places in the structure.
+    their places in the structure. An output with the name of an input, as `image`, is `image_out`;
+    of several with one name, as `a_b` of {"a": {"b": ...}, "a_b": ...}, the second is `a_b_2`.
 
     Args:
         network: in eval mode, on the CPU.
@@ -51,7 +53,7 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
         dims[0] |= {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     try:
         with quiet(), torch.no_grad(), own_attributes(network):
-            outputs = [name for name, _ in named_leaves(call(network, item))]
+            found = [name for name, _ in named_leaves(call(network, item))]
             traced = torch.export.export(
                 _Flat(network, pair), tensors_of(pair), dynamic_shapes=(tuple(dims),)
             )
@@ -60,7 +62,7 @@ def convert(network: nn.Module, item: Inputs, dynamic_size: bool) -> Any:
                 dynamo=True,
                 verbose=False,
                 input_names=input_names(item),
-                output_names=outputs,
+                output_names=_output_names(found, input_names(item)),
                 dynamic_shapes=(tuple(names),),
             )
     except Exception as error:  # tracing runs the user's module
@@ -84,6 +86,17 @@ def input_names(inputs: Inputs) -> list[str]:
         return list(inputs)
     several = isinstance(inputs, tuple) and len(inputs) > 1
     return [f"input_{n}" for n in range(len(inputs))] if several else ["pixel_values"]
+
+
+def _output_names(found: list[str], inputs: list[str]) -> list[str]:
+    """`found`, with names that are inputs' or earlier outputs' changed: ONNX takes each once."""
+    names: list[str] = []
+    for name in found:
+        own = f"{name}_out" if name in inputs else name
+        taken = {*inputs, *names, *(found if own != name or name in names else ())}
+        tries = chain((own,), (f"{own}_{n}" for n in count(2)))
+        names.append(next(each for each in tries if each not in taken))
+    return names
 
 
 class _Flat(nn.Module):
